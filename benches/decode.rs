@@ -1,0 +1,2 @@
+//! Placeholder that is replaced before the first release.
+fn main() {}
