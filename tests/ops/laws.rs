@@ -34,7 +34,7 @@ impl Role {
 
 /// An op under test. Inputs and outputs go by the names of its argument and output structs.
 pub trait Op {
-    type Case: Debug + Clone;
+    type Case: Debug + Clone + Sync;
 
     /// Random inputs, `f64`.
     fn inputs(case: &Self::Case, random: &mut Random) -> Tensors;
@@ -72,7 +72,8 @@ impl GoldenTensors {
 
 type Run<'a> = &'a dyn Fn(&Tensors) -> Result<Tensors>;
 
-/// Outputs, and the gradients of `Σ cotangent · output` by every input.
+/// Outputs, and the gradients of `Σ cotangent · output` by every input. A fused path gives every gradient; in a
+/// reference over an empty sequence, say, nothing may lead to an input, whose gradient is then 0.
 fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result<(Tensors, Tensors)> {
     let vars: BTreeMap<&String, Var> =
         inputs.iter().map(|(name, x)| Ok((name, Var::from_tensor(x)?))).collect::<Result<_>>()?;
@@ -93,6 +94,7 @@ fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result<(Te
         for (name, var) in &vars {
             let gradient = match store.get(var.as_tensor()) {
                 Some(gradient) => gradient.detach(),
+                None if var.dtype() == DType::F64 => var.zeros_like()?,
                 None => panic!("no gradient reached `{name}`"),
             };
             gradients.insert((*name).clone(), gradient);
