@@ -2,7 +2,11 @@
 
 mod candidates;
 mod error;
+#[cfg(test)]
+mod fake;
 mod filter;
+mod generator;
+mod lm;
 mod sampler;
 mod sampling;
-pub use {candidates::*, error::*, filter::*, sampler::*, sampling::*};
+pub use {candidates::*, error::*, filter::*, generator::*, lm::*, sampler::*, sampling::*};
