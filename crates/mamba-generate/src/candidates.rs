@@ -108,7 +108,9 @@ impl Candidates {
         if self.sorted > 0 {
             return self.entries.first().copied();
         }
-        self.entries.iter().copied().min_by(by_rank)
+        // Two passes, as the maximum alone takes no branch.
+        let most = self.entries.iter().fold(f32::NEG_INFINITY, |most, c| most.max(c.logit));
+        self.entries.iter().filter(|c| c.logit == most).min_by_key(|c| c.id).copied()
     }
 
     /// Replaces each logit by what `f` makes of the id and the logit.
