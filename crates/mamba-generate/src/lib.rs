@@ -88,14 +88,16 @@ mod sampling;
 mod stop;
 mod text;
 mod text_generator;
+mod timings;
 
 pub use candidates::{Candidate, Candidates};
 pub use error::{BoxError, Error, Result};
 pub use filter::{Chain, History, LogitsFilter, MinP, RepetitionPenalty, Temperature, TopK, TopP};
-pub use generator::{FinishReason, Generator, GeneratorBuilder, Timings, Token};
+pub use generator::{FinishReason, Generator, GeneratorBuilder, Token};
 pub use lm::CausalLm;
 pub use sampler::{ArgMax, Multinomial, Sampler};
 pub use sampling::{Sampling, SamplingConfig};
 pub use stop::StopStrings;
 pub use text::TextStream;
 pub use text_generator::{TextGenerator, TextOptions};
+pub use timings::Timings;
