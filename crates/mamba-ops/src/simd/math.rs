@@ -145,7 +145,8 @@ mod tests {
                     let absolute = if which == 5 { 4e-7 } else { 1.2e-38 * (x as f64).abs().max(1.0) };
                     let relative = constant + slope * (x as f64).abs();
                     let ok = error.abs() <= absolute + if which == 5 { 0.0 } else { relative * want.abs() };
-                    assert!(ok || (y as f64) == want, "{} f{which}({x}) = {y}, want {want}", isa.name());
+                    let overflow = want > f32::MAX as f64 * 0.99999 && y == f32::INFINITY;
+                    assert!(ok || overflow, "{} f{which}({x}) = {y}, want {want}", isa.name());
                 }
             }
         }

@@ -10,7 +10,7 @@ use super::Sizes;
 use crate::host::{SharedMut, batch_transposed};
 use crate::layout::SequenceLayout;
 
-pub(super) use backward::{Grads, backward};
+pub(super) use backward::backward;
 pub(super) use forward::{Forward, forward};
 
 /// Channels of a block: one cache line, so that channels-last blocks share no line.
