@@ -1,0 +1,75 @@
+//! The op as a node of candle's graph.
+
+use candle_core::{Result, Tensor};
+
+use super::{CausalConv1d, CausalConv1dOutput, OP, Sizes, cpu, window_dtype};
+use crate::autograd::{self, Forward, FusedFn};
+use crate::host;
+use crate::layout::{Activation, SequenceLayout};
+use crate::simd::Isa;
+
+// Slots of the inputs.
+const X: usize = 0;
+const WEIGHT: usize = 1;
+const BIAS: usize = 2;
+const INITIAL_STATE: usize = 3;
+
+struct Node {
+    sizes: Sizes,
+    layout: SequenceLayout,
+    activation: Activation,
+}
+
+pub(super) fn apply(args: &CausalConv1d, sizes: Sizes) -> Result<CausalConv1dOutput> {
+    let node = Node { sizes, layout: args.layout, activation: args.activation };
+    let inputs = [Some(args.x), Some(args.weight), args.bias, args.initial_state];
+    let [y, final_state] = autograd::apply(node, &inputs)?;
+    Ok(CausalConv1dOutput { y, final_state })
+}
+
+impl Node {
+    /// Reads the inputs and hands them to `f` as slices.
+    fn with<R>(&self, inputs: &[Option<Tensor>; 4], f: impl FnOnce(&cpu::Conv) -> Result<R>) -> Result<R> {
+        let x = host::read_slot(OP, inputs, X)?;
+        let weight = host::read_slot(OP, inputs, WEIGHT)?;
+        let bias = host::read_opt("bias", inputs[BIAS].as_ref())?;
+        let initial_state = host::read_opt("initial_state", inputs[INITIAL_STATE].as_ref())?;
+        f(&cpu::Conv {
+            sizes: self.sizes,
+            layout: self.layout,
+            activation: self.activation,
+            x: &x,
+            weight: &weight,
+            bias: bias.as_deref(),
+            initial_state: initial_state.as_deref(),
+        })
+    }
+}
+
+impl FusedFn<4, 2> for Node {
+    const NAME: &'static str = OP;
+
+    fn forward(&self, inputs: &[Option<Tensor>; 4], _tracked: bool) -> Result<Forward<2>> {
+        let x = host::slot(OP, inputs, X)?;
+        self.with(inputs, |conv| {
+            let y = host::output(cpu::forward(conv, Isa::current()), x.shape().clone(), x.dtype())?;
+            let state = host::output(cpu::final_state(conv), self.sizes.state_shape(), window_dtype(x))?;
+            Ok(Forward { outputs: [y, state], saved: vec![] })
+        })
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Option<Tensor>; 4],
+        needs: &[bool; 4],
+        _saved: &[Tensor],
+        grads: &[Option<Tensor>; 2],
+    ) -> Result<[Option<Tensor>; 4]> {
+        let grad_y = host::read_opt("gradient of y", grads[0].as_ref())?;
+        let grad_state = host::read_opt("gradient of final_state", grads[1].as_ref())?;
+        self.with(inputs, |conv| {
+            let g = cpu::backward(conv, Isa::current(), grad_y.as_deref(), grad_state.as_deref());
+            host::gradients(inputs, needs, [g.x, g.weight, g.bias, g.initial_state])
+        })
+    }
+}

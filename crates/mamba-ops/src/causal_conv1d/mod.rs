@@ -1,0 +1,203 @@
+//! Depthwise causal convolution over time with optional SiLU, its window as a state, and the in-place update.
+
+mod autograd;
+mod cpu;
+pub mod reference;
+
+use candle_core::{DType, Result, Tensor};
+
+use crate::args::Checker;
+use crate::layout::{Activation, SequenceLayout};
+use crate::simd::Isa;
+use crate::{args, host};
+
+const OP: &str = "causal_conv1d";
+const UPDATE_OP: &str = "causal_conv1d_update";
+
+/// Arguments of [`causal_conv1d`]; see there for shapes.
+#[derive(Debug, Clone, Copy)]
+pub struct CausalConv1d<'a> {
+    /// The input, `(batch, dim, seqlen)` or, channels last, `(batch, seqlen, dim)`.
+    pub x: &'a Tensor,
+    /// One filter a channel, `(dim, width)`; the last column meets the newest input.
+    pub weight: &'a Tensor,
+    /// `(dim,)`.
+    pub bias: Option<&'a Tensor>,
+    /// The `width - 1` inputs before the first, oldest first, `(batch, dim, width - 1)`; zeros if absent.
+    pub initial_state: Option<&'a Tensor>,
+    /// What is applied to the sum.
+    pub activation: Activation,
+    /// How `x` and `y` are laid out.
+    pub layout: SequenceLayout,
+}
+
+impl<'a> CausalConv1d<'a> {
+    /// The required arguments; everything else absent, SiLU, channels first.
+    pub fn new(x: &'a Tensor, weight: &'a Tensor) -> Self {
+        let (activation, layout) = (Activation::default(), SequenceLayout::default());
+        Self { x, weight, bias: None, initial_state: None, activation, layout }
+    }
+
+    fn sizes(&self) -> Result<Sizes> {
+        let check = Checker::new(OP, "x", self.x)?;
+        let [batch, a, b] = check.main_dims(match self.layout {
+            SequenceLayout::ChannelsFirst => ["batch", "dim", "seqlen"],
+            SequenceLayout::ChannelsLast => ["batch", "seqlen", "dim"],
+        })?;
+        let (dim, seqlen) = self.layout.dim_and_seqlen([a, b]);
+        let width = self.weight.dims().last().copied().unwrap_or(0);
+        check.parameter("weight", self.weight, &[("dim", dim), ("width", width)])?;
+        check.require(width > 0, || "`weight` has width 0, expected at least 1".into())?;
+        if let Some(bias) = self.bias {
+            check.parameter("bias", bias, &[("dim", dim)])?;
+        }
+        if let Some(state) = self.initial_state {
+            let window = ("width - 1", width - 1);
+            check.state("initial_state", state, &[("batch", batch), ("dim", dim), window])?;
+        }
+        Ok(Sizes { batch, dim, seqlen, width })
+    }
+}
+
+/// What [`causal_conv1d`] returns.
+#[derive(Debug, Clone)]
+pub struct CausalConv1dOutput {
+    /// The shape and dtype of `x`.
+    pub y: Tensor,
+    /// The last `width - 1` inputs, oldest first, `(batch, dim, width - 1)`, `f32`.
+    pub final_state: Tensor,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    dim: usize,
+    seqlen: usize,
+    width: usize,
+}
+
+/// Convolves each channel with its own causal filter.
+///
+/// `y_t = activation(bias + Σ_k weight[k] · x_{t - width + 1 + k})`, where inputs before the first are those of
+/// `initial_state`. The window after the last token is an output, so a sequence may be cut anywhere.
+///
+/// # Shapes
+/// `x`, `y`: `(batch, dim, seqlen)`, or `(batch, seqlen, dim)` with [`SequenceLayout::ChannelsLast`] ·
+/// `weight`: `(dim, width)`, any width from 1 · `bias`: `(dim,)` · `initial_state`, `final_state`:
+/// `(batch, dim, width - 1)`, `f32` (`f64` if `x` is). `x` is f32, f16, bf16 or f64; arithmetic is `f32` (`f64` for
+/// `f64`).
+/// # Gradients
+/// For `x`, `weight`, `bias` and `initial_state`, through `y` and through `final_state`.
+/// # Errors
+/// If a shape, dtype or device disagrees with `x`.
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use mamba_ops::{CausalConv1d, causal_conv1d};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::randn(0f32, 1.0, (2, 3, 10), &Device::Cpu)?;
+/// let weight = Tensor::randn(0f32, 1.0, (3, 4), &Device::Cpu)?;
+/// let whole = causal_conv1d(&CausalConv1d::new(&x, &weight))?;
+/// // The same in two parts: the second starts from the window that the first leaves.
+/// let first = causal_conv1d(&CausalConv1d::new(&x.narrow(2, 0, 6)?, &weight))?;
+/// let second = causal_conv1d(&CausalConv1d {
+///     initial_state: Some(&first.final_state),
+///     ..CausalConv1d::new(&x.narrow(2, 6, 4)?, &weight)
+/// })?;
+/// let gap = (whole.y.narrow(2, 6, 4)? - second.y)?.abs()?.max_all()?.to_scalar::<f32>()?;
+/// assert!(gap < 1e-6);
+/// # Ok(()) }
+/// ```
+/// # Source
+/// `causal_conv1d_ref` in Dao-AILab/causal-conv1d.
+pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
+    let sizes = args.sizes()?;
+    if args::fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+}
+
+/// Arguments of [`causal_conv1d_update`]; see there for shapes.
+#[derive(Debug, Clone, Copy)]
+pub struct CausalConv1dUpdate<'a> {
+    /// The new inputs, as in [`CausalConv1d`].
+    pub x: &'a Tensor,
+    /// The last `width - 1` inputs, `(batch, dim, width - 1)`: changed in place.
+    pub state: &'a Tensor,
+    /// `(dim, width)`.
+    pub weight: &'a Tensor,
+    /// `(dim,)`.
+    pub bias: Option<&'a Tensor>,
+    /// What is applied to the sum.
+    pub activation: Activation,
+    /// How `x` and `y` are laid out.
+    pub layout: SequenceLayout,
+}
+
+/// Convolves the next token (or several) and moves the window on, in place.
+///
+/// The same equation as [`causal_conv1d`] with `state` as the initial window; afterwards `state` holds the window
+/// after the last token. Every clone of the tensor `state` sees the change.
+///
+/// # Shapes
+/// `x`, `y`: as in [`causal_conv1d`], with `seqlen` 1 for one token · `state`: `(batch, dim, width - 1)`, `f32`,
+/// contiguous.
+/// # Gradients
+/// None: this serves decoding.
+/// # Errors
+/// If a shape, dtype or device disagrees with `x`, or an argument tracks gradients.
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use mamba_ops::{Activation, CausalConv1dUpdate, SequenceLayout, causal_conv1d_update};
+/// # fn main() -> candle_core::Result<()> {
+/// let weight = Tensor::new(&[[1f32, 10.0, 100.0]], &Device::Cpu)?;
+/// let state = Tensor::new(&[[[1f32, 2.0]]], &Device::Cpu)?;
+/// let x = Tensor::new(&[[[3f32]]], &Device::Cpu)?;
+/// let (activation, layout) = (Activation::Identity, SequenceLayout::ChannelsFirst);
+/// let args = CausalConv1dUpdate { x: &x, state: &state, weight: &weight, bias: None, activation, layout };
+/// assert_eq!(causal_conv1d_update(&args)?.to_vec3::<f32>()?, [[[321.0]]]);
+/// assert_eq!(state.to_vec3::<f32>()?, [[[2.0, 3.0]]]);
+/// # Ok(()) }
+/// ```
+/// # Source
+/// `causal_conv1d_update` in Dao-AILab/causal-conv1d.
+pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
+    let CausalConv1dUpdate { x, state, weight, bias, activation, layout } = *args;
+    let check = Checker::new(UPDATE_OP, "x", x)?;
+    check.in_place(state, &[("x", Some(x)), ("weight", Some(weight)), ("bias", bias)])?;
+    let forward = CausalConv1d { x, weight, bias, initial_state: Some(state), activation, layout };
+    let sizes = forward.sizes()?;
+    if !args::fused(x) {
+        let CausalConv1dOutput { y, final_state } = reference::forward(&forward)?;
+        state.slice_set(&final_state.contiguous()?, 0, 0)?;
+        return Ok(y);
+    }
+    let (x, weight) = (host::read("x", x)?, host::read("weight", weight)?);
+    let bias = host::read_opt("bias", bias)?;
+    let y = host::modify(UPDATE_OP, state, |state| {
+        let initial_state = Some(&*state);
+        let conv = cpu::Conv {
+            sizes,
+            layout,
+            activation,
+            x: &x,
+            weight: &weight,
+            bias: bias.as_deref(),
+            initial_state,
+        };
+        let (y, next) = (cpu::forward(&conv, Isa::current()), cpu::final_state(&conv));
+        state.copy_from_slice(&next);
+        Ok(y)
+    })?;
+    host::tensor(y, args.x.shape().clone(), args.x.dtype())
+}
+
+impl Sizes {
+    fn state_shape(&self) -> (usize, usize, usize) {
+        (self.batch, self.dim, self.width - 1)
+    }
+}
+
+/// The dtype of the window for inputs of dtype `x`.
+fn window_dtype(x: &Tensor) -> DType {
+    args::state_dtype(x.dtype())
+}

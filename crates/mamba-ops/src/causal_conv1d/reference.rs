@@ -1,0 +1,46 @@
+//! The convolution in plain tensor operations: the meaning of the op, and its gradients by candle's autograd.
+
+use candle_core::{Result, Tensor};
+
+use super::{CausalConv1d, CausalConv1dOutput, window_dtype};
+use crate::layout::{Activation, SequenceLayout};
+use crate::reference::silu;
+
+/// `y_t = activation(bias + Σ_k weight[k] · x_{t - width + 1 + k})`, for any device and dtype; differentiable.
+///
+/// # Errors
+/// If candle refuses an operation; shapes are checked by [`causal_conv1d`](super::causal_conv1d).
+pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
+    let dtype = window_dtype(args.x);
+    let x = args.x.to_dtype(dtype)?;
+    let x = match args.layout {
+        SequenceLayout::ChannelsFirst => x,
+        SequenceLayout::ChannelsLast => x.transpose(1, 2)?,
+    };
+    let (batch, dim, seqlen) = x.dims3()?;
+    let width = args.weight.dim(1)?;
+    let window = match args.initial_state {
+        Some(state) => state.to_dtype(dtype)?,
+        None => Tensor::zeros((batch, dim, width - 1), dtype, x.device())?,
+    };
+    let extended = Tensor::cat(&[&window, &x.contiguous()?], 2)?;
+    let weight = args.weight.to_dtype(dtype)?;
+    let mut y = match args.bias {
+        Some(bias) => bias.to_dtype(dtype)?.reshape((1, dim, 1))?.broadcast_as((batch, dim, seqlen))?,
+        None => Tensor::zeros((batch, dim, seqlen), dtype, x.device())?,
+    };
+    for k in 0..width {
+        let tap = weight.narrow(1, k, 1)?.reshape((1, dim, 1))?;
+        y = (y + extended.narrow(2, k, seqlen)?.broadcast_mul(&tap)?)?;
+    }
+    let y = match args.activation {
+        Activation::Identity => y,
+        Activation::Silu => silu(&y)?,
+    };
+    let y = match args.layout {
+        SequenceLayout::ChannelsFirst => y,
+        SequenceLayout::ChannelsLast => y.transpose(1, 2)?.contiguous()?,
+    };
+    let final_state = extended.narrow(2, seqlen, width - 1)?.contiguous()?;
+    Ok(CausalConv1dOutput { y: y.to_dtype(args.x.dtype())?, final_state })
+}

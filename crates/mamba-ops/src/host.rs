@@ -1,0 +1,272 @@
+//! Between tensors in CPU memory and the `f32` slices that kernels work on, and the threads they run on.
+
+use std::borrow::Cow;
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use crate::autograd::Output;
+
+/// The elements of a CPU tensor as a contiguous `f32` slice: borrowed if that is what they are, else converted.
+pub(crate) struct HostSlice<'a>(Source<'a>);
+
+enum Source<'a> {
+    Borrowed { storage: Box<dyn Deref<Target = Storage> + 'a>, start: usize, end: usize },
+    Owned(Vec<f32>),
+}
+
+/// Reads a tensor; `name` is for the error if it is not in CPU memory.
+pub(crate) fn read<'a>(name: &'static str, x: &'a Tensor) -> Result<HostSlice<'a>> {
+    if x.dtype() == DType::F32 {
+        let (storage, layout) = x.storage_and_layout();
+        if let (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) =
+            (&*storage, layout.contiguous_offsets())
+        {
+            return Ok(HostSlice(Source::Borrowed { storage: Box::new(storage), start, end }));
+        }
+    }
+    if !x.device().is_cpu() {
+        bail!("`{name}` is not in CPU memory")
+    }
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+        bail!("`{name}` is not in CPU memory")
+    };
+    let mut out = uninit(end - start);
+    match storage {
+        CpuStorage::F32(v) => out.copy_from_slice(&v[start..end]),
+        CpuStorage::F16(v) => convert(&v[start..end], &mut out, |src, dst| src.convert_to_f32_slice(dst)),
+        CpuStorage::BF16(v) => convert(&v[start..end], &mut out, |src, dst| src.convert_to_f32_slice(dst)),
+        CpuStorage::F64(v) => convert(&v[start..end], &mut out, |src, dst| {
+            dst.iter_mut().zip(src).for_each(|(d, s)| *d = *s as f32);
+        }),
+        _ => bail!("`{name}` has dtype {}, expected a floating one", x.dtype().as_str()),
+    }
+    Ok(HostSlice(Source::Owned(out)))
+}
+
+/// Reads an optional tensor.
+pub(crate) fn read_opt<'a>(name: &'static str, x: Option<&'a Tensor>) -> Result<Option<HostSlice<'a>>> {
+    x.map(|x| read(name, x)).transpose()
+}
+
+impl Deref for HostSlice<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &self.0 {
+            Source::Owned(values) => values,
+            Source::Borrowed { storage, start, end } => match &***storage {
+                Storage::Cpu(CpuStorage::F32(values)) => &values[*start..*end],
+                _ => &[], // `read` borrows f32 in CPU memory only
+            },
+        }
+    }
+}
+
+/// Makes an output of the given dtype from `f32` values, rounding once.
+pub(crate) fn output(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result<Output> {
+    let storage = match dtype {
+        DType::F32 => CpuStorage::F32(values),
+        DType::F16 => {
+            let mut out = vec![half::f16::ZERO; values.len()];
+            convert(&values, &mut out, |src, dst| dst.convert_from_f32_slice(src));
+            CpuStorage::F16(out)
+        }
+        DType::BF16 => {
+            let mut out = vec![half::bf16::ZERO; values.len()];
+            convert(&values, &mut out, |src, dst| dst.convert_from_f32_slice(src));
+            CpuStorage::BF16(out)
+        }
+        DType::F64 => CpuStorage::F64(values.into_iter().map(f64::from).collect()),
+        other => bail!("no output of dtype {}", other.as_str()),
+    };
+    Ok((Storage::Cpu(storage), shape.into()))
+}
+
+/// As [`output`], as a tensor without a graph.
+pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+    Ok(Tensor::from(output(values, shape, dtype)?))
+}
+
+/// The tensor in a slot that a fused function requires.
+pub(crate) fn slot<'a, const I: usize>(
+    op: &'static str,
+    inputs: &'a [Option<Tensor>; I],
+    index: usize,
+) -> Result<&'a Tensor> {
+    inputs[index].as_ref().map_or_else(|| bail!("{op}: the input in slot {index} is missing"), Ok)
+}
+
+/// Reads the tensor in a slot that a fused function requires.
+pub(crate) fn read_slot<'a, const I: usize>(
+    op: &'static str,
+    inputs: &'a [Option<Tensor>; I],
+    index: usize,
+) -> Result<HostSlice<'a>> {
+    read(op, slot(op, inputs, index)?)
+}
+
+/// The gradients that are needed, each in the shape and dtype of its input.
+pub(crate) fn gradients<const I: usize>(
+    inputs: &[Option<Tensor>; I],
+    needs: &[bool; I],
+    values: [Vec<f32>; I],
+) -> Result<[Option<Tensor>; I]> {
+    let mut grads = [const { None }; I];
+    for (i, values) in values.into_iter().enumerate() {
+        if let (true, Some(x)) = (needs[i], &inputs[i]) {
+            grads[i] = Some(tensor(values, x.shape().clone(), x.dtype())?);
+        }
+    }
+    Ok(grads)
+}
+
+fn convert<S: Sync, D: Send>(src: &[S], dst: &mut [D], f: impl Fn(&[S], &mut [D]) + Sync) {
+    const CHUNK: usize = 1 << 14;
+    if src.len() <= CHUNK {
+        return f(src, dst);
+    }
+    src.par_chunks(CHUNK).zip(dst.par_chunks_mut(CHUNK)).for_each(|(src, dst)| f(src, dst));
+}
+
+/// A buffer that a kernel overwrites in full: NaN in debug builds, so that what it forgets is seen.
+pub(crate) fn uninit(len: usize) -> Vec<f32> {
+    vec![if cfg!(debug_assertions) { f32::NAN } else { 0.0 }; len]
+}
+
+/// A `(rows, columns)` matrix as `(columns, rows)`.
+pub(crate) fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let mut out = uninit(x.len());
+    for (i, row) in x.chunks_exact(columns.max(1)).enumerate() {
+        for (j, &v) in row.iter().enumerate() {
+            out[j * rows + i] = v;
+        }
+    }
+    out
+}
+
+/// `x` itself, or its transposition within each of `count` matrices of `(rows, columns)`.
+pub(crate) fn batch_transposed(x: &[f32], transpose: bool, rows: usize, columns: usize) -> Cow<'_, [f32]> {
+    if !transpose || rows <= 1 || columns <= 1 {
+        return Cow::Borrowed(x);
+    }
+    Cow::Owned(x.chunks_exact(rows * columns).flat_map(|m| transposed(m, rows, columns)).collect())
+}
+
+/// Lets `f` change the elements of a contiguous `f32` tensor in place; every clone of the tensor sees it.
+pub(crate) fn modify<T>(
+    op: &'static str,
+    state: &Tensor,
+    f: impl FnOnce(&mut [f32]) -> Result<T>,
+) -> Result<T> {
+    let pending = Modify { op, f: Cell::new(Some(f)), result: Cell::new(None) };
+    state.inplace_op1(&pending)?;
+    pending.result.take().map_or_else(|| bail!("{op}: the state was not visited"), Ok)
+}
+
+struct Modify<F, T> {
+    op: &'static str,
+    f: Cell<Option<F>>,
+    result: Cell<Option<T>>,
+}
+
+impl<T, F: FnOnce(&mut [f32]) -> Result<T>> InplaceOp1 for Modify<F, T> {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (CpuStorage::F32(values), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+            bail!("{}: the state must be contiguous f32 to be updated in place", self.op)
+        };
+        self.result.set(self.f.take().map(|f| f(&mut values[start..end])).transpose()?);
+        Ok(())
+    }
+}
+
+/// Runs `f(0), …, f(count - 1)`, over threads if `operations` in all are worth waking them.
+///
+/// What each index does must not depend on the others, so results do not depend on the number of threads.
+pub(crate) fn parallel(count: usize, operations: usize, f: impl Fn(usize) + Sync + Send) {
+    const WORTH_WAKING_THREADS: usize = 1 << 16;
+    if count <= 1 || operations < WORTH_WAKING_THREADS {
+        (0..count).for_each(f)
+    } else {
+        (0..count).into_par_iter().for_each(f)
+    }
+}
+
+/// A mutable slice that threads write in disjoint pieces which no `chunks_mut` describes, such as columns.
+pub(crate) struct SharedMut<'a> {
+    start: *mut f32,
+    len: usize,
+    _slice: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it stands for a `&mut [f32]`, which may be sent; `get` puts disjointness on its callers.
+unsafe impl Send for SharedMut<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMut<'_> {}
+
+impl<'a> SharedMut<'a> {
+    pub(crate) fn new(slice: &'a mut [f32]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), _slice: PhantomData }
+    }
+
+    /// The piece `[offset, offset + len)`.
+    ///
+    /// # Safety
+    /// No two pieces that overlap may be alive at once.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn get(&self, offset: usize, len: usize) -> &mut [f32] {
+        assert!(offset <= self.len && len <= self.len - offset, "piece outside the slice");
+        // SAFETY: within the slice by the assertion, not aliased by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn reads_views_of_every_dtype() -> Result<()> {
+        let x = Tensor::arange(0f32, 12.0, &Device::Cpu)?.reshape((3, 4))?;
+        for dtype in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+            let x = x.to_dtype(dtype)?;
+            assert_eq!(read("x", &x.narrow(0, 1, 1)?)?[..], [4.0, 5.0, 6.0, 7.0]);
+            assert_eq!(read("x", &x.t()?.narrow(0, 1, 1)?)?[..], [1.0, 5.0, 9.0]);
+        }
+        assert!(read("x", &x.to_dtype(DType::U32)?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn outputs_round_once() -> Result<()> {
+        let values = vec![1.0f32, 1.003_906_3, 3.141_592_7];
+        for dtype in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+            let got = tensor(values.clone(), 3, dtype)?;
+            let want = Tensor::new(values.as_slice(), &Device::Cpu)?.to_dtype(dtype)?;
+            assert_eq!(got.dtype(), dtype);
+            assert_eq!(
+                got.to_dtype(DType::F64)?.to_vec1::<f64>()?,
+                want.to_dtype(DType::F64)?.to_vec1::<f64>()?
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn transposes() {
+        assert_eq!(transposed(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, 3), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        assert_eq!(transposed(&[], 0, 3), [0.0; 0]);
+    }
+}

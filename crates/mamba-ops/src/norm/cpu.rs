@@ -1,0 +1,296 @@
+//! The norm on slices, row by row: each row goes through several short loops while it is in cache.
+//!
+//! With `r = x + residual`, `s = silu(z)`, `u = r·s` or `r`, `û = (u - m)·ρ`, `ρ = 1 / √(Σ (u - m)² / n + eps)`:
+//! `y = û·w + b`, times `s` if the gate comes after. Backward, with `g` the gradient of `û·w + b`:
+//! `db = Σ g`, `dw = Σ g·û`, `du = ρ·(g·w - û·mean(g·w·û) - mean(g·w))` (the last mean for layer norm alone),
+//! `dr = du`, or `du·s` and `dz = du·r·s'` with the gate before; after, `g = dy·s` and `dz = dy·(û·w + b)·s'`.
+
+use pulp::{Simd, WithSimd};
+
+use super::{NormKind, Sizes};
+use crate::host::{SharedMut, parallel, uninit};
+use crate::simd::Isa;
+use crate::simd::math::{silu, silu_with_derivative};
+use crate::simd::slice::{dot, map, map2, map3, sum};
+
+/// Tasks at most and rows of one at least: functions of the shape, so that sums do not depend on the threads.
+const TASKS: usize = 128;
+const ROWS: usize = 8;
+
+/// The inputs as slices, `(rows, dim)`, and the options of [`Norm`](super::Norm).
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub sizes: Sizes,
+    pub kind: NormKind,
+    pub eps: f32,
+    pub norm_before_gate: bool,
+    pub x: &'a [f32],
+    pub weight: Option<&'a [f32]>,
+    pub bias: Option<&'a [f32]>,
+    pub residual: Option<&'a [f32]>,
+    pub z: Option<&'a [f32]>,
+}
+
+/// The outputs.
+pub(super) struct Forward {
+    pub y: Vec<f32>,
+    /// `x + residual`, if there is a residual.
+    pub sum: Option<Vec<f32>>,
+}
+
+/// Gradients of the inputs; that of `sum` is that of `x` and of `residual`.
+pub(super) struct Grads {
+    pub sum: Vec<f32>,
+    pub weight: Vec<f32>,
+    pub bias: Vec<f32>,
+    pub z: Vec<f32>,
+}
+
+pub(super) fn forward(rows: &Rows, isa: Isa) -> Forward {
+    let mut y = uninit(rows.x.len());
+    let mut sum = rows.residual.map(|residual| uninit(residual.len()));
+    {
+        let y = SharedMut::new(&mut y);
+        let sum = sum.as_deref_mut().map(SharedMut::new);
+        parallel(rows.tasks(), rows.operations(), |task| {
+            let (start, len) = rows.piece(task);
+            // SAFETY: tasks have their own rows.
+            let (y, sum) = unsafe { (y.get(start, len), sum.as_ref().map(|sum| sum.get(start, len))) };
+            isa.dispatch(ForwardTask { rows, start, y, sum });
+        });
+    }
+    Forward { y, sum }
+}
+
+/// The backward pass; `grad_y` and `grad_sum` are the gradients of the outputs.
+pub(super) fn backward(rows: &Rows, isa: Isa, grad_y: Option<&[f32]>, grad_sum: Option<&[f32]>) -> Grads {
+    let len = |x: Option<&[f32]>| x.map_or(0, <[f32]>::len);
+    let (weights, biases, gates) = (len(rows.weight), len(rows.bias), len(rows.z));
+    let Some(grad_y) = grad_y else {
+        let sum = grad_sum.map_or_else(|| vec![0.0; rows.x.len()], <[f32]>::to_vec);
+        return Grads { sum, weight: vec![0.0; weights], bias: vec![0.0; biases], z: vec![0.0; gates] };
+    };
+    let (mut sum, mut z) = (uninit(rows.x.len()), uninit(gates));
+    // One partial sum a task, added in the order of tasks.
+    let (mut weight, mut bias) = (vec![0.0; rows.tasks() * weights], vec![0.0; rows.tasks() * biases]);
+    {
+        let [sum, z, weight, bias] = [&mut sum, &mut z, &mut weight, &mut bias].map(|x| SharedMut::new(x));
+        parallel(rows.tasks(), rows.operations() * 2, |task| {
+            let (start, len) = rows.piece(task);
+            let gate = if rows.z.is_some() { (start, len) } else { (0, 0) };
+            // SAFETY: tasks have their own rows and their own partial sums.
+            let (sum, z, weight, bias) = unsafe {
+                let (weight, bias) = (weight.get(task * weights, weights), bias.get(task * biases, biases));
+                (sum.get(start, len), z.get(gate.0, gate.1), weight, bias)
+            };
+            isa.dispatch(BackwardTask { rows, start, grad_y, grad_sum, sum, z, weight, bias });
+        });
+    }
+    Grads { sum, weight: add_rows(&weight, weights), bias: add_rows(&bias, biases), z }
+}
+
+/// The sum of the rows of a matrix.
+fn add_rows(values: &[f32], columns: usize) -> Vec<f32> {
+    let mut out = vec![0.0; columns];
+    for row in values.chunks_exact(columns.max(1)) {
+        out.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+    }
+    out
+}
+
+impl Rows<'_> {
+    fn rows_per_task(&self) -> usize {
+        self.sizes.rows.div_ceil(TASKS).max(ROWS)
+    }
+
+    fn tasks(&self) -> usize {
+        self.sizes.rows.div_ceil(self.rows_per_task())
+    }
+
+    /// Where the rows of a task start, and how many values they have.
+    fn piece(&self, task: usize) -> (usize, usize) {
+        let Sizes { rows, dim, .. } = self.sizes;
+        let first = task * self.rows_per_task();
+        (first * dim, self.rows_per_task().min(rows - first) * dim)
+    }
+
+    /// An estimate of the work, in operations.
+    fn operations(&self) -> usize {
+        self.x.len() * if self.z.is_some() { 24 } else { 8 }
+    }
+
+    /// The row of the gate that starts at `at`, if there is one at this place.
+    #[inline(always)]
+    fn gate(&self, at: usize, after: bool) -> Option<&[f32]> {
+        let z = self.z.filter(|_| self.norm_before_gate == after)?;
+        Some(&z[at..at + self.sizes.dim])
+    }
+
+    /// `r`, the row that starts at `at`.
+    #[inline(always)]
+    fn add<S: Simd>(&self, simd: S, at: usize, r: &mut [f32]) {
+        r.copy_from_slice(&self.x[at..at + r.len()]);
+        if let Some(residual) = self.residual {
+            map2(simd, r, &residual[at..at + r.len()], |x, residual| simd.add_f32s(x, residual));
+        }
+    }
+
+    /// `û` from `r`, in place, and the `ρ` of each group.
+    #[inline(always)]
+    fn normalise<S: Simd>(&self, simd: S, at: usize, row: &mut [f32], rho: &mut [f32]) {
+        if let Some(z) = self.gate(at, false) {
+            map2(simd, row, z, |r, z| simd.mul_f32s(r, silu(simd, z)));
+        }
+        for (group, rho) in row.chunks_exact_mut(self.sizes.group_size).zip(rho) {
+            *rho = match self.kind {
+                NormKind::Rms => scale(simd, group, 0.0, self.eps),
+                NormKind::Layer => {
+                    let n = group.len() as f32;
+                    let mean = simd.splat_f32s(sum(simd, group) / n);
+                    map(simd, group, |u| simd.sub_f32s(u, mean));
+                    // What rounding left of the mean: it matters where the mean is large and the spread small.
+                    let rest = sum(simd, group) / n;
+                    scale(simd, group, rest, self.eps)
+                }
+            };
+        }
+    }
+
+    /// `û·w + b` from `û`, in place.
+    #[inline(always)]
+    fn affine<S: Simd>(&self, simd: S, row: &mut [f32]) {
+        match (self.weight, self.bias) {
+            (Some(w), Some(b)) => map3(simd, row, w, b, |u, w, b| simd.mul_add_f32s(u, w, b)),
+            (Some(w), None) => map2(simd, row, w, |u, w| simd.mul_f32s(u, w)),
+            (None, Some(b)) => map2(simd, row, b, |u, b| simd.add_f32s(u, b)),
+            (None, None) => {}
+        }
+    }
+}
+
+/// `(u - mean)·ρ` in place, and `ρ`; the mean is small or 0.
+#[inline(always)]
+fn scale<S: Simd>(simd: S, group: &mut [f32], mean: f32, eps: f32) -> f32 {
+    let variance = dot(simd, group, group) / group.len() as f32 - mean * mean;
+    let rho = 1.0 / (variance + eps).sqrt();
+    let (mean, factor) = (simd.splat_f32s(mean), simd.splat_f32s(rho));
+    map(simd, group, |u| simd.mul_f32s(simd.sub_f32s(u, mean), factor));
+    rho
+}
+
+/// Rows of one task, the first starting at `start`.
+struct ForwardTask<'a> {
+    rows: &'a Rows<'a>,
+    start: usize,
+    y: &'a mut [f32],
+    sum: Option<&'a mut [f32]>,
+}
+
+impl WithSimd for ForwardTask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { rows, start, y, mut sum } = self;
+        let Sizes { dim, group_size, .. } = rows.sizes;
+        let mut rho = vec![0.0; dim / group_size];
+        for (i, y) in y.chunks_exact_mut(dim).enumerate() {
+            let at = start + i * dim;
+            rows.add(simd, at, y);
+            if let Some(sum) = &mut sum {
+                sum[i * dim..][..dim].copy_from_slice(y);
+            }
+            rows.normalise(simd, at, y, &mut rho);
+            rows.affine(simd, y);
+            if let Some(z) = rows.gate(at, true) {
+                map2(simd, y, z, |y, z| simd.mul_f32s(y, silu(simd, z)));
+            }
+        }
+    }
+}
+
+/// Rows of one task, the first starting at `start`, and the sums over them.
+struct BackwardTask<'a> {
+    rows: &'a Rows<'a>,
+    start: usize,
+    grad_y: &'a [f32],
+    grad_sum: Option<&'a [f32]>,
+    sum: &'a mut [f32],
+    z: &'a mut [f32],
+    weight: &'a mut [f32],
+    bias: &'a mut [f32],
+}
+
+impl WithSimd for BackwardTask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { rows, start, grad_y, grad_sum, sum: grad, z: grad_z, weight, bias } = self;
+        let Sizes { dim, group_size, .. } = rows.sizes;
+        let (mut u, mut rho) = (uninit(dim), vec![0.0; dim / group_size]);
+        for (i, g) in grad.chunks_exact_mut(dim).enumerate() {
+            let at = start + i * dim;
+            rows.add(simd, at, &mut u);
+            if rows.gate(at, false).is_some() {
+                grad_z[i * dim..][..dim].copy_from_slice(&u);
+            }
+            rows.normalise(simd, at, &mut u, &mut rho);
+
+            g.copy_from_slice(&grad_y[at..at + dim]);
+            if let Some(z) = rows.gate(at, true) {
+                let grad_z = &mut grad_z[i * dim..][..dim];
+                grad_z.copy_from_slice(&u);
+                rows.affine(simd, grad_z);
+                gate(simd, g, grad_z, z);
+            }
+            if !bias.is_empty() {
+                map2(simd, bias, g, |sum, g| simd.add_f32s(sum, g));
+            }
+            if let Some(w) = rows.weight {
+                map3(simd, weight, g, &u, |sum, g, u| simd.mul_add_f32s(g, u, sum));
+                map2(simd, g, w, |g, w| simd.mul_f32s(g, w));
+            }
+            let groups = g.chunks_exact_mut(group_size).zip(u.chunks_exact(group_size));
+            for ((g, u), rho) in groups.zip(&rho) {
+                let n = group_size as f32;
+                let along = simd.splat_f32s(-dot(simd, g, u) / n);
+                let mean = match rows.kind {
+                    NormKind::Rms => 0.0,
+                    NormKind::Layer => sum(simd, g) / n,
+                };
+                let (mean, rho) = (simd.splat_f32s(mean), simd.splat_f32s(*rho));
+                map2(simd, g, u, |g, u| {
+                    simd.mul_f32s(rho, simd.mul_add_f32s(along, u, simd.sub_f32s(g, mean)))
+                });
+            }
+            if let Some(z) = rows.gate(at, false) {
+                gate(simd, g, &mut grad_z[i * dim..][..dim], z);
+            }
+            if let Some(grad_sum) = grad_sum {
+                map2(simd, g, &grad_sum[at..at + dim], |g, grad| simd.add_f32s(g, grad));
+            }
+        }
+    }
+}
+
+/// The backward of `value · silu(z)`: from its gradient and the value to the gradients of the value and of `z`.
+#[inline(always)]
+fn gate<S: Simd>(simd: S, grad: &mut [f32], value: &mut [f32], z: &[f32]) {
+    let both = |grad, value, z| {
+        let (silu, slope) = silu_with_derivative(simd, z);
+        (simd.mul_f32s(grad, silu), simd.mul_f32s(simd.mul_f32s(grad, value), slope))
+    };
+    let (grads, grad_tail) = S::as_mut_simd_f32s(grad);
+    let (values, value_tail) = S::as_mut_simd_f32s(value);
+    let (zs, z_tail) = S::as_simd_f32s(z);
+    for ((grad, value), z) in grads.iter_mut().zip(values).zip(zs) {
+        (*grad, *value) = both(*grad, *value, *z);
+    }
+    if !z_tail.is_empty() {
+        let [grad, value, z] = [&*grad_tail, value_tail, z_tail].map(|x| simd.partial_load_f32s(x));
+        let (grad, value) = both(grad, value, z);
+        simd.partial_store_f32s(grad_tail, grad);
+        simd.partial_store_f32s(value_tail, value);
+    }
+}

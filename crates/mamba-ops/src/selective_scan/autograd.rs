@@ -1,0 +1,103 @@
+//! The op as a node of candle's graph; the states before each tile are what it saves.
+
+use candle_core::{Device, Result, Tensor};
+
+use super::{OP, SelectiveScan, SelectiveScanOutput, Sizes, cpu};
+use crate::autograd::{self, Forward, FusedFn};
+use crate::host;
+use crate::layout::SequenceLayout;
+use crate::simd::Isa;
+
+// Slots of the inputs.
+const U: usize = 0;
+const DELTA: usize = 1;
+const A: usize = 2;
+const B: usize = 3;
+const C: usize = 4;
+const D: usize = 5;
+const Z: usize = 6;
+const DELTA_BIAS: usize = 7;
+const INITIAL_STATE: usize = 8;
+const SLOTS: usize = 9;
+
+struct Node {
+    sizes: Sizes,
+    layout: SequenceLayout,
+    delta_softplus: bool,
+    /// Kept states are in the order of the vectors of one instruction set.
+    isa: Isa,
+}
+
+pub(super) fn apply(args: &SelectiveScan, sizes: Sizes) -> Result<SelectiveScanOutput> {
+    let SelectiveScan { u, delta, a, b, c, d, z, delta_bias, delta_softplus, initial_state, layout } = *args;
+    let node = Node { sizes, layout, delta_softplus, isa: Isa::current() };
+    let inputs = [Some(u), Some(delta), Some(a), Some(b), Some(c), d, z, delta_bias, initial_state];
+    let [y, final_state] = autograd::apply(node, &inputs)?;
+    Ok(SelectiveScanOutput { y, final_state })
+}
+
+impl Node {
+    /// Reads the inputs and hands them to `f` as slices.
+    fn with<R>(
+        &self,
+        inputs: &[Option<Tensor>; SLOTS],
+        f: impl FnOnce(&cpu::Scan) -> Result<R>,
+    ) -> Result<R> {
+        let Self { sizes, layout, delta_softplus, .. } = *self;
+        let (u, delta) = (host::read_slot(OP, inputs, U)?, host::read_slot(OP, inputs, DELTA)?);
+        let a = host::read_slot(OP, inputs, A)?;
+        let (b, c) = (host::read_slot(OP, inputs, B)?, host::read_slot(OP, inputs, C)?);
+        let d = host::read_opt("d", inputs[D].as_ref())?;
+        let z = host::read_opt("z", inputs[Z].as_ref())?;
+        let delta_bias = host::read_opt("delta_bias", inputs[DELTA_BIAS].as_ref())?;
+        let initial_state = host::read_opt("initial_state", inputs[INITIAL_STATE].as_ref())?;
+        f(&cpu::Scan {
+            sizes,
+            layout,
+            u: &u,
+            delta: &delta,
+            a: &a,
+            b: cpu::Coefficients::new(&b, sizes, sizes.b_groups, layout),
+            c: cpu::Coefficients::new(&c, sizes, sizes.c_groups, layout),
+            d: d.as_deref(),
+            z: z.as_deref(),
+            delta_bias: delta_bias.as_deref(),
+            delta_softplus,
+            initial_state: initial_state.as_deref(),
+        })
+    }
+}
+
+impl FusedFn<SLOTS, 2> for Node {
+    const NAME: &'static str = OP;
+
+    fn forward(&self, inputs: &[Option<Tensor>; SLOTS], tracked: bool) -> Result<Forward<2>> {
+        let u = host::slot(OP, inputs, U)?;
+        self.with(inputs, |scan| {
+            let cpu::Forward { y, final_state, checkpoints } = cpu::forward(scan, self.isa, tracked);
+            let y = host::output(y, u.shape().clone(), u.dtype())?;
+            let state = host::output(final_state, self.sizes.state_shape(), candle_core::DType::F32)?;
+            let len = checkpoints.len();
+            let saved =
+                if tracked { vec![Tensor::from_vec(checkpoints, len, &Device::Cpu)?] } else { vec![] };
+            Ok(Forward { outputs: [y, state], saved })
+        })
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Option<Tensor>; SLOTS],
+        needs: &[bool; SLOTS],
+        saved: &[Tensor],
+        grads: &[Option<Tensor>; 2],
+    ) -> Result<[Option<Tensor>; SLOTS]> {
+        let checkpoints = host::read("checkpoints", &saved[0])?;
+        let grad_y = host::read_opt("gradient of y", grads[0].as_ref())?;
+        let grad_state = host::read_opt("gradient of final_state", grads[1].as_ref())?;
+        self.with(inputs, |scan| {
+            let g = cpu::backward(scan, self.isa, &checkpoints, grad_y.as_deref(), grad_state.as_deref());
+            let values = [g.u, g.delta, g.a, g.b, g.c, g.d, g.z, g.delta_bias, g.initial_state];
+            host::gradients(inputs, needs, values)
+        })
+    }
+}

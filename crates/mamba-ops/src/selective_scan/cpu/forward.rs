@@ -1,0 +1,197 @@
+//! The forward scan of one block.
+
+use std::f32::consts::LOG2_E;
+
+use pulp::{Simd, WithSimd};
+
+use super::{BLOCK, Block, Coefficients, Scan, Sizes, TILE, gather, gather_channels, scatter};
+use crate::host::{SharedMut, parallel, uninit};
+use crate::simd::Isa;
+use crate::simd::math::{exp2, silu, softplus};
+use crate::simd::slice::{map, map2};
+
+/// What the forward scan leaves.
+pub(in super::super) struct Forward {
+    pub y: Vec<f32>,
+    pub final_state: Vec<f32>,
+    /// The state before each tile, `(block, tile, d_state, BLOCK)`; empty unless asked for.
+    pub checkpoints: Vec<f32>,
+}
+
+pub(in super::super) fn forward(scan: &Scan, isa: Isa, keep: bool) -> Forward {
+    let Sizes { batch, dim, d_state, .. } = scan.sizes;
+    let blocks: Vec<Block> = scan.blocks().concat();
+    let mut y = uninit(scan.u.len());
+    let mut final_state = uninit(batch * dim * d_state);
+    let kept = if keep { blocks.len() * scan.tiles() * d_state * BLOCK } else { 0 };
+    let mut checkpoints = uninit(kept);
+    {
+        let outputs = Outputs {
+            y: SharedMut::new(&mut y),
+            final_state: SharedMut::new(&mut final_state),
+            checkpoints: keep.then(|| SharedMut::new(&mut checkpoints)),
+        };
+        parallel(blocks.len(), scan.operations(), |i| {
+            isa.dispatch(ScanBlock { scan, block: blocks[i], outputs: &outputs })
+        });
+    }
+    Forward { y, final_state, checkpoints }
+}
+
+struct Outputs<'a> {
+    y: SharedMut<'a>,
+    final_state: SharedMut<'a>,
+    checkpoints: Option<SharedMut<'a>>,
+}
+
+struct ScanBlock<'a> {
+    scan: &'a Scan<'a>,
+    block: Block,
+    outputs: &'a Outputs<'a>,
+}
+
+impl WithSimd for ScanBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match (self.scan.b.is_varying(), self.scan.c.is_varying()) {
+            (true, true) => self.run::<S, true, true>(simd),
+            (true, false) => self.run::<S, true, false>(simd),
+            (false, true) => self.run::<S, false, true>(simd),
+            (false, false) => self.run::<S, false, false>(simd),
+        }
+    }
+}
+
+impl ScanBlock<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const B_VARIES: bool, const C_VARIES: bool>(self, simd: S) {
+        let Self { scan, block, outputs } = self;
+        let Sizes { dim, seqlen, d_state, .. } = scan.sizes;
+        let row = block.batch * dim + block.first;
+        let mut steps = Steps::new::<S>(scan, block);
+        let mut h = gather(scan.initial_state, S::F32_LANES, d_state, block, row, 1.0);
+        let (mut y, mut z) = ([0.0; TILE * BLOCK], [0.0; TILE * BLOCK]);
+        for tile in 0..scan.tiles() {
+            let first = tile * TILE;
+            let tokens = TILE.min(seqlen - first);
+            if let Some(checkpoints) = &outputs.checkpoints {
+                let len = d_state * BLOCK;
+                // SAFETY: each block keeps its own states.
+                let kept = unsafe { checkpoints.get((block.index * scan.tiles() + tile) * len, len) };
+                kept.copy_from_slice(&h);
+            }
+            steps.load(simd, scan, block, first, tokens);
+            let y = &mut y[..tokens * BLOCK];
+            steps.scan::<S, B_VARIES, C_VARIES>(simd, scan, block, first, &mut h, y, |_, _, _| ());
+            if let Some(gate) = scan.z {
+                let z = &mut z[..tokens * BLOCK];
+                scan.load(gate, block, first, z);
+                map2(simd, y, z, |y, z| simd.mul_f32s(y, silu(simd, z)));
+            }
+            // SAFETY: each block writes its own channels.
+            unsafe { scan.store(&outputs.y, block, first, y) };
+        }
+        // SAFETY: each block writes its own channels.
+        let state = unsafe { outputs.final_state.get(row * d_state, block.channels * d_state) };
+        scatter(&h, S::F32_LANES, d_state, 1.0, state);
+    }
+}
+
+/// What one block needs to step through a tile; the backward pass steps again with the same.
+pub(super) struct Steps {
+    /// `A · log2 e`, in the order of [`place`](super::place).
+    pub a: Vec<f32>,
+    /// Constant `b` and `c`, in the order of [`place`](super::place).
+    pub b: Vec<f32>,
+    pub c: Vec<f32>,
+    pub d: [f32; BLOCK],
+    pub delta_bias: [f32; BLOCK],
+    /// `delta + delta_bias` of the tile, before the softplus.
+    pub raw_delta: [f32; TILE * BLOCK],
+    pub delta: [f32; TILE * BLOCK],
+    pub u: [f32; TILE * BLOCK],
+}
+
+impl Steps {
+    #[inline(always)]
+    pub(super) fn new<S: Simd>(scan: &Scan, block: Block) -> Self {
+        let constant = |x: &Coefficients| match x {
+            Coefficients::Constant(x) => {
+                gather(Some(x), S::F32_LANES, scan.sizes.d_state, block, block.first, 1.0)
+            }
+            Coefficients::Varying { .. } => vec![],
+        };
+        Self {
+            a: gather(Some(scan.a), S::F32_LANES, scan.sizes.d_state, block, block.first, LOG2_E),
+            b: constant(&scan.b),
+            c: constant(&scan.c),
+            d: gather_channels(scan.d, block),
+            delta_bias: gather_channels(scan.delta_bias, block),
+            raw_delta: [0.0; TILE * BLOCK],
+            delta: [0.0; TILE * BLOCK],
+            u: [0.0; TILE * BLOCK],
+        }
+    }
+
+    /// Loads a tile of `delta` and `u`.
+    #[inline(always)]
+    pub(super) fn load<S: Simd>(&mut self, simd: S, scan: &Scan, block: Block, first: usize, tokens: usize) {
+        let len = tokens * BLOCK;
+        scan.load(scan.u, block, first, &mut self.u[..len]);
+        scan.load(scan.delta, block, first, &mut self.raw_delta[..len]);
+        for row in self.raw_delta[..len].chunks_exact_mut(BLOCK) {
+            map2(simd, row, &self.delta_bias, |x, bias| simd.add_f32s(x, bias));
+        }
+        self.delta[..len].copy_from_slice(&self.raw_delta[..len]);
+        if scan.delta_softplus {
+            map(simd, &mut self.delta[..len], |x| softplus(simd, x));
+        }
+    }
+
+    /// Steps through the loaded tile: updates `h`, writes `y` before the gate, and shows `visit` each new state
+    /// with its decay at the index `(vector, token, n)` of a `(BLOCK / lanes, TILE, d_state)` array.
+    #[inline(always)]
+    pub(super) fn scan<S: Simd, const B_VARIES: bool, const C_VARIES: bool>(
+        &self,
+        simd: S,
+        scan: &Scan,
+        block: Block,
+        first: usize,
+        h: &mut [f32],
+        y: &mut [f32],
+        mut visit: impl FnMut(usize, S::f32s, S::f32s),
+    ) {
+        let (n, vectors) = (scan.sizes.d_state, BLOCK / S::F32_LANES);
+        let h = S::as_mut_simd_f32s(h).0;
+        let y = S::as_mut_simd_f32s(y).0;
+        let [a, b, c] = [&self.a, &self.b, &self.c].map(|x| S::as_simd_f32s(x).0);
+        let [delta, u] = [&self.delta, &self.u].map(|x| S::as_simd_f32s(x).0);
+        let d = S::as_simd_f32s(&self.d).0;
+        for v in 0..vectors {
+            let h = &mut h[v * n..][..n];
+            let a = &a[v * n..][..n];
+            let b_constant = if B_VARIES { &[] } else { &b[v * n..][..n] };
+            let c_constant = if C_VARIES { &[] } else { &c[v * n..][..n] };
+            for (t, y) in y.chunks_exact_mut(vectors).enumerate() {
+                let (delta, u) = (delta[t * vectors + v], u[t * vectors + v]);
+                let input = simd.mul_f32s(delta, u);
+                let b_row = scan.b.row(&scan.sizes, block.batch, first + t, block.first);
+                let c_row = scan.c.row(&scan.sizes, block.batch, first + t, block.first);
+                let b_values = if B_VARIES { &scan.b.varying()[b_row..][..n] } else { &[] };
+                let c_values = if C_VARIES { &scan.c.varying()[c_row..][..n] } else { &[] };
+                let mut sum = simd.mul_f32s(d[v], u);
+                for i in 0..n {
+                    let decay = exp2(simd, simd.mul_f32s(delta, a[i]));
+                    let b = if B_VARIES { simd.splat_f32s(b_values[i]) } else { b_constant[i] };
+                    let c = if C_VARIES { simd.splat_f32s(c_values[i]) } else { c_constant[i] };
+                    h[i] = simd.mul_add_f32s(decay, h[i], simd.mul_f32s(input, b));
+                    sum = simd.mul_add_f32s(h[i], c, sum);
+                    visit((v * TILE + t) * n + i, h[i], decay);
+                }
+                y[v] = sum;
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The scan in plain tensor operations, one token after another: the meaning of the op, and its gradients.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{SelectiveScan, SelectiveScanOutput};
+use crate::args::state_dtype;
+use crate::layout::SequenceLayout;
+use crate::reference::{silu, softplus};
+
+/// `h_t = exp(Δ_t · A) h_{t-1} + Δ_t · B_t · u_t`, `y_t = C_t · h_t + D · u_t`, for any device and dtype;
+/// differentiable.
+///
+/// # Errors
+/// If candle refuses an operation; shapes are checked by [`selective_scan`](super::selective_scan).
+pub fn forward(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
+    let dtype = state_dtype(args.u.dtype());
+    let channels_first = |x: &Tensor| match args.layout {
+        SequenceLayout::ChannelsFirst => x.to_dtype(dtype),
+        SequenceLayout::ChannelsLast => x.transpose(1, 2)?.to_dtype(dtype),
+    };
+    let u = channels_first(args.u)?;
+    let (batch, dim, seqlen) = u.dims3()?;
+    let a = args.a.to_dtype(dtype)?;
+    let d_state = a.dim(1)?;
+
+    let mut delta = channels_first(args.delta)?;
+    if let Some(bias) = args.delta_bias {
+        delta = delta.broadcast_add(&bias.to_dtype(dtype)?.reshape((1, dim, 1))?)?;
+    }
+    if args.delta_softplus {
+        delta = softplus(&delta)?;
+    }
+    let b = coefficients(args, args.b, dtype)?;
+    let c = coefficients(args, args.c, dtype)?;
+
+    let mut h = match args.initial_state {
+        Some(state) => state.clone(),
+        None => Tensor::zeros((batch, dim, d_state), dtype, u.device())?,
+    };
+    let mut ys = Vec::with_capacity(seqlen);
+    for t in 0..seqlen {
+        let delta = delta.narrow(2, t, 1)?; // (batch, dim, 1)
+        let decay = delta.broadcast_mul(&a)?.exp()?;
+        let write = (delta * u.narrow(2, t, 1)?)?.broadcast_mul(&b.at(t)?)?;
+        h = ((decay * &h)? + write)?;
+        ys.push(h.broadcast_mul(&c.at(t)?)?.sum_keepdim(2)?);
+    }
+    let mut y = if seqlen == 0 { u.clone() } else { Tensor::cat(&ys, 2)? };
+    if let Some(d) = args.d {
+        y = (y + u.broadcast_mul(&d.to_dtype(dtype)?.reshape((1, dim, 1))?)?)?;
+    }
+    if let Some(z) = args.z {
+        y = (y * silu(&channels_first(z)?)?)?;
+    }
+    let y = match args.layout {
+        SequenceLayout::ChannelsFirst => y,
+        SequenceLayout::ChannelsLast => y.transpose(1, 2)?.contiguous()?,
+    };
+    Ok(SelectiveScanOutput { y: y.to_dtype(args.u.dtype())?, final_state: h })
+}
+
+/// `b` or `c`, one value a channel and state.
+enum Coefficients {
+    /// `(1, dim, d_state)`.
+    Constant(Tensor),
+    /// `(batch, ngroups, d_state, seqlen)` and the number of channels.
+    Varying(Tensor, usize),
+}
+
+impl Coefficients {
+    /// Those of token `t`, `(batch or 1, dim, d_state)`.
+    fn at(&self, t: usize) -> Result<Tensor> {
+        match self {
+            Self::Constant(x) => Ok(x.clone()),
+            Self::Varying(x, dim) => {
+                let (batch, groups, d_state, _) = x.dims4()?;
+                x.narrow(3, t, 1)?
+                    .reshape((batch, groups, 1, d_state))?
+                    .broadcast_as((batch, groups, dim / groups, d_state))?
+                    .reshape((batch, *dim, d_state))
+            }
+        }
+    }
+}
+
+fn coefficients(args: &SelectiveScan, x: &Tensor, dtype: DType) -> Result<Coefficients> {
+    let (dim, x) = (args.a.dim(0)?, x.to_dtype(dtype)?);
+    let grouped = match (args.layout, x.rank()) {
+        (_, 2) => return Ok(Coefficients::Constant(x.unsqueeze(0)?)),
+        (SequenceLayout::ChannelsFirst, 3) => x.unsqueeze(1)?,
+        (SequenceLayout::ChannelsFirst, _) => x,
+        (SequenceLayout::ChannelsLast, 3) => x.transpose(1, 2)?.unsqueeze(1)?,
+        (SequenceLayout::ChannelsLast, _) => x.permute((0, 2, 3, 1))?,
+    };
+    Ok(Coefficients::Varying(grouped, dim))
+}

@@ -1,0 +1,114 @@
+//! Run-time choice of the instruction set: a kernel is written once over [`Simd`] and compiled for each.
+//!
+//! The vectors are those of [`pulp`]; a kernel is a struct that implements [`WithSimd`] and is run by
+//! [`Isa::dispatch`]. An [`Isa`] can only be had if the processor supports it, so holding one is proof.
+
+use std::cell::Cell;
+use std::sync::OnceLock;
+
+pub use pulp::{Simd, WithSimd};
+
+pub(crate) mod math;
+pub(crate) mod slice;
+
+/// Environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `neon`.
+pub const ISA_VARIABLE: &str = "MAMBA_ISA";
+
+/// An instruction set that this processor has.
+///
+/// # Example
+/// ```
+/// use mamba_ops::simd::Isa;
+/// // Every processor has at least the scalar one; the best comes last.
+/// assert_eq!(Isa::available()[0].name(), "scalar");
+/// Isa::available()[0].scope(|| assert_eq!(Isa::current().name(), "scalar"));
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct Isa(Token);
+
+#[derive(Debug, Clone, Copy)]
+enum Token {
+    Scalar(pulp::Scalar),
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    Avx2(pulp::x86::V3),
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    Avx512(pulp::x86::V4),
+    #[cfg(target_arch = "aarch64")]
+    Neon(pulp::aarch64::Neon),
+}
+
+thread_local! {
+    static OVERRIDE: Cell<Option<Isa>> = const { Cell::new(None) };
+}
+
+impl Isa {
+    /// Every name that [`ISA_VARIABLE`] knows, whether or not this processor has it.
+    pub const NAMES: [&'static str; 4] = ["scalar", "avx2", "avx512", "neon"];
+
+    /// The instruction sets of this processor, from the plainest to the best.
+    pub fn available() -> Vec<Isa> {
+        let mut isas = vec![Isa(Token::Scalar(pulp::Scalar::new()))];
+        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+        {
+            isas.extend(pulp::x86::V3::try_new().map(|token| Isa(Token::Avx2(token))));
+            isas.extend(pulp::x86::V4::try_new().map(|token| Isa(Token::Avx512(token))));
+        }
+        #[cfg(target_arch = "aarch64")]
+        isas.extend(pulp::aarch64::Neon::try_new().map(|token| Isa(Token::Neon(token))));
+        isas
+    }
+
+    /// The one that [`ISA_VARIABLE`] names if this processor has it, else the best; decided once per process.
+    pub fn best() -> Isa {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let available = Self::available();
+            let wanted = std::env::var(ISA_VARIABLE).ok();
+            let named = available.iter().find(|isa| Some(isa.name()) == wanted.as_deref());
+            *named.unwrap_or(&available[available.len() - 1])
+        })
+    }
+
+    /// The one that ops called from this thread use: that of the innermost [`scope`](Self::scope), else [`best`](Self::best).
+    pub fn current() -> Isa {
+        OVERRIDE.get().unwrap_or_else(Self::best)
+    }
+
+    /// Runs `f` with this instruction set as the current one of the calling thread, for tests and benchmarks.
+    pub fn scope<R>(self, f: impl FnOnce() -> R) -> R {
+        struct Restore(Option<Isa>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                OVERRIDE.set(self.0);
+            }
+        }
+        let _restore = Restore(OVERRIDE.replace(Some(self)));
+        f()
+    }
+
+    /// Its name, one of [`Isa::NAMES`].
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Token::Scalar(_) => "scalar",
+            #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+            Token::Avx2(_) => "avx2",
+            #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+            Token::Avx512(_) => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(_) => "neon",
+        }
+    }
+
+    /// Runs a kernel compiled for this instruction set.
+    pub fn dispatch<K: WithSimd>(self, kernel: K) -> K::Output {
+        match self.0 {
+            Token::Scalar(token) => Simd::vectorize(token, kernel),
+            #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+            Token::Avx2(token) => Simd::vectorize(token, kernel),
+            #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+            Token::Avx512(token) => Simd::vectorize(token, kernel),
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(token) => Simd::vectorize(token, kernel),
+        }
+    }
+}

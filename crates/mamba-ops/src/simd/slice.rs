@@ -1,0 +1,109 @@
+//! Loops over slices that several kernels share: whole vectors first, the rest by masked loads and stores.
+
+use pulp::Simd;
+
+/// `y[i] = f(y[i])`.
+#[inline(always)]
+pub(crate) fn map<S: Simd>(simd: S, y: &mut [f32], mut f: impl FnMut(S::f32s) -> S::f32s) {
+    let (head, tail) = S::as_mut_simd_f32s(y);
+    for y in head {
+        *y = f(*y);
+    }
+    if !tail.is_empty() {
+        let value = f(simd.partial_load_f32s(tail));
+        simd.partial_store_f32s(tail, value);
+    }
+}
+
+/// `y[i] = f(y[i], a[i])` for slices of one length.
+#[inline(always)]
+pub(crate) fn map2<S: Simd>(
+    simd: S,
+    y: &mut [f32],
+    a: &[f32],
+    mut f: impl FnMut(S::f32s, S::f32s) -> S::f32s,
+) {
+    let a = &a[..y.len()];
+    let (head, tail) = S::as_mut_simd_f32s(y);
+    let (a_head, a_tail) = S::as_simd_f32s(a);
+    for (y, a) in head.iter_mut().zip(a_head) {
+        *y = f(*y, *a);
+    }
+    if !tail.is_empty() {
+        let value = f(simd.partial_load_f32s(tail), simd.partial_load_f32s(a_tail));
+        simd.partial_store_f32s(tail, value);
+    }
+}
+
+/// `y[i] = f(y[i], a[i], b[i])` for slices of one length.
+#[inline(always)]
+pub(crate) fn map3<S: Simd>(
+    simd: S,
+    y: &mut [f32],
+    a: &[f32],
+    b: &[f32],
+    mut f: impl FnMut(S::f32s, S::f32s, S::f32s) -> S::f32s,
+) {
+    let (a, b) = (&a[..y.len()], &b[..y.len()]);
+    let (head, tail) = S::as_mut_simd_f32s(y);
+    let (a_head, a_tail) = S::as_simd_f32s(a);
+    let (b_head, b_tail) = S::as_simd_f32s(b);
+    for ((y, a), b) in head.iter_mut().zip(a_head).zip(b_head) {
+        *y = f(*y, *a, *b);
+    }
+    if !tail.is_empty() {
+        let value =
+            f(simd.partial_load_f32s(tail), simd.partial_load_f32s(a_tail), simd.partial_load_f32s(b_tail));
+        simd.partial_store_f32s(tail, value);
+    }
+}
+
+/// `y += scale · x`.
+#[inline(always)]
+pub(crate) fn axpy<S: Simd>(simd: S, y: &mut [f32], scale: f32, x: &[f32]) {
+    let scale = simd.splat_f32s(scale);
+    map2(simd, y, x, |y, x| simd.mul_add_f32s(scale, x, y));
+}
+
+/// `Σ f(a[i], b[i])`, with lanes past the end reading 0 on both sides, for which `f` must give 0.
+#[inline(always)]
+pub(crate) fn sum2<S: Simd>(
+    simd: S,
+    a: &[f32],
+    b: &[f32],
+    mut f: impl FnMut(S::f32s, S::f32s) -> S::f32s,
+) -> f32 {
+    let b = &b[..a.len()];
+    let (a_head, a_tail) = S::as_simd_f32s(a);
+    let (b_head, b_tail) = S::as_simd_f32s(b);
+    // Four sums hide the latency of the additions.
+    let mut sums = [simd.splat_f32s(0.0); 4];
+    let (a4, a_rest) = a_head.as_chunks::<4>();
+    let (b4, b_rest) = b_head.as_chunks::<4>();
+    for (a, b) in a4.iter().zip(b4) {
+        for i in 0..4 {
+            sums[i] = simd.add_f32s(sums[i], f(a[i], b[i]));
+        }
+    }
+    for (a, b) in a_rest.iter().zip(b_rest) {
+        sums[0] = simd.add_f32s(sums[0], f(*a, *b));
+    }
+    if !a_tail.is_empty() {
+        let last = f(simd.partial_load_f32s(a_tail), simd.partial_load_f32s(b_tail));
+        sums[1] = simd.add_f32s(sums[1], last);
+    }
+    let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
+    simd.reduce_sum_f32s(sum)
+}
+
+/// `Σ a[i] · b[i]`.
+#[inline(always)]
+pub(crate) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    sum2(simd, a, b, |a, b| simd.mul_f32s(a, b))
+}
+
+/// `Σ a[i]`.
+#[inline(always)]
+pub(crate) fn sum<S: Simd>(simd: S, a: &[f32]) -> f32 {
+    sum2(simd, a, a, |a, _| a)
+}

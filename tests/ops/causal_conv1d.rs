@@ -1,0 +1,296 @@
+//! Cases of `causal_conv1d` and its update.
+
+use candle_core::{DType, Device, Result, Tensor};
+use mamba_ops::{
+    Activation, CausalConv1d, CausalConv1dUpdate, SequenceLayout, causal_conv1d, causal_conv1d_update,
+};
+
+use crate::laws::{self, GoldenTensors, Op, Role, Tensors};
+use crate::support::golden::Golden;
+use crate::support::random::Random;
+use crate::support::tolerance::{self, max_error, relative_rms};
+
+#[derive(Debug, Clone)]
+struct Case {
+    batch: usize,
+    dim: usize,
+    seqlen: usize,
+    width: usize,
+    bias: bool,
+    state: bool,
+    activation: Activation,
+    layout: SequenceLayout,
+}
+
+use Activation::{Identity, Silu};
+use SequenceLayout::{ChannelsFirst, ChannelsLast};
+
+struct Conv;
+
+fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> CausalConv1d<'a> {
+    CausalConv1d {
+        bias: inputs.get("bias"),
+        initial_state: inputs.get("initial_state"),
+        activation: case.activation,
+        layout: case.layout,
+        ..CausalConv1d::new(&inputs["x"], &inputs["weight"])
+    }
+}
+
+impl Op for Conv {
+    type Case = Case;
+
+    fn inputs(case: &Case, random: &mut Random) -> Tensors {
+        let Case { batch, dim, seqlen, width, .. } = *case;
+        let shape = match case.layout {
+            ChannelsFirst => [batch, dim, seqlen],
+            ChannelsLast => [batch, seqlen, dim],
+        };
+        let mut inputs = Tensors::new();
+        inputs.insert("x".into(), random.normal(&shape));
+        inputs.insert("weight".into(), random.normal(&[dim, width]));
+        if case.bias {
+            inputs.insert("bias".into(), random.normal(&[dim]));
+        }
+        if case.state {
+            inputs.insert("initial_state".into(), random.normal(&[batch, dim, width - 1]));
+        }
+        inputs
+    }
+
+    fn role(name: &str) -> Role {
+        match name {
+            "x" => Role::Activation,
+            "initial_state" => Role::State,
+            _ => Role::Parameter,
+        }
+    }
+
+    fn time_axis(case: &Case, name: &str) -> Option<usize> {
+        matches!(name, "x" | "y").then_some(if case.layout == ChannelsFirst { 2 } else { 1 })
+    }
+
+    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+        let output = causal_conv1d(&arguments(case, inputs))?;
+        Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
+    }
+
+    fn reference(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+        let output = mamba_ops::causal_conv1d::reference::forward(&arguments(case, inputs))?;
+        Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
+    }
+
+    fn golden(golden: &Golden) -> std::result::Result<(Case, GoldenTensors), String> {
+        let tensors = GoldenTensors::read(golden, |name| match name {
+            "initial_states" => "initial_state".into(),
+            "final_states" => "final_state".into(),
+            other => other.into(),
+        });
+        let (batch, dim, seqlen) = tensors.inputs["x"].dims3().unwrap();
+        let case = Case {
+            batch,
+            dim,
+            seqlen,
+            width: tensors.inputs["weight"].dim(1).unwrap(),
+            bias: tensors.inputs.contains_key("bias"),
+            state: tensors.inputs.contains_key("initial_state"),
+            activation: activation(golden),
+            layout: ChannelsFirst,
+        };
+        Ok((case, tensors))
+    }
+}
+
+fn activation(golden: &Golden) -> Activation {
+    match golden.option("activation") {
+        Some("silu") => Silu,
+        Some("none" | "identity") => Identity,
+        other => panic!("{}: activation {other:?}", golden.name),
+    }
+}
+
+fn case(sizes: [usize; 4], bias: bool, state: bool, activation: Activation, layout: SequenceLayout) -> Case {
+    let [batch, dim, seqlen, width] = sizes;
+    Case { batch, dim, seqlen, width, bias, state, activation, layout }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = vec![];
+    for layout in [ChannelsFirst, ChannelsLast] {
+        for width in 1..=8 {
+            let (bias, state) = (width % 2 == 0, width % 3 != 0);
+            let activation = if width % 4 < 2 { Silu } else { Identity };
+            cases.push(case([2, 5, 11, width], bias, state, activation, layout));
+        }
+        for seqlen in [0, 1, 2, 3, 63, 64, 65, 129, 300] {
+            cases.push(case([2, 19, seqlen, 4], true, true, Silu, layout));
+        }
+        cases.push(case([0, 4, 7, 4], true, true, Silu, layout));
+        cases.push(case([3, 1, 40, 4], true, false, Silu, layout));
+        cases.push(case([1, 70, 500, 4], true, true, Silu, layout));
+    }
+    cases
+}
+
+#[test]
+fn reference() {
+    laws::reference::<Conv>(&cases());
+}
+
+#[test]
+fn partial_gradients() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        laws::partial_gradients::<Conv>(&case([2, 5, 9, 4], true, true, Silu, layout));
+        laws::partial_gradients::<Conv>(&case([2, 5, 2, 4], true, true, Identity, layout));
+    }
+}
+
+#[test]
+fn split() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        laws::split::<Conv>(&case([2, 6, 9, 4], true, true, Silu, layout));
+        laws::split::<Conv>(&case([1, 3, 7, 8], true, false, Silu, layout));
+        laws::split::<Conv>(&case([1, 3, 5, 1], false, false, Identity, layout));
+    }
+}
+
+#[test]
+fn layout() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        laws::layout::<Conv>(&case([2, 6, 9, 4], true, true, Silu, layout));
+    }
+}
+
+#[test]
+fn threads() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        laws::threads::<Conv>(&case([2, 70, 400, 4], true, true, Silu, layout));
+    }
+}
+
+#[test]
+fn finite_differences() {
+    let all = [ChannelsFirst, ChannelsLast]
+        .map(|layout| [Silu, Identity].map(|act| case([2, 3, 6, 4], true, true, act, layout)));
+    laws::finite_differences::<Conv>(&all.concat());
+}
+
+#[test]
+fn golden() {
+    assert_eq!(laws::golden::<Conv>("ops/causal_conv1d", &[]), 21);
+}
+
+/// The update moves the window and gives what the golden has, for one and several tokens.
+#[test]
+fn update_golden() {
+    let (mut applied, skipped) = (0, ["state_of_full_width"]);
+    for golden in Golden::folder("ops/causal_conv1d_update") {
+        if skipped.contains(&golden.name.as_str()) {
+            println!(
+                "{}: not applicable, a window of width inputs holds one that is never read",
+                golden.name
+            );
+            continue;
+        }
+        applied += 1;
+        let get = |name: &str| golden.tensors.get(name).map(|x| x.to_dtype(DType::F32).unwrap());
+        let (x, state, weight) =
+            (get("in.x").unwrap(), get("in.conv_state").unwrap(), get("in.weight").unwrap());
+        let one = x.rank() == 2;
+        let x = if one { x.unsqueeze(2).unwrap() } else { x };
+        let bias = get("in.bias");
+        let y = causal_conv1d_update(&CausalConv1dUpdate {
+            x: &x,
+            state: &state,
+            weight: &weight,
+            bias: bias.as_ref(),
+            activation: activation(&golden),
+            layout: ChannelsFirst,
+        })
+        .unwrap();
+        let y = if one { y.squeeze(2).unwrap() } else { y };
+        assert!(max_error(&y, &golden.tensors["out.y"]) <= 1e-5, "{}", golden.name);
+        assert_eq!(max_error(&state, &golden.tensors["out.conv_state"]), 0.0, "{}", golden.name);
+    }
+    assert_eq!(applied, 9);
+}
+
+/// `l` updates of one token equal one forward over `l`, in every dtype and layout, on every path.
+#[test]
+fn updates_equal_forward() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let case = case([2, 5, 9, 4], true, true, Silu, layout);
+            let mut inputs = Conv::inputs(&case, &mut Random::new(1));
+            for (name, x) in &mut inputs {
+                let half = Conv::role(name) == Role::Activation;
+                let as_dtype = if half || dtype == DType::F64 { dtype } else { DType::F32 };
+                *x = x.to_dtype(as_dtype).unwrap();
+            }
+            let want = Conv::fused(&case, &inputs).unwrap();
+            let state = inputs["initial_state"].copy().unwrap();
+            let axis = Conv::time_axis(&case, "x").unwrap();
+            let steps: Vec<Tensor> = (0..9)
+                .map(|t| {
+                    causal_conv1d_update(&CausalConv1dUpdate {
+                        x: &inputs["x"].narrow(axis, t, 1).unwrap(),
+                        state: &state,
+                        weight: &inputs["weight"],
+                        bias: inputs.get("bias"),
+                        activation: Silu,
+                        layout,
+                    })
+                    .unwrap()
+                })
+                .collect();
+            let y = Tensor::cat(&steps, axis).unwrap();
+            let bound = tolerance::of_rounding(&want["y"], dtype, tolerance::FORWARD);
+            assert!(relative_rms(&y, &want["y"]) <= bound);
+            assert_eq!(relative_rms(&state, &want["final_state"]), 0.0);
+        }
+    }
+}
+
+#[test]
+fn misuse() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let (x, weight) = (zeros(&[2, 3, 5]), zeros(&[3, 4]));
+    let fails = |args: CausalConv1d, want: &str| {
+        let message = causal_conv1d(&args).unwrap_err().to_string();
+        assert!(message.contains(want), "{message}");
+    };
+    let good = CausalConv1d::new(&x, &weight);
+    let (flat, narrow, integers) = (zeros(&[6, 5]), zeros(&[2, 4]), x.to_dtype(DType::U32).unwrap());
+    fails(
+        CausalConv1d { x: &flat, ..good },
+        "causal_conv1d: `x` has shape [6, 5], expected (batch, dim, seqlen)",
+    );
+    fails(CausalConv1d { x: &integers, ..good }, "`x` has dtype u32, expected f32, f16, bf16 or f64");
+    fails(CausalConv1d { weight: &narrow, ..good }, "`weight` has shape [2, 4], expected (dim 3, width 4)");
+    fails(CausalConv1d { weight: &zeros(&[3, 0]), ..good }, "`weight` has width 0");
+    fails(CausalConv1d { bias: Some(&zeros(&[4])), ..good }, "`bias` has shape [4], expected (dim 3)");
+    let state = zeros(&[2, 3, 4]);
+    let expected = "`initial_state` has shape [2, 3, 4], expected (batch 2, dim 3, width - 1 3)";
+    fails(CausalConv1d { initial_state: Some(&state), ..good }, expected);
+    let half = zeros(&[2, 3, 3]).to_dtype(DType::F16).unwrap();
+    fails(CausalConv1d { initial_state: Some(&half), ..good }, "`initial_state` has dtype f16, expected f32");
+
+    let state = zeros(&[2, 3, 3]);
+    let update = CausalConv1dUpdate {
+        x: &x,
+        state: &state,
+        weight: &weight,
+        bias: None,
+        activation: Silu,
+        layout: ChannelsFirst,
+    };
+    let tracked = candle_core::Var::from_tensor(&weight).unwrap();
+    let message =
+        causal_conv1d_update(&CausalConv1dUpdate { weight: &tracked, ..update }).unwrap_err().to_string();
+    assert!(message.contains("causal_conv1d_update: `weight` tracks gradients"), "{message}");
+    let shared = zeros(&[4, 3, 3]);
+    let (x, state) = (shared.narrow(0, 0, 2).unwrap(), shared.narrow(0, 2, 2).unwrap());
+    let message =
+        causal_conv1d_update(&CausalConv1dUpdate { x: &x, state: &state, ..update }).unwrap_err().to_string();
+    assert!(message.contains("`x` shares storage with the state"), "{message}");
+}

@@ -1,0 +1,381 @@
+//! The laws, written once and fed with ops: reference, split, layout, threads, finite differences, golden.
+//!
+//! Poison, the sixth, is in all of them: in debug builds the buffers of kernels start as NaN.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+
+use candle_core::{DType, Result, Tensor, Var};
+use mamba_ops::simd::Isa;
+
+use crate::support::golden::Golden;
+use crate::support::random::Random;
+use crate::support::tolerance::{self, max_error, of_rounding, relative_rms};
+
+/// Tensors by argument name.
+pub type Tensors = BTreeMap<String, Tensor>;
+
+/// How an input is cast when the op runs in some dtype.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Role {
+    /// To that dtype.
+    Activation,
+    /// Stays `f32`.
+    Parameter,
+    /// Stays `f32`.
+    State,
+}
+
+impl Role {
+    fn dtype(self, dtype: DType) -> DType {
+        if self == Self::Activation || dtype == DType::F64 { dtype } else { DType::F32 }
+    }
+}
+
+/// An op under test. Inputs and outputs go by the names of its argument and output structs.
+pub trait Op {
+    type Case: Debug + Clone + Sync;
+
+    /// Random inputs, `f64`.
+    fn inputs(case: &Self::Case, random: &mut Random) -> Tensors;
+    fn role(name: &str) -> Role;
+    /// The axis of time of an input or output, if it has one; `initial_state` and `final_state` have none.
+    fn time_axis(case: &Self::Case, name: &str) -> Option<usize>;
+    fn fused(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
+    fn reference(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
+    /// The case of a golden file, with its tensors by our names; an error says why it does not apply.
+    fn golden(golden: &Golden) -> std::result::Result<(Self::Case, GoldenTensors), String>;
+}
+
+/// The tensors of a golden file under our names.
+#[derive(Default)]
+pub struct GoldenTensors {
+    pub inputs: Tensors,
+    pub outputs: Tensors,
+    pub cotangents: Tensors,
+    pub gradients: Tensors,
+}
+
+impl GoldenTensors {
+    /// Reads them, renaming by `ours`.
+    pub fn read(golden: &Golden, ours: impl Fn(&str) -> String) -> Self {
+        let read =
+            |prefix| golden.with_prefix(prefix).into_iter().map(|(name, x)| (ours(&name), x)).collect();
+        Self {
+            inputs: read("in."),
+            outputs: read("out."),
+            cotangents: read("cot."),
+            gradients: read("grad."),
+        }
+    }
+}
+
+type Run<'a> = &'a dyn Fn(&Tensors) -> Result<Tensors>;
+
+/// Outputs, and the gradients of `Σ cotangent · output` by every input. A fused path gives every gradient; in a
+/// reference over an empty sequence, say, nothing may lead to an input, whose gradient is then 0.
+fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result<(Tensors, Tensors)> {
+    let vars: BTreeMap<&String, Var> =
+        inputs.iter().map(|(name, x)| Ok((name, Var::from_tensor(x)?))).collect::<Result<_>>()?;
+    let tracked = vars.iter().map(|(name, var)| ((*name).clone(), var.as_tensor().clone())).collect();
+    let outputs = run(&tracked)?;
+    let mut loss: Option<Tensor> = None;
+    for (name, cotangent) in cotangents {
+        let y = outputs[name].to_dtype(DType::F64)?;
+        let term = (y * cotangent.to_dtype(DType::F64)?)?.sum_all()?;
+        loss = Some(match loss {
+            Some(loss) => (loss + term)?,
+            None => term,
+        });
+    }
+    let mut gradients = Tensors::new();
+    if let Some(loss) = loss {
+        let store = loss.backward()?;
+        for (name, var) in &vars {
+            let gradient = match store.get(var.as_tensor()) {
+                Some(gradient) => gradient.detach(),
+                None if var.dtype() == DType::F64 => var.zeros_like()?,
+                None => panic!("no gradient reached `{name}`"),
+            };
+            gradients.insert((*name).clone(), gradient);
+        }
+    }
+    Ok((outputs.into_iter().map(|(name, y)| (name, y.detach())).collect(), gradients))
+}
+
+fn cast<O: Op>(inputs: &Tensors, dtype: DType) -> Result<Tensors> {
+    inputs.iter().map(|(name, x)| Ok((name.clone(), x.to_dtype(O::role(name).dtype(dtype))?))).collect()
+}
+
+fn to_f64(inputs: &Tensors) -> Result<Tensors> {
+    inputs.iter().map(|(name, x)| Ok((name.clone(), x.to_dtype(DType::F64)?))).collect()
+}
+
+/// Random cotangents for outputs, exact in each output's dtype.
+fn cotangents(outputs: &Tensors, random: &mut Random) -> Result<Tensors> {
+    outputs
+        .iter()
+        .map(|(name, y)| {
+            Ok((name.clone(), random.normal(y.dims()).to_dtype(y.dtype())?.to_dtype(DType::F64)?))
+        })
+        .collect()
+}
+
+fn is_empty(outputs: &Tensors) -> bool {
+    outputs.values().all(|y| y.elem_count() == 0)
+}
+
+#[track_caller]
+fn agree(got: &Tensors, want: &Tensors, f32_tolerance: f64, context: &str) {
+    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>(), "{context}");
+    for (name, want) in want {
+        let got = &got[name];
+        let error = relative_rms(got, want);
+        let bound = of_rounding(want, got.dtype(), f32_tolerance);
+        assert!(error <= bound, "{context}: `{name}` is off by {error:.1e}, allowed {bound:.1e}");
+    }
+}
+
+/// Law 1: the fused path agrees with the reference in `f64` on the same rounded inputs, outputs and gradients, for
+/// every dtype and instruction set.
+pub fn reference<O: Op>(cases: &[O::Case]) {
+    for (seed, case) in cases.iter().enumerate() {
+        let inputs = O::inputs(case, &mut Random::new(seed as u64));
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let rounded = cast::<O>(&inputs, dtype).unwrap();
+            let outputs = O::fused(case, &rounded).unwrap();
+            let cotangents = cotangents(&outputs, &mut Random::new(seed as u64 + 1000)).unwrap();
+            let exact = to_f64(&rounded).unwrap();
+            let want = if is_empty(&outputs) {
+                (O::reference(case, &exact).unwrap(), Tensors::new())
+            } else {
+                differentiate(&|x| O::reference(case, x), &exact, &cotangents).unwrap()
+            };
+            for isa in Isa::available() {
+                let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
+                isa.scope(|| {
+                    // Inference takes another path than training: no graph, nothing kept.
+                    let untracked = O::fused(case, &rounded).unwrap();
+                    assert!(untracked.values().all(|y| !y.track_op()), "{context}: a graph without need");
+                    agree(&untracked, &want.0, tolerance::FORWARD, &context);
+                    if is_empty(&outputs) {
+                        return;
+                    }
+                    let got = differentiate(&|x| O::fused(case, x), &rounded, &cotangents).unwrap();
+                    agree(&got.0, &want.0, tolerance::FORWARD, &context);
+                    agree(&got.1, &want.1, tolerance::BACKWARD, &format!("{context} gradient"));
+                });
+            }
+        }
+    }
+}
+
+/// Gradients arrive when only one output is used, and when only one input tracks.
+pub fn partial_gradients<O: Op>(case: &O::Case) {
+    let inputs = cast::<O>(&O::inputs(case, &mut Random::new(1)), DType::F32).unwrap();
+    let exact = to_f64(&inputs).unwrap();
+    let outputs = O::fused(case, &inputs).unwrap();
+    let all = cotangents(&outputs, &mut Random::new(2)).unwrap();
+    for name in outputs.keys() {
+        let one: Tensors = [(name.clone(), all[name].clone())].into();
+        let vars: Vec<(&String, Var)> =
+            inputs.iter().map(|(name, x)| (name, Var::from_tensor(x).unwrap())).collect();
+        let tracked = vars.iter().map(|(name, var)| ((*name).clone(), var.as_tensor().clone())).collect();
+        let got = O::fused(case, &tracked).unwrap();
+        let loss = (got[name].to_dtype(DType::F64).unwrap() * &one[name]).unwrap().sum_all().unwrap();
+        let store = loss.backward().unwrap();
+        let reference: Vec<(&String, Var)> =
+            exact.iter().map(|(name, x)| (name, Var::from_tensor(x).unwrap())).collect();
+        let tracked =
+            reference.iter().map(|(name, var)| ((*name).clone(), var.as_tensor().clone())).collect();
+        let want = O::reference(case, &tracked).unwrap();
+        let want = (want[name].clone() * &one[name]).unwrap().sum_all().unwrap().backward().unwrap();
+        for ((input, var), (_, exact)) in vars.iter().zip(&reference) {
+            let got = store.get(var.as_tensor()).unwrap_or_else(|| panic!("no gradient for `{input}`"));
+            let zero = exact.zeros_like().unwrap();
+            let want = want.get(exact.as_tensor()).unwrap_or(&zero);
+            let error = relative_rms(got, want);
+            assert!(
+                error <= tolerance::BACKWARD,
+                "{case:?}: `{input}` through `{name}` is off by {error:.1e}"
+            );
+        }
+    }
+    let (_, whole) = differentiate(&|x| O::fused(case, x), &inputs, &all).unwrap();
+    for name in inputs.keys() {
+        let var = Var::from_tensor(&inputs[name]).unwrap();
+        let mut mixed = inputs.clone();
+        mixed.insert(name.clone(), var.as_tensor().clone());
+        let outputs = O::fused(case, &mixed).unwrap();
+        let terms = outputs
+            .iter()
+            .map(|(name, y)| (y.to_dtype(DType::F64).unwrap() * &all[name]).unwrap().sum_all().unwrap());
+        let loss = terms.reduce(|a, b| (a + b).unwrap()).unwrap();
+        let store = loss.backward().unwrap();
+        let got = store.get(var.as_tensor()).unwrap_or_else(|| panic!("`{name}` alone gets no gradient"));
+        assert_eq!(relative_rms(got, &whole[name]), 0.0, "{case:?}: `{name}` alone");
+    }
+}
+
+/// Law 2: a sequence cut anywhere, with the state carried, equals the whole.
+pub fn split<O: Op>(case: &O::Case) {
+    let inputs = cast::<O>(&O::inputs(case, &mut Random::new(3)), DType::F32).unwrap();
+    let whole = O::fused(case, &inputs).unwrap();
+    let (main, axis) = inputs
+        .keys()
+        .find_map(|name| Some((name, O::time_axis(case, name)?)))
+        .expect("an input has a time axis");
+    let seqlen = inputs[main].dim(axis).unwrap();
+    let cut = |start: usize, len: usize| -> Tensors {
+        inputs
+            .iter()
+            .map(|(name, x)| match O::time_axis(case, name) {
+                Some(axis) => (name.clone(), x.narrow(axis, start, len).unwrap()),
+                None => (name.clone(), x.clone()),
+            })
+            .collect()
+    };
+    let pieces = (0..=seqlen).map(|t| vec![t, seqlen - t]).chain([vec![1; seqlen]]);
+    for lengths in pieces {
+        let context = format!("{case:?} cut into {lengths:?}");
+        let (mut start, mut state, mut ys) = (0, inputs.get("initial_state").cloned(), vec![]);
+        for len in lengths {
+            let mut piece = cut(start, len);
+            if let Some(state) = state {
+                piece.insert("initial_state".into(), state);
+            }
+            let outputs = O::fused(case, &piece).unwrap();
+            ys.push(outputs["y"].clone());
+            state = Some(outputs["final_state"].clone());
+            start += len;
+        }
+        let y = Tensor::cat(&ys, O::time_axis(case, "y").unwrap()).unwrap();
+        let got: Tensors = [("y".to_owned(), y), ("final_state".to_owned(), state.unwrap())].into();
+        agree(&got, &whole, tolerance::FORWARD, &context);
+    }
+}
+
+/// Law 3: strided views give the bits that contiguous tensors give.
+pub fn layout<O: Op>(case: &O::Case) {
+    let inputs = cast::<O>(&O::inputs(case, &mut Random::new(4)), DType::F32).unwrap();
+    let want = O::fused(case, &inputs).unwrap();
+    let views: [(&str, fn(&Tensor) -> Result<Tensor>); 3] = [
+        ("transposed", |x| match x.rank() {
+            0 | 1 => Ok(x.clone()),
+            rank => x.transpose(rank - 2, rank - 1)?.contiguous()?.transpose(rank - 2, rank - 1),
+        }),
+        ("narrowed", |x| {
+            let last = x.rank() - 1;
+            let len = x.dim(last)?;
+            Tensor::cat(&[x, x, x], last)?.narrow(last, len, len)
+        }),
+        ("offset", |x| {
+            let len = x.dim(0)?;
+            Tensor::cat(&[x, x], 0)?.narrow(0, len, len)
+        }),
+    ];
+    for (kind, view) in views {
+        let viewed: Tensors = inputs.iter().map(|(name, x)| (name.clone(), view(x).unwrap())).collect();
+        let got = O::fused(case, &viewed).unwrap();
+        for (name, want) in &want {
+            assert_eq!(relative_rms(&got[name], want), 0.0, "{case:?}: `{name}` from {kind} inputs");
+        }
+    }
+}
+
+/// Any number of threads gives the same bits, outputs and gradients.
+pub fn threads<O: Op>(case: &O::Case) {
+    let inputs = cast::<O>(&O::inputs(case, &mut Random::new(5)), DType::F32).unwrap();
+    let outputs = O::fused(case, &inputs).unwrap();
+    let cotangents = cotangents(&outputs, &mut Random::new(6)).unwrap();
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(64 << 20).build().unwrap();
+        pool.install(|| differentiate(&|x| O::fused(case, x), &inputs, &cotangents).unwrap())
+    };
+    let one = run(1);
+    for count in [2, 3, 5] {
+        let many = run(count);
+        for (got, want) in [(&many.0, &one.0), (&many.1, &one.1)] {
+            for (name, want) in want {
+                assert_eq!(relative_rms(&got[name], want), 0.0, "{case:?}: `{name}` with {count} threads");
+            }
+        }
+    }
+}
+
+/// The reference's own gradients, in `f64`, agree with central differences along random directions.
+pub fn finite_differences<O: Op>(cases: &[O::Case]) {
+    for case in cases {
+        let inputs = O::inputs(case, &mut Random::new(7));
+        let run = |x: &Tensors| O::reference(case, x);
+        let cotangents = cotangents(&run(&inputs).unwrap(), &mut Random::new(8)).unwrap();
+        let (_, gradients) = differentiate(&run, &inputs, &cotangents).unwrap();
+        let loss = |inputs: &Tensors| -> f64 {
+            let outputs = run(inputs).unwrap();
+            let terms = cotangents.iter().map(|(name, c)| {
+                (&outputs[name] * c).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
+            });
+            terms.sum()
+        };
+        for (name, gradient) in &gradients {
+            let direction = Random::new(9).normal(gradient.dims());
+            let shifted = |by: f64| {
+                let mut inputs = inputs.clone();
+                let x = (&inputs[name] + (&direction * by).unwrap()).unwrap();
+                inputs.insert(name.clone(), x);
+                loss(&inputs)
+            };
+            let step = 1e-5;
+            let got = (shifted(step) - shifted(-step)) / (2.0 * step);
+            let want: f64 = tolerance::values(&(gradient * &direction).unwrap()).iter().sum();
+            let scale: f64 =
+                tolerance::values(&(gradient * &direction).unwrap()).iter().map(|x| x.abs()).sum();
+            let error = (got - want).abs() / scale.max(1e-3);
+            let allowed = tolerance::FINITE_DIFFERENCES;
+            assert!(error <= allowed, "{case:?}: d`{name}` {want} but differences give {got}");
+        }
+    }
+}
+
+/// Law 5: the reference in `f64` and the fused path in `f32` hold what published implementations gave. Returns the
+/// number of files that applied; `skipped` are the names of those that do not.
+pub fn golden<O: Op>(folder: &str, skipped: &[&str]) -> usize {
+    let mut applied = 0;
+    for golden in Golden::folder(folder) {
+        let (case, tensors) = match O::golden(&golden) {
+            Ok(case) => case,
+            Err(why) => {
+                assert!(skipped.contains(&golden.name.as_str()), "{} does not apply: {why}", golden.name);
+                println!("{folder}/{}: not applicable, {why}", golden.name);
+                continue;
+            }
+        };
+        assert!(!skipped.contains(&golden.name.as_str()), "{} applies after all", golden.name);
+        applied += 1;
+        let own = golden.number("tolerance").unwrap_or(0.0);
+        let own_gradient = golden.number("tolerance_grad").unwrap_or(own);
+        let inputs = to_f64(&tensors.inputs).unwrap();
+        let f32_inputs = cast::<O>(&inputs, DType::F32).unwrap();
+        let reference = |x: &Tensors| O::reference(&case, x);
+        let fused = |x: &Tensors| O::fused(&case, x);
+        let paths: [(&str, Run, &Tensors, f64, f64); 2] = [
+            ("reference", &reference, &inputs, tolerance::GOLDEN_F64, tolerance::GOLDEN_F64),
+            ("fused", &fused, &f32_inputs, 1e-5, 1e-4),
+        ];
+        for (path, run, inputs, forward, backward) in paths {
+            // Some references cannot differentiate: no gradients in the file, then none are compared.
+            let cotangents = if tensors.gradients.is_empty() { &Tensors::new() } else { &tensors.cotangents };
+            let (outputs, gradients) = differentiate(run, inputs, cotangents).unwrap();
+            for (name, want) in &tensors.outputs {
+                let error = max_error(&outputs[name], want);
+                assert!(error <= forward + own, "{} {path}: `{name}` is off by {error:.1e}", golden.name);
+            }
+            for (name, want) in &tensors.gradients {
+                let error = max_error(&gradients[name], want);
+                let allowed = backward + own_gradient;
+                assert!(error <= allowed, "{} {path}: d`{name}` is off by {error:.1e}", golden.name);
+            }
+        }
+    }
+    applied
+}

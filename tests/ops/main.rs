@@ -1,0 +1,26 @@
+//! The laws of the ops; each op's file is its list of cases.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod causal_conv1d;
+mod laws;
+mod selective_scan;
+
+use mamba_ops::simd::Isa;
+
+/// Says which instruction sets the laws visit here; `MAMBA_REQUIRE_ISA` makes one of them mandatory.
+#[test]
+fn instruction_sets() {
+    let available: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
+    for name in Isa::NAMES {
+        match available.contains(&name) {
+            true => println!("instruction set {name}: tested"),
+            false => println!("instruction set {name}: skipped, this processor does not have it"),
+        }
+    }
+    println!("CUDA: skipped, no kernels yet");
+    if let Ok(required) = std::env::var("MAMBA_REQUIRE_ISA") {
+        assert!(available.contains(&required.as_str()), "{required} is required but not available");
+    }
+}
