@@ -11,7 +11,7 @@ use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use mamba_model::Model;
-use mamba_model::checkpoint::hub::{HubBuilder, Progress};
+use mamba_model::checkpoint::{HubBuilder, Progress};
 use mamba_model::checkpoint::{LocalDir, ModelSource};
 use tokenizers::Tokenizer;
 
