@@ -37,19 +37,19 @@ struct Args {
     ignore_eos: bool,
     /// How far from the likeliest tokens to stray; 0 always takes the likeliest.
     #[arg(long, default_value_t = 0.8)]
-    temperature: f32,
+    temperature: f64,
     /// Keep the k likeliest tokens.
     #[arg(long)]
     top_k: Option<usize>,
     /// Keep the likeliest tokens that together reach this probability.
     #[arg(long)]
-    top_p: Option<f32>,
+    top_p: Option<f64>,
     /// Keep tokens at least this likely in proportion to the likeliest.
     #[arg(long)]
-    min_p: Option<f32>,
+    min_p: Option<f64>,
     /// Divide the logits of tokens that have occurred by this.
     #[arg(long)]
-    repetition_penalty: Option<f32>,
+    repetition_penalty: Option<f64>,
     /// The same seed gives the same text; from the clock if not given.
     #[arg(long)]
     seed: Option<u64>,

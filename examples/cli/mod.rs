@@ -11,7 +11,7 @@ use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use mamba_model::Model;
-use mamba_model::checkpoint::hub::{HubBuilder, Progress};
+use mamba_model::checkpoint::{HubBuilder, Progress};
 use mamba_model::checkpoint::{LocalDir, ModelSource};
 use tokenizers::Tokenizer;
 
@@ -50,6 +50,16 @@ pub enum Precision {
     Bf16,
 }
 
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => DType::F32,
+            Precision::F16 => DType::F16,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
+}
+
 /// Prepares the process: the first thing that `main` does.
 pub fn start() {
     // SAFETY: no other thread runs yet. Without this, idle threads of candle spin and starve the busy ones.
@@ -64,11 +74,7 @@ pub fn is_default(args: &ModelArgs) -> bool {
 /// Finds the model and loads it.
 pub fn load(args: &ModelArgs) -> Result<(Model, Box<dyn ModelSource>)> {
     let device = device(&args.device)?;
-    let dtype = match args.dtype {
-        Precision::F32 => DType::F32,
-        Precision::F16 => DType::F16,
-        Precision::Bf16 => DType::BF16,
-    };
+    let dtype = DType::from(args.dtype);
     let source = source(args.model.as_deref().unwrap_or(DEFAULT_MODEL), &args.revision)?;
     let spinner = spinner(format!("loading {}", source.describe()));
     let model = Model::from_pretrained(source.as_ref(), dtype, &device);

@@ -65,7 +65,7 @@ impl InferenceCache {
     /// If the device is out of memory.
     pub fn new(config: &ModelConfig, batch: usize, dtype: DType, device: &Device) -> Result<Self> {
         let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        let zeros = |shape: Vec<usize>| Ok(Tensor::zeros(shape, dtype, device)?);
+        let zeros = |shape: Vec<usize>| Tensor::zeros(shape, dtype, device);
         let states = mixers(config).map(|mixer| {
             Ok(match state_shapes(mixer, batch) {
                 Some([conv, ssm]) => MixerState::Recurrent { conv: zeros(conv)?, ssm: zeros(ssm)? },
