@@ -93,7 +93,7 @@ fn cast(inputs: &Tensors, activations: DType, others: DType) -> Tensors {
 /// `y` and the new state; the tensors of `inputs` stay as they are.
 fn update(inputs: &Tensors, softplus: bool, dt_limit: (f64, f64)) -> (Tensor, Tensor) {
     let mut inputs = inputs.clone();
-    let state = inputs["state"].copy().unwrap();
+    let state = inputs["state"].contiguous().unwrap().copy().unwrap();
     inputs.insert("state".into(), state.clone());
     (selective_state_update(&arguments(&inputs, softplus, dt_limit)).unwrap(), state)
 }

@@ -165,6 +165,9 @@ pub(crate) fn modify<T>(
     state: &Tensor,
     f: impl FnOnce(&mut [f32]) -> Result<T>,
 ) -> Result<T> {
+    if state.elem_count() == 0 {
+        return f(&mut []); // candle refuses to visit it: its strides are 0
+    }
     let pending = Modify { op, f: Cell::new(Some(f)), result: Cell::new(None) };
     state.inplace_op1(&pending)?;
     pending.result.take().map_or_else(|| bail!("{op}: the state was not visited"), Ok)
