@@ -34,7 +34,7 @@ pub(super) struct Rows<'a> {
 /// The outputs.
 pub(super) struct Forward {
     pub y: Vec<f32>,
-    /// `x + residual`, if there is a residual.
+    /// `x + residual`, if asked for.
     pub sum: Option<Vec<f32>>,
 }
 
@@ -46,9 +46,9 @@ pub(super) struct Grads {
     pub z: Vec<f32>,
 }
 
-pub(super) fn forward(rows: &Rows, isa: Isa) -> Forward {
+pub(super) fn forward(rows: &Rows, isa: Isa, with_sum: bool) -> Forward {
     let mut y = uninit(rows.x.len());
-    let mut sum = rows.residual.map(|residual| uninit(residual.len()));
+    let mut sum = with_sum.then(|| uninit(rows.x.len()));
     {
         let y = SharedMut::new(&mut y);
         let sum = sum.as_deref_mut().map(SharedMut::new);
@@ -142,17 +142,16 @@ impl Rows<'_> {
             map2(simd, row, z, |r, z| simd.mul_f32s(r, silu(simd, z)));
         }
         for (group, rho) in row.chunks_exact_mut(self.sizes.group_size).zip(rho) {
-            *rho = match self.kind {
-                NormKind::Rms => scale(simd, group, 0.0, self.eps),
-                NormKind::Layer => {
-                    let n = group.len() as f32;
-                    let mean = simd.splat_f32s(sum(simd, group) / n);
+            if self.kind == NormKind::Layer {
+                // The second time takes away what rounding left of a mean that is large beside the spread.
+                for _ in 0..2 {
+                    let mean = simd.splat_f32s(sum(simd, group) / group.len() as f32);
                     map(simd, group, |u| simd.sub_f32s(u, mean));
-                    // What rounding left of the mean: it matters where the mean is large and the spread small.
-                    let rest = sum(simd, group) / n;
-                    scale(simd, group, rest, self.eps)
                 }
-            };
+            }
+            *rho = 1.0 / (dot(simd, group, group) / group.len() as f32 + self.eps).sqrt();
+            let factor = simd.splat_f32s(*rho);
+            map(simd, group, |u| simd.mul_f32s(u, factor));
         }
     }
 
@@ -166,16 +165,6 @@ impl Rows<'_> {
             (None, None) => {}
         }
     }
-}
-
-/// `(u - mean)·ρ` in place, and `ρ`; the mean is small or 0.
-#[inline(always)]
-fn scale<S: Simd>(simd: S, group: &mut [f32], mean: f32, eps: f32) -> f32 {
-    let variance = dot(simd, group, group) / group.len() as f32 - mean * mean;
-    let rho = 1.0 / (variance + eps).sqrt();
-    let (mean, factor) = (simd.splat_f32s(mean), simd.splat_f32s(rho));
-    map(simd, group, |u| simd.mul_f32s(simd.sub_f32s(u, mean), factor));
-    rho
 }
 
 /// Rows of one task, the first starting at `start`.
