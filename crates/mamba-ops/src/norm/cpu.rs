@@ -139,7 +139,14 @@ impl Rows<'_> {
     #[inline(always)]
     fn normalise<S: Simd>(&self, simd: S, at: usize, row: &mut [f32], rho: &mut [f32]) {
         if let Some(z) = self.gate(at, false) {
-            map2(simd, row, z, |r, z| simd.mul_f32s(r, silu(simd, z)));
+            // A closure this large is inlined, into code for this instruction set, only if told so.
+            map2(
+                simd,
+                row,
+                z,
+                #[inline(always)]
+                |r, z| simd.mul_f32s(r, silu(simd, z)),
+            );
         }
         for (group, rho) in row.chunks_exact_mut(self.sizes.group_size).zip(rho) {
             if self.kind == NormKind::Layer {
@@ -192,7 +199,13 @@ impl WithSimd for ForwardTask<'_> {
             rows.normalise(simd, at, y, &mut rho);
             rows.affine(simd, y);
             if let Some(z) = rows.gate(at, true) {
-                map2(simd, y, z, |y, z| simd.mul_f32s(y, silu(simd, z)));
+                map2(
+                    simd,
+                    y,
+                    z,
+                    #[inline(always)]
+                    |y, z| simd.mul_f32s(y, silu(simd, z)),
+                );
             }
         }
     }
@@ -266,20 +279,22 @@ impl WithSimd for BackwardTask<'_> {
 /// The backward of `value · silu(z)`: from its gradient and the value to the gradients of the value and of `z`.
 #[inline(always)]
 fn gate<S: Simd>(simd: S, grad: &mut [f32], value: &mut [f32], z: &[f32]) {
-    let both = |grad, value, z| {
-        let (silu, slope) = silu_with_derivative(simd, z);
-        (simd.mul_f32s(grad, silu), simd.mul_f32s(simd.mul_f32s(grad, value), slope))
-    };
     let (grads, grad_tail) = S::as_mut_simd_f32s(grad);
     let (values, value_tail) = S::as_mut_simd_f32s(value);
     let (zs, z_tail) = S::as_simd_f32s(z);
     for ((grad, value), z) in grads.iter_mut().zip(values).zip(zs) {
-        (*grad, *value) = both(*grad, *value, *z);
+        (*grad, *value) = gate_vector(simd, *grad, *value, *z);
     }
     if !z_tail.is_empty() {
         let [grad, value, z] = [&*grad_tail, value_tail, z_tail].map(|x| simd.partial_load_f32s(x));
-        let (grad, value) = both(grad, value, z);
+        let (grad, value) = gate_vector(simd, grad, value, z);
         simd.partial_store_f32s(grad_tail, grad);
         simd.partial_store_f32s(value_tail, value);
     }
+}
+
+#[inline(always)]
+fn gate_vector<S: Simd>(simd: S, grad: S::f32s, value: S::f32s, z: S::f32s) -> (S::f32s, S::f32s) {
+    let (silu, slope) = silu_with_derivative(simd, z);
+    (simd.mul_f32s(grad, silu), simd.mul_f32s(simd.mul_f32s(grad, value), slope))
 }
