@@ -1,1 +1,103 @@
-//! x
+//! From logits to text: samplers, stop rules, and streams of valid UTF-8.
+//!
+//! A model says how likely each next token is; this crate chooses one, feeds it back, and turns the tokens into text. It
+//! asks of a model only what [`CausalLm`] says, and knows nothing of tensors or devices.
+//!
+//! ```text
+//! prompt ids ─▶ CausalLm::prefill ─▶ logits ─▶ filters ─▶ sampler ─▶ token ─▶ TextStream ─▶ StopStrings ─▶ piece of text
+//!                      CausalLm::step ◀────────────────────────────────┘
+//! ```
+//!
+//! Each arrow is a part that serves alone as well:
+//! - [`LogitsFilter`]s edit the [`Candidates`]: [`RepetitionPenalty`], [`Temperature`], [`TopK`], [`TopP`], [`MinP`], or a
+//!   [`Chain`] of any, your own included. A [`Sampler`] chooses: [`ArgMax`] or the seeded [`Multinomial`].
+//! - [`SamplingConfig`] describes the usual combination, and [`Sampling`] is any combination ready to use.
+//! - [`Generator`] is the iterator of tokens. It never computes a token that nobody asked for, and says what the model's
+//!   cache has read when it ends, so that a conversation can go on.
+//! - [`TextStream`] makes text of tokens, [`StopStrings`] ends it, and [`TextGenerator`] is all of it in one iterator.
+//!
+//! # Example
+//! A model that says "hello" for ever, one letter at a time, and a text streamed from it.
+//! ```
+//! use mamba_generate::{BoxError, CausalLm, FinishReason, Generator, SamplingConfig, TextGenerator, TextOptions};
+//! use tokenizers::Tokenizer;
+//! use tokenizers::decoders::fuse::Fuse;
+//! use tokenizers::models::bpe::BPE;
+//!
+//! /// Knows the letters of "helo ", and that l follows e, and so on. Its state is how many letters it has read.
+//! struct Hello;
+//!
+//! const TEXT: &[u32] = &[0, 1, 2, 2, 3, 4]; // h e l l o and a space
+//!
+//! impl CausalLm for Hello {
+//!     type Cache = usize;
+//!
+//!     fn vocab_size(&self) -> usize {
+//!         5
+//!     }
+//!     fn new_cache(&self) -> Result<usize, BoxError> {
+//!         Ok(0)
+//!     }
+//!     fn prefill(&self, ids: &[u32], read: &mut usize, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+//!         *read += ids.len();
+//!         logits.clear();
+//!         logits.resize(5, 0.0);
+//!         logits[TEXT[*read % TEXT.len()] as usize] = 10.0;
+//!         Ok(())
+//!     }
+//!     fn step(&self, id: u32, read: &mut usize, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+//!         self.prefill(&[id], read, logits)
+//!     }
+//! }
+//!
+//! let vocab = [("h", 0), ("e", 1), ("l", 2), ("o", 3), (" ", 4)].map(|(letter, id)| (letter.to_string(), id));
+//! let mut tokenizer = Tokenizer::new(BPE::builder().vocab_and_merges(vocab, vec![]).build()?);
+//! tokenizer.with_decoder(Some(Fuse::new()));
+//!
+//! let sampling = SamplingConfig { temperature: 0.5, top_p: Some(0.9), seed: 1, ..Default::default() }.build()?;
+//! let generator = Generator::builder(&Hello).prompt(&[0]).sampling(sampling).max_new_tokens(100).build()?;
+//! let options = TextOptions { stop_strings: vec!["o h".into()], ..Default::default() };
+//! let mut text = TextGenerator::new(generator, &tokenizer, options)?;
+//!
+//! let mut continuation = String::new();
+//! for piece in &mut text {
+//!     continuation += &piece?; // or print it, and flush
+//! }
+//! assert_eq!(continuation, "ell");
+//! assert_eq!(text.finish_reason(), Some(FinishReason::StopString));
+//! assert_eq!(text.ids(), [1, 2, 2, 3, 4, 0]);
+//! # Ok::<(), BoxError>(())
+//! ```
+//!
+//! # What holds
+//! - The same seed, options and logits give the same tokens, in every version: see [`Multinomial`].
+//! - Filters and samplers allocate nothing per token once their buffers have grown to the size of the vocabulary.
+//! - The pieces of a text, joined, are what the tokenizer makes of all tokens at once; no piece holds half a character or
+//!   any part of a stop string.
+//! - Bad parameters are errors when they are set; NaN among the logits is an error that names the token, never a token.
+
+mod candidates;
+mod error;
+#[cfg(test)]
+mod fake;
+mod filter;
+mod generator;
+mod lm;
+mod sampler;
+mod sampling;
+mod stop;
+mod text;
+mod text_generator;
+mod timings;
+
+pub use candidates::{Candidate, Candidates};
+pub use error::{BoxError, Error, Result};
+pub use filter::{Chain, History, LogitsFilter, MinP, RepetitionPenalty, Temperature, TopK, TopP};
+pub use generator::{FinishReason, Generator, GeneratorBuilder, Token};
+pub use lm::CausalLm;
+pub use sampler::{ArgMax, Multinomial, Sampler};
+pub use sampling::{Sampling, SamplingConfig};
+pub use stop::StopStrings;
+pub use text::TextStream;
+pub use text_generator::{TextGenerator, TextOptions};
+pub use timings::Timings;

@@ -1,0 +1,98 @@
+//! Filters: what is done to the logits before a token is chosen.
+
+mod chain;
+mod min_p;
+mod repetition_penalty;
+mod temperature;
+mod top_k;
+mod top_p;
+
+pub use chain::Chain;
+pub use min_p::MinP;
+pub use repetition_penalty::RepetitionPenalty;
+pub use temperature::Temperature;
+pub use top_k::TopK;
+pub use top_p::TopP;
+
+use crate::candidates::Candidates;
+use crate::error::Result;
+
+/// The tokens that precede the one to choose.
+///
+/// # Example
+/// ```
+/// use mamba_generate::History;
+///
+/// let history = History::new(&[5, 6, 7, 8], 3);
+/// assert_eq!(history.tokens(), [5, 6, 7, 8]);
+/// assert_eq!(history.generated(), [8]);
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct History<'a> {
+    tokens: &'a [u32],
+    prompt_len: usize,
+}
+
+impl<'a> History<'a> {
+    /// Describes `tokens`, of which the first `prompt_len` were given and the rest was generated.
+    ///
+    /// A `prompt_len` past the end means that all were given.
+    pub fn new(tokens: &'a [u32], prompt_len: usize) -> Self {
+        Self { tokens, prompt_len: prompt_len.min(tokens.len()) }
+    }
+
+    /// All tokens, given and generated.
+    pub fn tokens(&self) -> &'a [u32] {
+        self.tokens
+    }
+
+    /// The generated tokens.
+    pub fn generated(&self) -> &'a [u32] {
+        &self.tokens[self.prompt_len..]
+    }
+}
+
+/// One thing that is done to the candidates before a token is chosen: change logits, or drop tokens.
+///
+/// A filter may keep scratch memory or state between tokens, so it serves one generation at a time.
+///
+/// # Example
+/// ```
+/// use mamba_generate::{Candidates, History, LogitsFilter, Result};
+///
+/// /// Forbids one token.
+/// struct Ban(u32);
+///
+/// impl LogitsFilter for Ban {
+///     fn apply(&mut self, candidates: &mut Candidates, _: History<'_>) -> Result<()> {
+///         candidates.retain(|c| c.id != self.0);
+///         Ok(())
+///     }
+/// }
+///
+/// let mut candidates = Candidates::new();
+/// candidates.load(&[1.0, 3.0, 2.0], 0)?;
+/// Ban(1).apply(&mut candidates, History::default())?;
+/// assert_eq!(candidates.best().map(|c| c.id), Some(2));
+/// # Ok::<(), mamba_generate::Error>(())
+/// ```
+pub trait LogitsFilter: Send {
+    /// Edits `candidates`, the possible successors of `history`.
+    ///
+    /// # Errors
+    /// As the filter says. The filters of this crate check their parameters when they are made, and never fail here.
+    fn apply(&mut self, candidates: &mut Candidates, history: History<'_>) -> Result<()>;
+}
+
+/// For the tests of filters: the logits after `filter`, minus infinity where the token was dropped.
+#[cfg(test)]
+pub(crate) fn filtered(filter: &mut dyn LogitsFilter, logits: &[f32], history: &[u32]) -> Vec<f32> {
+    let mut candidates = Candidates::new();
+    candidates.load(logits, history.len()).unwrap();
+    filter.apply(&mut candidates, History::new(history, 0)).unwrap();
+    let mut out = vec![f32::NEG_INFINITY; logits.len()];
+    for c in candidates.as_slice() {
+        out[c.id as usize] = c.logit;
+    }
+    out
+}

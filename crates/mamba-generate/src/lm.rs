@@ -1,0 +1,74 @@
+//! What generation needs from a model.
+
+use crate::error::BoxError;
+
+/// A language model that reads tokens and says how likely each next token is.
+///
+/// Generation asks no more of a model than this, so tests and examples can use a fake one, and a model that runs
+/// elsewhere can be driven alike. The state lives in a [`Cache`](Self::Cache) outside the model: one model serves many
+/// conversations.
+///
+/// `prefill` and `step` write the logits of the last position, `vocab_size` of them, into a buffer that the caller
+/// reuses: they clear it first, and allocate nothing once it has grown.
+///
+/// # Errors
+/// Methods return any error as a [`BoxError`], so `?` works on the errors of every library.
+///
+/// # Example
+/// ```
+/// use mamba_generate::{BoxError, CausalLm};
+///
+/// /// Says that the next token is the sum of all tokens so far, modulo 10.
+/// struct Sum;
+///
+/// impl CausalLm for Sum {
+///     type Cache = u32;
+///
+///     fn vocab_size(&self) -> usize {
+///         10
+///     }
+///     fn new_cache(&self) -> Result<u32, BoxError> {
+///         Ok(0)
+///     }
+///     fn prefill(&self, ids: &[u32], sum: &mut u32, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+///         *sum += ids.iter().sum::<u32>();
+///         logits.clear();
+///         logits.resize(10, 0.0);
+///         logits[(*sum % 10) as usize] = 1.0;
+///         Ok(())
+///     }
+///     fn step(&self, id: u32, sum: &mut u32, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+///         self.prefill(&[id], sum, logits)
+///     }
+/// }
+///
+/// let (mut cache, mut logits) = (Sum.new_cache()?, Vec::new());
+/// Sum.prefill(&[3, 4], &mut cache, &mut logits)?;
+/// assert_eq!(logits[7], 1.0);
+/// # Ok::<(), BoxError>(())
+/// ```
+pub trait CausalLm {
+    /// Everything the model remembers of the tokens it has read.
+    type Cache;
+
+    /// The number of tokens the model knows, which is the number of logits it returns.
+    fn vocab_size(&self) -> usize;
+
+    /// Makes the state of a model that has read nothing.
+    ///
+    /// # Errors
+    /// If the state cannot be allocated.
+    fn new_cache(&self) -> Result<Self::Cache, BoxError>;
+
+    /// Reads `ids`, at least one, after whatever `cache` has read, and writes the logits that follow the last of them.
+    ///
+    /// # Errors
+    /// If the model cannot be evaluated. The cache is then in no defined state.
+    fn prefill(&self, ids: &[u32], cache: &mut Self::Cache, logits: &mut Vec<f32>) -> Result<(), BoxError>;
+
+    /// Reads one token after whatever `cache` has read, and writes the logits that follow it.
+    ///
+    /// # Errors
+    /// If the model cannot be evaluated. The cache is then in no defined state.
+    fn step(&self, id: u32, cache: &mut Self::Cache, logits: &mut Vec<f32>) -> Result<(), BoxError>;
+}

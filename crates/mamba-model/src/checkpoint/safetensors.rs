@@ -1,0 +1,158 @@
+//! The safetensors format: a JSON header, then the bytes of the tensors without gaps.
+
+use std::path::Path;
+
+use candle_core::DType;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use super::stored::{Stored, elem_count};
+use crate::{Error, Result};
+
+/// The header's length stands in the first eight bytes.
+const LENGTH_BYTES: usize = 8;
+
+/// Headers longer than this are refused, as by the safetensors crate.
+const MAX_HEADER_BYTES: usize = 100_000_000;
+
+/// Reads the header of a file that lies in memory, and finds the tensors.
+///
+/// The header is parsed by the safetensors crate; the length is compared here, because version 0.8 of the crate adds
+/// lengths unchecked in `SafeTensors::read_metadata`.
+///
+/// # Errors
+/// If the file is empty, shorter or longer than its header says, or the header is not one.
+pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Vec<(String, Stored)>> {
+    let fail = |message: String| Error::checkpoint(path, message);
+    if file.is_empty() {
+        return Err(fail("is empty".into()));
+    }
+    let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
+        return Err(fail("is too short for safetensors".into()));
+    };
+    let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
+    if length > MAX_HEADER_BYTES {
+        return Err(fail(format!("is not safetensors: its header would have {length} bytes")));
+    }
+    let Some((header, data)) = rest.split_at_checked(length) else {
+        let message = format!("is truncated: its header has {length} bytes, {} are there", rest.len());
+        return Err(fail(message));
+    };
+    let metadata: Metadata =
+        serde_json::from_slice(header).map_err(|e| fail(format!("has no valid safetensors header: {e}")))?;
+    let (want, have) = (metadata.data_len(), data.len());
+    if want != have {
+        let what = if have < want { "is truncated" } else { "is too long" };
+        return Err(fail(format!(
+            "{what}: its tensors need {want} bytes behind the header, {have} are there"
+        )));
+    }
+    let start = LENGTH_BYTES + length;
+    let mut tensors = Vec::new();
+    for name in metadata.offset_keys() {
+        let Some(info) = metadata.info(&name) else { continue };
+        if elem_count(&info.shape).is_none() {
+            return Err(Error::tensor(path, &name, format!("has an impossible shape {:?}", info.shape)));
+        }
+        let (from, to) = info.data_offsets;
+        let stored = Stored {
+            dtype: candle_dtype(info.dtype),
+            shape: info.shape.clone(),
+            bytes: start + from..start + to,
+            strides: None,
+        };
+        tensors.push((name, stored));
+    }
+    Ok(tensors)
+}
+
+fn candle_dtype(dtype: Dtype) -> std::result::Result<DType, String> {
+    Ok(match dtype {
+        Dtype::U8 => DType::U8,
+        Dtype::U32 => DType::U32,
+        Dtype::I16 => DType::I16,
+        Dtype::I32 => DType::I32,
+        Dtype::I64 => DType::I64,
+        Dtype::F8_E4M3 => DType::F8E4M3,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        Dtype::F32 => DType::F32,
+        Dtype::F64 => DType::F64,
+        other => return Err(other.to_string()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: &[u8]) -> Vec<u8> {
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend_from_slice(header.as_bytes());
+        file.extend_from_slice(data);
+        file
+    }
+
+    fn error(bytes: &[u8]) -> String {
+        let error = read(Path::new("m.safetensors"), bytes).unwrap_err().to_string();
+        assert!(error.starts_with("checkpoint m.safetensors: "), "{error}");
+        error
+    }
+
+    const ONE: &str =
+        r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":{"format":"pt"}}"#;
+
+    #[test]
+    fn a_good_file_is_read_and_every_other_length_of_it_is_an_error() {
+        let good = file(ONE, &[0; 8]);
+        let tensors = read(Path::new("m"), &good).unwrap();
+        assert_eq!(tensors.len(), 1);
+        assert_eq!((tensors[0].0.as_str(), tensors[0].1.bytes.len()), ("a", 8));
+        for n in 0..good.len() {
+            error(&good[..n]);
+        }
+        assert!(error(&[]).ends_with("is empty"));
+        assert!(error(&good[..20]).contains("is truncated: its header has"));
+        assert!(error(&good[..good.len() - 1]).contains("need 8 bytes behind the header, 7 are there"));
+        assert!(error(&file(ONE, &[0; 9])).contains("is too long"));
+    }
+
+    #[test]
+    fn hostile_headers_are_errors() {
+        let tensor = |dtype: &str, shape: &str, offsets: &str| {
+            format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
+        };
+        error(&u64::MAX.to_le_bytes());
+        error(&file("{", &[]));
+        error(&file("[]", &[]));
+        error(&file(&"[".repeat(100_000), &[]));
+        error(&file(&tensor("F32", "[2]", "[8,0]"), &[0; 8]));
+        error(&file(&tensor("F32", "[2]", "[4,12]"), &[0; 12]));
+        error(&file(&tensor("F32", "[3]", "[0,8]"), &[0; 8]));
+        error(&file(&tensor("F32", "[-1]", "[0,4]"), &[0; 4]));
+        error(&file(&tensor("F32", "[9223372036854775807,2]", "[0,8]"), &[0; 8]));
+        error(&file(&tensor("Q4", "[2]", "[0,8]"), &[0; 8]));
+        assert!(
+            error(&file(&tensor("F32", "[0,9223372036854775807,4]", "[0,0]"), &[])).contains("impossible")
+        );
+        assert!(
+            error(&file(&tensor("F32", "[4611686018427387904,0,8]", "[0,0]"), &[])).contains("impossible")
+        );
+    }
+
+    #[test]
+    fn lengths_that_add_up_to_more_than_a_word_are_errors() {
+        let part = usize::MAX / 8 + 1;
+        let name = |i| format!(r#""t{i}":{{"dtype":"U8","shape":[{}],"data_offsets":"#, part - 1);
+        let all: Vec<_> =
+            (0..8).map(|i| format!("{}[{},{}]}}", name(i), i * (part - 1), (i + 1) * (part - 1))).collect();
+        error(&file(&format!("{{{}}}", all.join(",")), &[0; 3]));
+    }
+
+    #[test]
+    fn a_dtype_that_candle_lacks_is_kept_by_name() {
+        let header = r#"{"mask":{"dtype":"BOOL","shape":[1],"data_offsets":[0,1]}}"#;
+        let tensors = read(Path::new("m"), &file(header, &[1])).unwrap();
+        assert_eq!(tensors[0].1.dtype, Err("BOOL".to_string()));
+    }
+}
