@@ -1,7 +1,7 @@
 //! From logits to text: samplers, stop rules, and streams of valid UTF-8.
 //!
 //! A model says how likely each next token is; this crate chooses one, feeds it back, and turns the tokens into text. It
-//! asks of a model only what [`CausalLm`] says, and knows nothing of tensors or devices.
+//! asks of a model only what [`CausalLm`] says, which [`mamba_model::Model`] implements.
 //!
 //! ```text
 //! prompt ids ─▶ CausalLm::prefill ─▶ logits ─▶ filters ─▶ sampler ─▶ token ─▶ TextStream ─▶ StopStrings ─▶ piece of text
@@ -83,6 +83,7 @@ mod fake;
 mod filter;
 mod generator;
 mod lm;
+mod model;
 mod sampler;
 mod sampling;
 mod stop;

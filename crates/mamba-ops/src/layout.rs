@@ -32,14 +32,6 @@ impl SequenceLayout {
             Self::ChannelsLast => [seqlen, dim],
         }
     }
-
-    /// The axis of the sequence in a tensor of rank 3.
-    pub(crate) fn seqlen_axis(self) -> usize {
-        match self {
-            Self::ChannelsFirst => 2,
-            Self::ChannelsLast => 1,
-        }
-    }
 }
 
 /// What is applied to the result of a convolution.

@@ -9,6 +9,7 @@ pub mod norm;
 mod reference;
 pub mod selective_scan;
 pub mod simd;
+pub mod ssd;
 
 pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
@@ -16,3 +17,4 @@ pub use causal_conv1d::{
 pub use layout::{Activation, SequenceLayout};
 pub use norm::{Norm, NormKind, NormOutput, norm};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
+pub use ssd::{SsdChunkScan, SsdChunkScanOutput, ssd_chunk_scan};

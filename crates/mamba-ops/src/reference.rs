@@ -14,3 +14,10 @@ pub(crate) fn softplus(x: &Tensor) -> Result<Tensor> {
     let sum = ((x - &m)?.exp()? + m.neg()?.exp()?)?;
     sum.log()? + m
 }
+
+/// `min(max(x, low), high)`, with derivative 1 from `low` to `high` and 0 beyond; NaN stays NaN.
+pub(crate) fn clamp(x: &Tensor, (low, high): (f64, f64)) -> Result<Tensor> {
+    let bound = |value: f64| Tensor::full(value, x.shape(), x.device())?.to_dtype(x.dtype());
+    let x = if low > f64::NEG_INFINITY { x.lt(low)?.where_cond(&bound(low)?, x)? } else { x.clone() };
+    if high < f64::INFINITY { x.gt(high)?.where_cond(&bound(high)?, &x) } else { Ok(x) }
+}

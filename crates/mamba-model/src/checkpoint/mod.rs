@@ -11,6 +11,8 @@
 //! | `pytorch_model.bin.index.json` and the files it lists | the same |
 
 mod coverage;
+#[cfg(feature = "hub")]
+mod hub;
 mod names;
 mod pickle;
 mod safetensors;
@@ -32,6 +34,8 @@ use self::stored::Stored;
 use crate::{Error, Result};
 
 pub use self::coverage::Coverage;
+#[cfg(feature = "hub")]
+pub use self::hub::{HubBuilder, HubModel, Progress};
 pub use self::names::NameMap;
 pub use self::source::{LocalDir, ModelSource};
 

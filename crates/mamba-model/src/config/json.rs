@@ -21,7 +21,11 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// If the text is not a JSON object.
     pub fn parse(text: &str, file: Option<&'a Path>) -> Result<Self> {
-        let whole = |message: String| Error::Config { file: file.map(Path::to_path_buf), field: "{}".into(), message };
+        let whole = |message: String| Error::Config {
+            file: file.map(Path::to_path_buf),
+            field: "{}".into(),
+            message,
+        };
         match serde_json::from_str(&quote_bare_numbers(text)) {
             Ok(Value::Object(object)) => Ok(Self { file, prefix: String::new(), object }),
             Ok(_) => Err(whole("is not a JSON object".into())),
@@ -46,7 +50,9 @@ impl<'a> Fields<'a> {
 
     fn read<T>(&self, field: &str, expected: &str, f: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
         self.get(field)
-            .map(|value| f(value).ok_or_else(|| self.error(field, format!("is {value}, expected {expected}"))))
+            .map(|value| {
+                f(value).ok_or_else(|| self.error(field, format!("is {value}, expected {expected}")))
+            })
             .transpose()
     }
 
@@ -91,7 +97,9 @@ impl<'a> Fields<'a> {
     /// If the field is something else.
     pub fn range_or(&self, field: &str, default: (f64, f64)) -> Result<(f64, f64)> {
         let pair = |value: &Value| match value.as_array()?.as_slice() {
-            [low, high] => Some((number(low)?, high.is_null().then_some(f64::INFINITY).or_else(|| number(high))?)),
+            [low, high] => {
+                Some((number(low)?, high.is_null().then_some(f64::INFINITY).or_else(|| number(high))?))
+            }
             _ => None,
         };
         Ok(self.read(field, "two numbers", pair)?.unwrap_or(default))
@@ -165,7 +173,8 @@ fn quote_bare_numbers(text: &str) -> String {
             rest = &rest[pair..];
             continue;
         }
-        let bare = ["-Infinity", "Infinity", "NaN"].into_iter().find(|word| !in_text && rest.starts_with(word));
+        let bare =
+            ["-Infinity", "Infinity", "NaN"].into_iter().find(|word| !in_text && rest.starts_with(word));
         if let Some(word) = bare {
             out.extend(["\"", word, "\""]);
             rest = &rest[word.len()..];
@@ -198,7 +207,8 @@ mod tests {
 
     #[test]
     fn errors_name_the_field() {
-        let fields = Fields::parse(r#"{"a": {"b": -1, "c": "x"}}"#, Some(Path::new("/m/config.json"))).unwrap();
+        let fields =
+            Fields::parse(r#"{"a": {"b": -1, "c": "x"}}"#, Some(Path::new("/m/config.json"))).unwrap();
         let a = fields.object("a").unwrap();
         let message = a.usize("b").unwrap_err().to_string();
         assert_eq!(message, "config /m/config.json: `a.b` is -1, expected a whole number from 0 to 2^31");

@@ -158,13 +158,25 @@ impl MixerSpec {
                     positive(field, value)?;
                 }
                 let (d_ssm, headdim) = (c.d_ssm, c.headdim);
-                require(d_ssm <= c.d_inner, "d_ssm", format!("is {d_ssm}, expected at most d_inner {}", c.d_inner))?;
-                require(d_ssm % headdim == 0, "headdim", format!("is {headdim}, expected a divisor of d_ssm {d_ssm}"))?;
+                require(
+                    d_ssm <= c.d_inner,
+                    "d_ssm",
+                    format!("is {d_ssm}, expected at most d_inner {}", c.d_inner),
+                )?;
+                require(
+                    d_ssm % headdim == 0,
+                    "headdim",
+                    format!("is {headdim}, expected a divisor of d_ssm {d_ssm}"),
+                )?;
                 let (nheads, ngroups) = (c.nheads(), c.ngroups);
                 let message = format!("is {ngroups}, expected a divisor of the {nheads} heads");
                 require(nheads % ngroups == 0, "ngroups", message)?;
                 let (low, high) = c.dt_limit;
-                require(low >= 0.0 && low <= high, "dt_limit", format!("is ({low}, {high}), expected 0 ≤ low ≤ high"))
+                require(
+                    low >= 0.0 && low <= high,
+                    "dt_limit",
+                    format!("is ({low}, {high}), expected 0 ≤ low ≤ high"),
+                )
             }
             Self::Mlp(c) => positive("d_hidden", c.d_hidden),
         }

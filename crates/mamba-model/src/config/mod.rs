@@ -6,8 +6,8 @@ mod mixer;
 use std::path::Path;
 
 pub use json::Fields;
-pub use mixer::{GatedNorm, Mamba1Config, Mamba2Config, MixerSpec, MlpConfig};
 pub use mamba_ops::NormKind;
+pub use mixer::{GatedNorm, Mamba1Config, Mamba2Config, MixerSpec, MlpConfig};
 
 use crate::{Error, Result};
 
@@ -128,7 +128,8 @@ impl ModelConfig {
         positive("vocab_size", self.vocab_size)?;
         positive("d_model", self.d_model)?;
         if self.padded_vocab_size < self.vocab_size {
-            let message = format!("is {}, expected at least vocab_size {}", self.padded_vocab_size, self.vocab_size);
+            let message =
+                format!("is {}, expected at least vocab_size {}", self.padded_vocab_size, self.vocab_size);
             return Err(bad("padded_vocab_size", message));
         }
         if !(self.norm_eps.is_finite() && self.norm_eps >= 0.0) {

@@ -29,7 +29,8 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
     let (nheads, headdim) =
         (fields.usize_opt("num_heads")?.unwrap_or(128), fields.usize_opt("head_dim")?.unwrap_or(64));
     if nheads * headdim != d_inner {
-        let message = format!("times head_dim is {nheads} · {headdim}, expected expand · hidden_size {d_inner}");
+        let message =
+            format!("times head_dim is {nheads} · {headdim}, expected expand · hidden_size {d_inner}");
         return Err(fields.error("num_heads", message));
     }
     let norm_eps = fields.f64_or("layer_norm_epsilon", 1e-5)?;

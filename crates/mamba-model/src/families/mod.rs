@@ -36,7 +36,10 @@ pub(crate) fn parse(text: &str, file: Option<&Path>) -> Result<(ModelConfig, &'s
     let family = family.ok_or_else(|| {
         let known: Vec<&str> = FAMILIES.iter().filter_map(|family| family.model_type).collect();
         let got = model_type.unwrap_or_default();
-        fields.error("model_type", format!("is \"{got}\", expected none (state-spaces) or one of {}", known.join(", ")))
+        fields.error(
+            "model_type",
+            format!("is \"{got}\", expected none (state-spaces) or one of {}", known.join(", ")),
+        )
     })?;
     let config = (family.parse)(&fields)?;
     config.validate().map_err(|error| match error {

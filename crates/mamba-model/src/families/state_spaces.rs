@@ -103,7 +103,9 @@ fn write(config: &ModelConfig) -> Option<Value> {
     let layer = config.layers.first()?;
     let (mixer, mlp) = match layer.branches.iter().map(|b| b.mixers.as_slice()).collect::<Vec<_>>()[..] {
         [[mixer]] => (mixer, None),
-        [[mixer], [MixerSpec::Mlp(mlp)]] if !mlp.bias && mlp.d_hidden % 128 == 0 => (mixer, Some(mlp.d_hidden)),
+        [[mixer], [MixerSpec::Mlp(mlp)]] if !mlp.bias && mlp.d_hidden % 128 == 0 => {
+            (mixer, Some(mlp.d_hidden))
+        }
         _ => return None,
     };
     let ssm_cfg = match mixer {

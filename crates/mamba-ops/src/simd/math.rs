@@ -37,7 +37,7 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 
 /// `min(max(x, low), high)`, but NaN for NaN.
 #[inline(always)]
-fn clamp<S: Simd>(simd: S, x: S::f32s, low: f32, high: f32) -> S::f32s {
+pub(crate) fn clamp<S: Simd>(simd: S, x: S::f32s, low: f32, high: f32) -> S::f32s {
     let (low, high) = (simd.splat_f32s(low), simd.splat_f32s(high));
     if S::IS_SCALAR {
         // The scalar `max` drops NaN; a comparison with NaN is false and keeps it.

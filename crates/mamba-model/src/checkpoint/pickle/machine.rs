@@ -1,40 +1,16 @@
-//! A machine for the pickles that `torch.save` writes, and for no others.
+//! A machine for the pickles that `torch.save` writes, and for no others: its instructions.
 //!
-//! Values refer to each other by number into tables of the machine, so that a pickle can build neither cycles that
-//! are followed nor towers that overflow a call stack. Work and memory are linear in the length of the pickle.
+//! Work and memory are linear in the length of the pickle.
 
-use std::collections::HashMap;
-
+use super::stack::{Machine, SHORT, Step};
 use super::value::{Global, Pickle, Storage, TensorView, Value};
 
-/// Values that may lie on the stack at once; torch writes a dictionary in batches of a thousand items.
-const MAX_STACK: usize = 1 << 16;
-/// Tuples, dictionaries, storages, tensors and memo entries that a pickle may make; torch needs 14 for a tensor.
-const MAX_OBJECTS: usize = 1 << 20;
 /// Axes of a tensor: sizes are copied into each tensor, so that their number has to be small.
 const MAX_RANK: usize = 8;
 
-struct Machine<'a> {
-    input: &'a [u8],
-    at: usize,
-    stack: Vec<Value<'a>>,
-    marks: Vec<usize>,
-    memo: HashMap<u32, Value<'a>>,
-    heap: Pickle<'a>,
-}
-
-type Step<T> = Result<T, String>;
-
 /// Runs a pickle to its end, or says why it is not one that `torch.save` writes for tensors.
 pub(super) fn run(input: &[u8]) -> Step<Pickle<'_>> {
-    let mut machine = Machine {
-        input,
-        at: 0,
-        stack: Vec::new(),
-        marks: Vec::new(),
-        memo: HashMap::new(),
-        heap: Pickle::default(),
-    };
+    let mut machine = Machine::new(input);
     loop {
         let at = machine.at;
         match machine.step() {
@@ -81,10 +57,7 @@ impl<'a> Machine<'a> {
                 self.push(Value::Str(text))?;
             }
             b'c' => self.global()?,
-            b'(' => {
-                self.room(self.marks.len(), MAX_STACK)?;
-                self.marks.push(self.stack.len());
-            }
+            b'(' => self.set_mark()?,
             b')' => self.new_tuple(self.stack.len())?,
             b'\x85' | b'\x86' | b'\x87' => {
                 let len = usize::from(op - b'\x84');
@@ -146,88 +119,6 @@ impl<'a> Machine<'a> {
             other => return Err(format!("instruction 0x{other:02x}, which torch.save does not write")),
         }
         Ok(false)
-    }
-
-    fn take(&mut self, len: usize) -> Step<&'a [u8]> {
-        let bytes = self.input[self.at..].get(..len).ok_or("it is cut off")?;
-        self.at += len;
-        Ok(bytes)
-    }
-
-    fn array<const N: usize>(&mut self) -> Step<[u8; N]> {
-        let bytes = self.take(N)?;
-        bytes.try_into().map_err(|_| "it is cut off".into())
-    }
-
-    fn line(&mut self) -> Step<&'a str> {
-        let rest = &self.input[self.at..];
-        let len = rest.iter().position(|b| *b == b'\n').ok_or("it is cut off")?;
-        let line = std::str::from_utf8(&rest[..len]).map_err(|_| "a name that is not UTF-8")?;
-        self.at += len + 1;
-        Ok(line)
-    }
-
-    fn room(&self, have: usize, limit: usize) -> Step<()> {
-        if have < limit { Ok(()) } else { Err(format!("it needs more than {limit} values")) }
-    }
-
-    fn push(&mut self, value: Value<'a>) -> Step<()> {
-        self.room(self.stack.len(), MAX_STACK)?;
-        self.stack.push(value);
-        Ok(())
-    }
-
-    /// Takes the topmost value, which has to lie above the last mark.
-    fn pop(&mut self) -> Step<Value<'a>> {
-        if self.marks.last().is_some_and(|mark| *mark >= self.stack.len()) {
-            return Err(SHORT.into());
-        }
-        self.stack.pop().ok_or_else(|| SHORT.into())
-    }
-
-    fn mark(&mut self) -> Step<usize> {
-        let mark = self.marks.pop().ok_or("a mark is missing")?;
-        // What was taken since may have reached below the mark.
-        if mark > self.stack.len() { Err(SHORT.into()) } else { Ok(mark) }
-    }
-
-    fn expect_top(&self, value: Value<'a>) -> Step<()> {
-        if self.stack.last() == Some(&value) { Ok(()) } else { Err("a list is missing".into()) }
-    }
-
-    /// Counts all that lives as long as the machine.
-    fn room_on_heap(&self) -> Step<()> {
-        let heap = &self.heap;
-        let objects = heap.tuples.len() + heap.dicts.len() + heap.storages.len() + heap.tensors.len();
-        self.room(objects + self.memo.len(), MAX_OBJECTS)
-    }
-
-    fn new_dict(&mut self) -> Step<()> {
-        self.room_on_heap()?;
-        self.heap.dicts.push(Vec::new());
-        self.push(Value::Dict(self.heap.dicts.len() - 1))
-    }
-
-    fn new_tuple(&mut self, start: usize) -> Step<()> {
-        if self.marks.last().is_some_and(|mark| *mark > start) {
-            return Err(SHORT.into());
-        }
-        self.room_on_heap()?;
-        let items = self.stack.split_off(start);
-        self.heap.tuples.push(items.into());
-        self.push(Value::Tuple(self.heap.tuples.len() - 1))
-    }
-
-    fn remember(&mut self, key: u32) -> Step<()> {
-        self.room_on_heap()?;
-        let top = *self.stack.last().ok_or(SHORT)?;
-        self.memo.insert(key, top);
-        Ok(())
-    }
-
-    fn recall(&mut self, key: u32) -> Step<()> {
-        let value = *self.memo.get(&key).ok_or_else(|| format!("memo {key} is empty"))?;
-        self.push(value)
     }
 
     /// An integer of up to eight bytes, lowest first.
@@ -313,7 +204,6 @@ impl<'a> Machine<'a> {
     }
 }
 
-const SHORT: &str = "a value is missing";
 const NO_STORAGE: &str = "a reference to an object that is not a storage";
 
 fn size(value: Value) -> Step<usize> {

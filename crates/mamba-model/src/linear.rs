@@ -1,0 +1,40 @@
+//! A matrix product with a weight as checkpoints store it.
+
+use candle_core::Tensor;
+
+use crate::Result;
+use crate::params::Params;
+
+/// `y = x Wᵀ + bias` over the last axis.
+#[derive(Debug, Clone)]
+pub(crate) struct Linear {
+    /// `(out, in)`.
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    pub(crate) fn new(params: &Params, d_in: usize, d_out: usize, bias: bool) -> Result<Self> {
+        Ok(Self { weight: params.get((d_out, d_in), "weight")?, bias: params.get_if(bias, d_out, "bias")? })
+    }
+
+    pub(crate) fn from_weight(weight: Tensor) -> Self {
+        Self { weight, bias: None }
+    }
+
+    /// `x`: `(.., in)` to `(.., out)`, in the dtype of the weight.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (d_out, d_in) = self.weight.dims2()?;
+        let mut shape = x.dims().to_vec();
+        let rows = x.elem_count() / d_in;
+        let y = x.to_dtype(self.weight.dtype())?.reshape((rows, d_in))?.matmul(&self.weight.t()?)?;
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        };
+        if let Some(last) = shape.last_mut() {
+            *last = d_out;
+        }
+        Ok(y.reshape(shape)?)
+    }
+}

@@ -1,0 +1,112 @@
+//! Writes models in the layout that Hugging Face libraries read, and small files atomically.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::DType;
+use candle_core::Tensor;
+
+use crate::families::FAMILIES;
+use crate::{Error, Model, Result};
+
+impl Model {
+    /// Writes `config.json` and `model.safetensors` into a folder, which is made if need be.
+    ///
+    /// The configuration is that of the first family that has words for it: transformers' `mamba` or `mamba2` where
+    /// possible, else that of state-spaces. Weights are written in the dtype `dtype`, but those that are `f32` in any
+    /// model (`A_log`, `D`, `dt_bias`) as `f32` unless `dtype` holds their values exactly. Each file is complete
+    /// under its name or not there.
+    ///
+    /// # Errors
+    /// If no family can express the configuration, or a file cannot be written.
+    ///
+    /// # Example
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use mamba_model::{Model, checkpoint::LocalDir};
+    /// use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
+    ///
+    /// let config = ModelConfig::uniform(50, 16, 2, MixerSpec::Mamba1(Mamba1Config::new(16)));
+    /// let model = Model::random(&config, 0, &Device::Cpu)?;
+    /// let folder = tempfile::tempdir()?;
+    /// model.save_pretrained(folder.path(), DType::F32)?;
+    /// let again = Model::from_pretrained(&LocalDir::new(folder.path())?, DType::F32, &Device::Cpu)?;
+    /// assert_eq!(again.config(), model.config());
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn save_pretrained(&self, folder: impl AsRef<Path>, dtype: DType) -> Result<()> {
+        let folder = folder.as_ref();
+        let written = FAMILIES.iter().find_map(|family| Some((family, (family.write)(self.config())?)));
+        let (family, config) = written.ok_or_else(|| Error::Config {
+            file: None,
+            field: "layers".into(),
+            message: "is a combination that no format of checkpoints has words for".into(),
+        })?;
+        std::fs::create_dir_all(folder).map_err(|source| Error::Io { path: folder.into(), source })?;
+        let tensors: Vec<(String, Tensor)> = self
+            .parameters()
+            .iter()
+            .map(|(name, x)| {
+                let narrowed = x.to_dtype(dtype)?;
+                let exact = || -> Result<bool> {
+                    let gap = (narrowed.to_dtype(x.dtype())? - x)?.abs()?.sum_all()?;
+                    Ok(gap.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
+                };
+                let keep =
+                    x.dtype() == DType::F32 && self.dtype_is_narrow(dtype) && is_sensitive(name) && !exact()?;
+                let name = family.names.candidates(name).into_iter().next().unwrap_or_else(|| name.clone());
+                Ok((name, if keep { x.clone() } else { narrowed }))
+            })
+            .collect::<Result<_>>()?;
+        let notes = [("format".to_owned(), "pt".to_owned())].into(); // what transformers asks for
+        write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?;
+        let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
+        write_atomically(&folder.join("config.json"), text.as_bytes())
+    }
+
+    fn dtype_is_narrow(&self, dtype: DType) -> bool {
+        dtype.size_in_bytes() < DType::F32.size_in_bytes()
+    }
+}
+
+/// Parameters that the state depends on exponentially.
+fn is_sensitive(name: &str) -> bool {
+    ["A_log", "D", "dt_bias", "dt_proj.bias"].iter().any(|leaf| name.ends_with(&format!(".{leaf}")))
+}
+
+/// Writes tensors in safetensors format.
+pub(crate) fn write_safetensors(
+    path: &Path,
+    tensors: &[(String, Tensor)],
+    notes: HashMap<String, String>,
+) -> Result<()> {
+    let tensors: Vec<(&str, Tensor)> =
+        tensors.iter().map(|(name, x)| Ok((name.as_str(), x.contiguous()?))).collect::<Result<_>>()?;
+    let bytes = safetensors::serialize(tensors, Some(notes)).map_err(|error| Error::Checkpoint {
+        file: path.into(),
+        message: format!("cannot be written: {error}"),
+    })?;
+    write_atomically(path, &bytes)
+}
+
+/// The notes in the header of a safetensors file.
+pub(crate) fn read_notes(path: &Path) -> Result<HashMap<String, String>> {
+    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|error| Error::Checkpoint {
+        file: path.into(),
+        message: format!("is not a safetensors file: {error}"),
+    })?;
+    Ok(header.metadata().clone().unwrap_or_default())
+}
+
+/// Writes beside the file first, then moves into place: a full disk or a crash leaves no half file.
+fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let error = |source| Error::Io { path: path.into(), source };
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}.part", std::process::id()));
+    let written = std::fs::write(&beside, bytes).and_then(|()| std::fs::rename(&beside, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&beside); // the first error is the one that matters
+    }
+    written.map_err(error)
+}

@@ -1,0 +1,190 @@
+//! The forward pass of one block of heads.
+
+use pulp::{Simd, WithSimd};
+
+use super::matrix::{Product, Strided, Zeros, copy, padded, transpose};
+use super::{Block, Chunk, Scan, Sizes, Steps, load_inputs, scores};
+use crate::host::{SharedMut, parallel, uninit};
+use crate::simd::Isa;
+use crate::simd::math::silu;
+use crate::simd::slice::{map, map2};
+
+/// What the forward pass leaves.
+pub(in super::super) struct Forward {
+    pub y: Vec<f32>,
+    pub final_state: Vec<f32>,
+    /// The state before each chunk, `(batch, nheads, nchunks, d_state, headdim)`; empty unless asked for.
+    pub checkpoints: Vec<f32>,
+}
+
+pub(in super::super) fn forward(scan: &Scan, isa: Isa, keep: bool) -> Forward {
+    let Sizes { batch, nheads, headdim, d_state, .. } = scan.sizes;
+    let states = batch * nheads * headdim * d_state;
+    let blocks = scan.blocks();
+    let mut y = uninit(scan.x.len());
+    let mut final_state = uninit(states);
+    let mut checkpoints = uninit(if keep { states * scan.chunk_count() } else { 0 });
+    {
+        let outputs = Outputs {
+            y: SharedMut::new(&mut y),
+            final_state: SharedMut::new(&mut final_state),
+            checkpoints: keep.then(|| SharedMut::new(&mut checkpoints)),
+        };
+        parallel(blocks.len(), scan.operations(), |i| {
+            isa.dispatch(ForwardBlock { scan, block: blocks[i], outputs: &outputs })
+        });
+    }
+    Forward { y, final_state, checkpoints }
+}
+
+struct Outputs<'a> {
+    y: SharedMut<'a>,
+    final_state: SharedMut<'a>,
+    checkpoints: Option<SharedMut<'a>>,
+}
+
+struct ForwardBlock<'a> {
+    scan: &'a Scan<'a>,
+    block: Block,
+    outputs: &'a Outputs<'a>,
+}
+
+/// Room for one chunk.
+struct Scratch {
+    steps: Steps,
+    /// `Bᵀ`, `(d_state, q)`.
+    b_columns: Vec<f32>,
+    /// `C·Bᵀ`, `(q, q)`.
+    scores: Vec<f32>,
+    /// The same with the decays of one head.
+    decayed: Vec<f32>,
+    /// `Δ·x`, `(q, headdim)`.
+    inputs: Vec<f32>,
+    y: Vec<f32>,
+}
+
+impl WithSimd for ForwardBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { scan, block, outputs } = self;
+        let Sizes { nheads, headdim, d_state, .. } = scan.sizes;
+        let (p, q) = (padded(headdim), padded(scan.chunk));
+        let mut scratch = Scratch {
+            steps: Steps::new(scan.chunk),
+            b_columns: vec![0.0; d_state * q],
+            scores: vec![0.0; scan.chunk * q],
+            decayed: vec![0.0; scan.chunk * q],
+            inputs: vec![0.0; scan.chunk * p],
+            y: vec![0.0; scan.chunk * p],
+        };
+        let mut states = vec![0.0; block.heads * scan.state_len()];
+        let state_of = |head: usize| head * scan.state_len()..(head + 1) * scan.state_len();
+        if let Some(initial) = scan.initial_state {
+            for i in 0..block.heads {
+                scan.load_state(initial, block.batch, block.first + i, &mut states[state_of(i)]);
+            }
+        }
+        for chunk in scan.chunks() {
+            let b = scan.of_group(scan.b, block, chunk);
+            transpose((b, scan.group_stride()), [chunk.tokens, d_state], (&mut scratch.b_columns, q));
+            scores(simd, scan, block, chunk, &scratch.b_columns, &mut scratch.scores);
+            for i in 0..block.heads {
+                let (head, state) = (block.first + i, &mut states[state_of(i)]);
+                if let Some(checkpoints) = &outputs.checkpoints {
+                    let (len, row) = (d_state * headdim, block.batch * nheads + head);
+                    let start = (row * scan.chunk_count() + chunk.index) * len;
+                    // SAFETY: each head keeps its own states.
+                    let kept = unsafe { checkpoints.get(start, len) };
+                    copy((state, p), [d_state, headdim], (kept, headdim));
+                }
+                scratch.head(simd, scan, block, head, chunk, state, &outputs.y);
+            }
+        }
+        for i in 0..block.heads {
+            let len = headdim * d_state;
+            // SAFETY: each head has its own state.
+            let out = unsafe { outputs.final_state.get((block.batch * nheads + block.first + i) * len, len) };
+            transpose((&states[state_of(i)], p), [d_state, headdim], (out, d_state));
+        }
+    }
+}
+
+impl Scratch {
+    /// One chunk of one head: writes `y` and moves the state on.
+    #[inline(always)]
+    fn head<S: Simd>(
+        &mut self,
+        simd: S,
+        scan: &Scan,
+        block: Block,
+        head: usize,
+        chunk: Chunk,
+        state: &mut [f32],
+        out: &SharedMut,
+    ) {
+        let (headdim, d_state) = (scan.sizes.headdim, scan.sizes.d_state);
+        let (p, q, tokens) = (padded(headdim), padded(scan.chunk), chunk.tokens);
+        self.steps.load(simd, scan, block.batch, head, chunk);
+        load_inputs(simd, scan, &self.steps, block.batch, head, chunk, &mut self.inputs);
+        // What the state before the chunk gives; nothing if there is none.
+        if chunk.index == 0 && scan.initial_state.is_none() {
+            self.y.fill(0.0);
+        } else {
+            simd.vectorize(Product {
+                a: Strided::rows(scan.of_group(scan.c, block, chunk), scan.group_stride()),
+                b: (state, p),
+                out: (&mut self.y, p),
+                keep: 0.0,
+                rows: tokens,
+                inner: d_state,
+                columns: headdim,
+                zeros: Zeros::Nowhere,
+            });
+            for (y, &decay) in self.y.chunks_exact_mut(p).zip(&self.steps.from_start).take(tokens) {
+                let decay = simd.splat_f32s(decay);
+                map(simd, y, |y| simd.mul_f32s(decay, y));
+            }
+        }
+        // What the inputs of the chunk give.
+        for (i, row) in self.decayed.chunks_exact_mut(q).take(tokens).enumerate() {
+            self.steps.decay_row(simd, i, &self.scores[i * q..], row);
+        }
+        simd.vectorize(Product {
+            a: Strided::rows(&self.decayed, q),
+            b: (&self.inputs, p),
+            out: (&mut self.y, p),
+            keep: 1.0,
+            rows: tokens,
+            inner: tokens,
+            columns: headdim,
+            zeros: Zeros::AboveDiagonalOfA,
+        });
+        for (i, y) in self.y.chunks_exact_mut(p).take(tokens).enumerate() {
+            let at = scan.at(block.batch, chunk.first + i, head);
+            // SAFETY: each head writes its own channels.
+            let out = unsafe { out.get(at, headdim) };
+            out.copy_from_slice(&y[..headdim]);
+            scan.add_skip(simd, head, &scan.x[at..][..headdim], out);
+            if let Some(z) = scan.z {
+                map2(simd, out, &z[at..][..headdim], |y, z| simd.mul_f32s(y, silu(simd, z)));
+            }
+        }
+        // The state after the chunk.
+        for (input, &decay) in self.inputs.chunks_exact_mut(p).zip(&self.steps.to_end).take(tokens) {
+            let decay = simd.splat_f32s(decay);
+            map(simd, input, |x| simd.mul_f32s(decay, x));
+        }
+        simd.vectorize(Product {
+            a: Strided::columns(scan.of_group(scan.b, block, chunk), scan.group_stride()),
+            b: (&self.inputs, p),
+            out: (state, p),
+            keep: self.steps.total,
+            rows: d_state,
+            inner: tokens,
+            columns: headdim,
+            zeros: Zeros::Nowhere,
+        });
+    }
+}

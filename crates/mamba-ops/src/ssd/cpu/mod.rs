@@ -1,0 +1,254 @@
+//! The duality on slices: a block of heads of one group walks over chunks of tokens, its states in cache; what
+//! happens within a chunk is matrix products. The derivation is in the `README.md` of the folder above.
+//!
+//! Scratch matrices have padded rows. With `q` tokens in a chunk, rows over the channels of a head are
+//! `(…, headdim)`, rows over tokens `(…, q)`; `d_state` only counts rows, so states are `(d_state, headdim)` here.
+
+mod backward;
+mod forward;
+mod matrix;
+
+use std::f64::consts::LOG2_E;
+
+use pulp::Simd;
+
+use super::Sizes;
+use crate::simd::math::{clamp, exp2, softplus};
+use crate::simd::slice::{map, map2, map3};
+use matrix::{Product, Strided, Zeros, padded, transpose};
+
+pub(super) use backward::backward;
+pub(super) use forward::{Forward, forward};
+
+/// Tokens of a chunk: within bounds between which speed differs little, what the caller asks for.
+pub(super) fn chunk_len(chunk_size: usize) -> usize {
+    chunk_size.clamp(16, 64)
+}
+
+/// The inputs as slices, in the layouts of [`SsdChunkScan`](super::SsdChunkScan).
+pub(super) struct Scan<'a> {
+    pub sizes: Sizes,
+    pub chunk: usize,
+    pub x: &'a [f32],
+    pub dt: &'a [f32],
+    pub a: &'a [f32],
+    pub b: &'a [f32],
+    pub c: &'a [f32],
+    pub d: Option<&'a [f32]>,
+    pub d_per_channel: bool,
+    pub z: Option<&'a [f32]>,
+    pub dt_bias: Option<&'a [f32]>,
+    pub dt_softplus: bool,
+    pub dt_limit: (f32, f32),
+    pub initial_state: Option<&'a [f32]>,
+}
+
+/// Neighbouring heads of one group of one batch element: they share `C·Bᵀ`, and sums of gradients of `b` and `c`.
+#[derive(Debug, Clone, Copy)]
+struct Block {
+    batch: usize,
+    group: usize,
+    first: usize,
+    heads: usize,
+}
+
+/// Neighbouring tokens.
+#[derive(Debug, Clone, Copy)]
+struct Chunk {
+    index: usize,
+    first: usize,
+    tokens: usize,
+}
+
+impl Scan<'_> {
+    /// All blocks; which heads share one depends on the sizes alone.
+    fn blocks(&self) -> Vec<Block> {
+        let Sizes { batch, nheads, ngroups, .. } = self.sizes;
+        // Larger blocks share more, smaller ones occupy more threads.
+        let (group_len, wanted) = (nheads / ngroups, (batch * nheads / 16).clamp(4, 8));
+        let mut blocks = vec![];
+        if self.sizes.headdim == 0 {
+            return blocks;
+        }
+        for (batch, group) in (0..batch).flat_map(|batch| (0..ngroups).map(move |group| (batch, group))) {
+            for start in (0..group_len).step_by(wanted) {
+                let heads = wanted.min(group_len - start);
+                blocks.push(Block { batch, group, first: group * group_len + start, heads });
+            }
+        }
+        blocks
+    }
+
+    fn chunks(&self) -> impl DoubleEndedIterator<Item = Chunk> {
+        let (chunk, seqlen) = (self.chunk, self.sizes.seqlen);
+        (0..self.chunk_count()).map(move |index| {
+            let first = index * chunk;
+            Chunk { index, first, tokens: chunk.min(seqlen - first) }
+        })
+    }
+
+    fn chunk_count(&self) -> usize {
+        self.sizes.seqlen.div_ceil(self.chunk)
+    }
+
+    /// An estimate of the work, in operations.
+    fn operations(&self) -> usize {
+        self.x.len() * (2 * self.sizes.d_state + self.chunk)
+    }
+
+    /// Where the channels of a head at a token begin in `x`.
+    fn at(&self, batch: usize, t: usize, head: usize) -> usize {
+        let Sizes { seqlen, nheads, headdim, .. } = self.sizes;
+        ((batch * seqlen + t) * nheads + head) * headdim
+    }
+
+    /// `b` or `c` of a chunk, `(q, d_state)` with the stride of [`Self::group_stride`].
+    fn of_group<'x>(&self, x: &'x [f32], block: Block, chunk: Chunk) -> &'x [f32] {
+        let Sizes { seqlen, ngroups, d_state, .. } = self.sizes;
+        &x[((block.batch * seqlen + chunk.first) * ngroups + block.group) * d_state..]
+    }
+
+    fn group_stride(&self) -> usize {
+        self.sizes.ngroups * self.sizes.d_state
+    }
+
+    /// The size of a state, `(d_state, headdim)`.
+    fn state_len(&self) -> usize {
+        self.sizes.d_state * padded(self.sizes.headdim)
+    }
+
+    /// Copies a state `(headdim, d_state)` of one head to `(d_state, headdim)`.
+    fn load_state(&self, states: &[f32], batch: usize, head: usize, out: &mut [f32]) {
+        let Sizes { nheads, headdim, d_state, .. } = self.sizes;
+        let start = (batch * nheads + head) * headdim * d_state;
+        let state = &states[start..][..headdim * d_state];
+        transpose((state, d_state.max(1)), [headdim, d_state], (out, padded(headdim)));
+    }
+
+    /// `y += D · x` for the channels of a head.
+    #[inline(always)]
+    fn add_skip<S: Simd>(&self, simd: S, head: usize, x: &[f32], y: &mut [f32]) {
+        let Some(d) = self.d else { return };
+        if self.d_per_channel {
+            let d = &d[head * x.len()..][..x.len()];
+            map3(simd, y, d, x, |y, d, x| simd.mul_add_f32s(d, x, y));
+        } else {
+            let d = simd.splat_f32s(d[head]);
+            map2(simd, y, x, |y, x| simd.mul_add_f32s(d, x, y));
+        }
+    }
+}
+
+/// What the steps of one head do over one chunk.
+struct Steps {
+    /// `dt + dt_bias`.
+    raw: Vec<f32>,
+    /// After the softplus, before the limits.
+    free: Vec<f32>,
+    dt: Vec<f32>,
+    /// `log2` of the decay from before the chunk to after each token, as the sum of two `f32`: differences of far
+    /// tokens of a long chunk would lose too much in one.
+    high: Vec<f32>,
+    low: Vec<f32>,
+    /// The decay from before the chunk to after each token.
+    from_start: Vec<f32>,
+    /// The decay from after each token to the end of the chunk.
+    to_end: Vec<f32>,
+    /// The decay over the chunk.
+    total: f32,
+}
+
+impl Steps {
+    fn new(chunk: usize) -> Self {
+        let zeros = || vec![0.0; padded(chunk)];
+        Self {
+            raw: zeros(),
+            free: zeros(),
+            dt: zeros(),
+            high: zeros(),
+            low: zeros(),
+            from_start: zeros(),
+            to_end: zeros(),
+            total: 1.0,
+        }
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(&mut self, simd: S, scan: &Scan, batch: usize, head: usize, chunk: Chunk) {
+        let Sizes { seqlen, nheads, .. } = scan.sizes;
+        let (q, bias) = (chunk.tokens, scan.dt_bias.map_or(0.0, |bias| bias[head]));
+        let dt = scan.dt[(batch * seqlen + chunk.first) * nheads + head..].iter().step_by(nheads);
+        for (raw, dt) in self.raw[..q].iter_mut().zip(dt) {
+            *raw = dt + bias;
+        }
+        self.free.copy_from_slice(&self.raw);
+        if scan.dt_softplus {
+            map(simd, &mut self.free, |x| softplus(simd, x));
+        }
+        self.dt.copy_from_slice(&self.free);
+        let (low, high) = scan.dt_limit;
+        map(simd, &mut self.dt, |x| clamp(simd, x, low, high));
+        let (a, mut sum) = (f64::from(scan.a[head]) * LOG2_E, 0.0);
+        for t in 0..q {
+            sum += f64::from(self.dt[t]) * a;
+            self.high[t] = sum as f32;
+            self.low[t] = (sum - f64::from(self.high[t])) as f32;
+        }
+        self.from_start.copy_from_slice(&self.high);
+        map2(simd, &mut self.from_start, &self.low, |high, low| exp2(simd, simd.add_f32s(high, low)));
+        self.total = self.from_start[q - 1];
+        let (high, low) = (simd.splat_f32s(self.high[q - 1]), simd.splat_f32s(self.low[q - 1]));
+        self.to_end.copy_from_slice(&self.high);
+        map2(simd, &mut self.to_end, &self.low, |h, l| {
+            exp2(simd, simd.add_f32s(simd.sub_f32s(high, h), simd.sub_f32s(low, l)))
+        });
+    }
+
+    /// `out[j] = scores[j] · (the decay from after token j to after token i)` for `j ≤ i`, then zeros.
+    #[inline(always)]
+    fn decay_row<S: Simd>(&self, simd: S, i: usize, scores: &[f32], out: &mut [f32]) {
+        let (high, low) = (simd.splat_f32s(self.high[i]), simd.splat_f32s(self.low[i]));
+        let len = (i + 1).next_multiple_of(S::F32_LANES);
+        out[..len].copy_from_slice(&scores[..len]);
+        map3(simd, &mut out[..len], &self.high, &self.low, |score, h, l| {
+            let exponent = simd.add_f32s(simd.sub_f32s(high, h), simd.sub_f32s(low, l));
+            simd.mul_f32s(score, exp2(simd, exponent))
+        });
+        out[i + 1..].fill(0.0);
+    }
+}
+
+/// `out (q, q) = C · Bᵀ` at and below the diagonal; `b_columns` is `Bᵀ`, `(d_state, q)`.
+#[inline(always)]
+fn scores<S: Simd>(simd: S, scan: &Scan, block: Block, chunk: Chunk, b_columns: &[f32], out: &mut [f32]) {
+    let stride = padded(scan.chunk);
+    simd.vectorize(Product {
+        a: Strided::rows(scan.of_group(scan.c, block, chunk), scan.group_stride()),
+        b: (b_columns, stride),
+        out: (out, stride),
+        keep: 0.0,
+        rows: chunk.tokens,
+        inner: scan.sizes.d_state,
+        columns: chunk.tokens,
+        zeros: Zeros::AboveDiagonalOfResult,
+    });
+}
+
+/// `out[j] = dt_j · x_j`, `(q, headdim)`.
+#[inline(always)]
+fn load_inputs<S: Simd>(
+    simd: S,
+    scan: &Scan,
+    steps: &Steps,
+    batch: usize,
+    head: usize,
+    chunk: Chunk,
+    out: &mut [f32],
+) {
+    let p = scan.sizes.headdim;
+    for (i, out) in out.chunks_exact_mut(padded(p)).take(chunk.tokens).enumerate() {
+        let dt = simd.splat_f32s(steps.dt[i]);
+        out[..p].copy_from_slice(&scan.x[scan.at(batch, chunk.first + i, head)..][..p]);
+        map(simd, out, |x| simd.mul_f32s(x, dt));
+    }
+}

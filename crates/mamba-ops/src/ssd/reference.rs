@@ -1,0 +1,60 @@
+//! The recurrence in plain tensor operations, one token after another: the meaning of the op, and its gradients.
+
+use candle_core::{Result, Tensor};
+
+use super::{SsdChunkScan, SsdChunkScanOutput};
+use crate::args::state_dtype;
+use crate::reference::{clamp, silu, softplus};
+
+/// `h_t = exp(Δ_t · A) h_{t-1} + Δ_t · x_t ⊗ B_t`, `y_t = h_t C_t + D · x_t`, for any device and dtype;
+/// differentiable.
+///
+/// # Errors
+/// If candle refuses an operation; shapes are checked by [`ssd_chunk_scan`](super::ssd_chunk_scan).
+pub fn forward(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
+    let dtype = state_dtype(args.x.dtype());
+    let x = args.x.to_dtype(dtype)?;
+    let (batch, seqlen, nheads, headdim) = x.dims4()?;
+    let (_, _, ngroups, d_state) = args.b.dims4()?;
+
+    let mut dt = args.dt.to_dtype(dtype)?;
+    if let Some(bias) = args.dt_bias {
+        dt = dt.broadcast_add(&bias.to_dtype(dtype)?)?;
+    }
+    if args.dt_softplus {
+        dt = softplus(&dt)?;
+    }
+    let dt = clamp(&dt, args.dt_limit)?;
+    let decay = dt.broadcast_mul(&args.a.to_dtype(dtype)?)?.exp()?;
+    let (b, c) = (args.b.to_dtype(dtype)?, args.c.to_dtype(dtype)?);
+    // Token t of b or c for each head, (batch, nheads, 1, d_state).
+    let token = |x: &Tensor, t: usize| {
+        x.narrow(1, t, 1)?
+            .reshape((batch, ngroups, 1, d_state))?
+            .broadcast_as((batch, ngroups, nheads / ngroups, d_state))?
+            .reshape((batch, nheads, 1, d_state))
+    };
+    let column = |x: &Tensor, t: usize, len: usize| x.narrow(1, t, 1)?.reshape((batch, nheads, len, 1));
+
+    let mut h = match args.initial_state {
+        Some(state) => state.clone(),
+        None => Tensor::zeros((batch, nheads, headdim, d_state), dtype, x.device())?,
+    };
+    let mut ys = Vec::with_capacity(seqlen);
+    for t in 0..seqlen {
+        let input = column(&dt, t, 1)?.broadcast_mul(&column(&x, t, headdim)?)?;
+        let write = input.broadcast_mul(&token(&b, t)?)?;
+        h = (column(&decay, t, 1)?.broadcast_mul(&h)? + write)?;
+        ys.push(h.broadcast_mul(&token(&c, t)?)?.sum(3)?.unsqueeze(1)?);
+    }
+    let mut y = if seqlen == 0 { x.clone() } else { Tensor::cat(&ys, 1)? };
+    if let Some(d) = args.d {
+        let d = d.to_dtype(dtype)?;
+        let d = if d.rank() == 1 { d.unsqueeze(1)? } else { d };
+        y = (y + x.broadcast_mul(&d)?)?;
+    }
+    if let Some(z) = args.z {
+        y = (y * silu(&z.to_dtype(dtype)?)?)?;
+    }
+    Ok(SsdChunkScanOutput { y: y.to_dtype(args.x.dtype())?, final_state: h })
+}

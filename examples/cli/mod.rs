@@ -1,0 +1,192 @@
+//! What the examples share: finding a model, its tokenizer and a device, with progress on long work.
+#![allow(dead_code)]
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use mamba_model::Model;
+use mamba_model::checkpoint::{HubBuilder, Progress};
+use mamba_model::checkpoint::{LocalDir, ModelSource};
+use tokenizers::Tokenizer;
+
+/// The model that is part of the repository.
+pub const DEFAULT_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/mamba2-shakespeare");
+
+/// The tokenizer of the models that state-spaces published, which come without one.
+const STATE_SPACES_TOKENIZER: &str = "EleutherAI/gpt-neox-20b";
+
+/// Which model, and how to run it.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A folder, a file of weights, or a repository on the Hugging Face Hub such as state-spaces/mamba2-130m;
+    /// a small model of Shakespeare's manner if not given.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Branch, tag or commit on the Hub.
+    #[arg(long, default_value = "main")]
+    pub revision: String,
+    /// A tokenizer.json, or a repository that has one; that of the model if not given.
+    #[arg(long)]
+    pub tokenizer: Option<String>,
+    /// What weights and activations are computed in; states are always f32.
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    pub dtype: Precision,
+    /// auto, cpu, cuda or cuda:N; auto takes a GPU if the program was built for one and there is one.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+}
+
+/// The dtypes a model may run in.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Precision {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => DType::F32,
+            Precision::F16 => DType::F16,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// Prepares the process: the first thing that `main` does.
+pub fn start() {
+    // SAFETY: no other thread runs yet. Without this, idle threads of candle spin and starve the busy ones.
+    unsafe { std::env::set_var("CANDLE_BARRIER_POOL_SPIN_LIMIT", "0") };
+}
+
+/// Whether the model that is part of the repository is meant.
+pub fn is_default(args: &ModelArgs) -> bool {
+    args.model.is_none()
+}
+
+/// Finds the model and loads it.
+pub fn load(args: &ModelArgs) -> Result<(Model, Box<dyn ModelSource>)> {
+    let device = device(&args.device)?;
+    let dtype = DType::from(args.dtype);
+    let source = source(args.model.as_deref().unwrap_or(DEFAULT_MODEL), &args.revision)?;
+    let spinner = spinner(format!("loading {}", source.describe()));
+    let model = Model::from_pretrained(source.as_ref(), dtype, &device);
+    spinner.finish_and_clear();
+    Ok((model?, source))
+}
+
+/// A folder or file if there is one of that name, else a repository on the Hub.
+fn source(name: &str, revision: &str) -> Result<Box<dyn ModelSource>> {
+    let path = Path::new(name);
+    let repository = name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']);
+    if path.exists() || !repository {
+        return Ok(Box::new(LocalDir::new(path).with_context(|| {
+            format!(
+                "{name} is neither a folder or file here nor a repository such as state-spaces/mamba2-130m"
+            )
+        })?));
+    }
+    let hub = HubBuilder::from_env(name).revision(revision).on_progress(show_download()).build()?;
+    Ok(Box::new(hub))
+}
+
+/// The tokenizer to use with a model; checked to know no id that the model does not.
+pub fn tokenizer(args: &ModelArgs, model: &Model, source: &dyn ModelSource) -> Result<Tokenizer> {
+    let path = match &args.tokenizer {
+        Some(name) if Path::new(name).is_file() => name.into(),
+        Some(name) => tokenizer_file(self::source(name, "main")?.as_ref())?,
+        None => match source.file("tokenizer.json")? {
+            Some(path) => path,
+            // The published vocabulary, whatever it was padded to.
+            None if (50277..=50288).contains(&model.config().vocab_size) => {
+                tokenizer_file(self::source(STATE_SPACES_TOKENIZER, "main")?.as_ref())?
+            }
+            None => {
+                bail!("{} has no tokenizer.json: name one with --tokenizer, or pass ids", source.describe())
+            }
+        },
+    };
+    let tokenizer = Tokenizer::from_file(&path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?;
+    let ids = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+    let known = model.config().vocab_size;
+    ensure!(
+        ids <= known,
+        "{}: the tokenizer has ids up to {}, the model knows {known}",
+        path.display(),
+        ids - 1
+    );
+    Ok(tokenizer)
+}
+
+fn tokenizer_file(source: &dyn ModelSource) -> Result<std::path::PathBuf> {
+    source.file("tokenizer.json")?.with_context(|| format!("{} has no tokenizer.json", source.describe()))
+}
+
+/// Turns `auto`, `cpu`, `cuda` or `cuda:N` into a device.
+fn device(name: &str) -> Result<Device> {
+    let cuda = |index: usize| {
+        ensure!(
+            candle_core::utils::cuda_is_available(),
+            "this program was built without CUDA: add --features cuda to the cargo command"
+        );
+        Device::new_cuda(index).with_context(|| format!("no CUDA device {index} can be used"))
+    };
+    match name {
+        "auto" => Ok(cuda(0).unwrap_or(Device::Cpu)),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => cuda(0),
+        other => match other.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
+            Some(index) => cuda(index),
+            None => bail!("--device {other}: expected auto, cpu, cuda or cuda:N"),
+        },
+    }
+}
+
+/// Something that turns while work is under way, if a person is watching.
+pub fn spinner(message: String) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}
+
+/// Draws a bar for each file that comes from the Hub.
+fn show_download() -> impl Fn(Progress<'_>) + Send + Sync {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = Mutex::new(ProgressBar::hidden());
+    move |progress| {
+        let Ok(mut bar) = bar.lock() else { return };
+        match progress {
+            Progress::Started { file, total, resumed } => {
+                *bar = ProgressBar::new(total.unwrap_or(0))
+                    .with_style(style.clone())
+                    .with_message(file.to_owned());
+                bar.set_position(resumed);
+                if !std::io::stderr().is_terminal() {
+                    eprintln!("downloading {file} ({} bytes)", total.unwrap_or(0));
+                }
+            }
+            Progress::Advanced { bytes, .. } => bar.set_position(bytes),
+            Progress::Retrying { file, reason, wait } => {
+                bar.suspend(|| eprintln!("{file}: {reason}; trying again in {:.0} s", wait.as_secs_f64()))
+            }
+            Progress::Finished { .. } => bar.finish_and_clear(),
+            _ => {}
+        }
+    }
+}
+
+/// Token ids as in `5,17,3`.
+pub fn parse_ids(text: &str) -> Result<Vec<u32>> {
+    text.split(',').map(|id| id.trim().parse().with_context(|| format!("`{id}` is not a token id"))).collect()
+}

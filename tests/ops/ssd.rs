@@ -1,0 +1,245 @@
+//! Cases of `ssd_chunk_scan`.
+
+use candle_core::{DType, Device, Result, Tensor};
+use mamba_ops::simd::Isa;
+use mamba_ops::{SsdChunkScan, ssd_chunk_scan};
+
+use crate::laws::{self, GoldenTensors, Op, Role, Tensors};
+use crate::support::golden::Golden;
+use crate::support::random::Random;
+use crate::support::tolerance::{self, relative_rms, values};
+
+#[derive(Debug, Clone)]
+struct Case {
+    batch: usize,
+    seqlen: usize,
+    nheads: usize,
+    headdim: usize,
+    ngroups: usize,
+    d_state: usize,
+    /// The rank of `d`, if there is one.
+    d: Option<usize>,
+    z: bool,
+    dt_bias: bool,
+    dt_softplus: bool,
+    dt_limit: (f64, f64),
+    chunk_size: usize,
+    state: bool,
+}
+
+impl Case {
+    fn new([batch, seqlen, nheads, headdim, ngroups, d_state]: [usize; 6]) -> Self {
+        Self {
+            batch,
+            seqlen,
+            nheads,
+            headdim,
+            ngroups,
+            d_state,
+            d: Some(1),
+            z: true,
+            dt_bias: true,
+            dt_softplus: true,
+            dt_limit: (0.0, f64::INFINITY),
+            chunk_size: 16,
+            state: true,
+        }
+    }
+
+    /// Nothing optional, and `dt` taken as it is.
+    fn bare(sizes: [usize; 6]) -> Self {
+        Self { d: None, z: false, dt_bias: false, dt_softplus: false, state: false, ..Self::new(sizes) }
+    }
+}
+
+struct Ssd;
+
+fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> SsdChunkScan<'a> {
+    let get = |name: &str| &inputs[name];
+    SsdChunkScan {
+        d: inputs.get("d"),
+        z: inputs.get("z"),
+        dt_bias: inputs.get("dt_bias"),
+        dt_softplus: case.dt_softplus,
+        dt_limit: case.dt_limit,
+        chunk_size: case.chunk_size,
+        initial_state: inputs.get("initial_state"),
+        ..SsdChunkScan::new(get("x"), get("dt"), get("a"), get("b"), get("c"))
+    }
+}
+
+impl Op for Ssd {
+    type Case = Case;
+
+    fn inputs(case: &Case, random: &mut Random) -> Tensors {
+        let Case { batch, seqlen, nheads, headdim, ngroups, d_state, .. } = *case;
+        let mut inputs = Tensors::new();
+        inputs.insert("x".into(), random.normal(&[batch, seqlen, nheads, headdim]));
+        let (low, high) = if case.dt_softplus { (-4.0, 1.0) } else { (0.01, 0.5) };
+        inputs.insert("dt".into(), random.tensor(&[batch, seqlen, nheads], low, high));
+        inputs.insert("a".into(), random.tensor(&[nheads], -4.0, -0.2));
+        inputs.insert("b".into(), random.normal(&[batch, seqlen, ngroups, d_state]));
+        inputs.insert("c".into(), random.normal(&[batch, seqlen, ngroups, d_state]));
+        if let Some(rank) = case.d {
+            inputs.insert("d".into(), random.normal(&[nheads, headdim][..rank]));
+        }
+        if case.z {
+            inputs.insert("z".into(), random.normal(&[batch, seqlen, nheads, headdim]));
+        }
+        if case.dt_bias {
+            inputs.insert("dt_bias".into(), random.tensor(&[nheads], 0.0, 0.3));
+        }
+        if case.state {
+            inputs.insert("initial_state".into(), random.normal(&[batch, nheads, headdim, d_state]));
+        }
+        inputs
+    }
+
+    fn role(name: &str) -> Role {
+        match name {
+            "x" | "dt" | "b" | "c" | "z" => Role::Activation,
+            "initial_state" => Role::State,
+            _ => Role::Parameter,
+        }
+    }
+
+    fn time_axis(_: &Case, name: &str) -> Option<usize> {
+        matches!(name, "x" | "dt" | "b" | "c" | "z" | "y").then_some(1)
+    }
+
+    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+        let output = ssd_chunk_scan(&arguments(case, inputs))?;
+        Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
+    }
+
+    fn reference(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+        let output = mamba_ops::ssd::reference::forward(&arguments(case, inputs))?;
+        Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
+    }
+
+    fn golden(golden: &Golden) -> std::result::Result<(Case, GoldenTensors), String> {
+        let ours = |name: &str| if name == "initial_states" { "initial_state" } else { name }.to_owned();
+        let tensors = GoldenTensors::read(golden, ours);
+        let (batch, seqlen, nheads, headdim) = tensors.inputs["x"].dims4().unwrap();
+        let (_, _, ngroups, d_state) = tensors.inputs["b"].dims4().unwrap();
+        let has = |name: &str| tensors.inputs.contains_key(name);
+        let (low, high) = golden.option("dt_limit").unwrap().split_once(',').unwrap();
+        let case = Case {
+            batch,
+            seqlen,
+            nheads,
+            headdim,
+            ngroups,
+            d_state,
+            d: tensors.inputs.get("d").map(|d| d.rank()),
+            z: has("z"),
+            dt_bias: has("dt_bias"),
+            dt_softplus: golden.flag("dt_softplus"),
+            dt_limit: (low.parse().unwrap(), high.parse().unwrap()),
+            chunk_size: golden.number("chunk_size").unwrap() as usize,
+            state: has("initial_state"),
+        };
+        Ok((case, tensors))
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = vec![];
+    for seqlen in [0, 1, 2, 15, 16, 17, 40] {
+        cases.push(Case::new([2, seqlen, 3, 5, 1, 7]));
+    }
+    for chunk_size in [1, 17, 23, 64, 1000] {
+        cases.push(Case { chunk_size, ..Case::new([1, 70, 2, 3, 1, 4]) });
+    }
+    for (headdim, d_state) in [(1, 1), (1, 24), (16, 16), (20, 1), (33, 64), (64, 19), (100, 5)] {
+        cases.push(Case::new([1, 20, 2, headdim, 1, d_state]));
+    }
+    for (nheads, ngroups) in [(6, 2), (6, 6), (10, 2), (13, 1)] {
+        cases.push(Case::new([2, 20, nheads, 4, ngroups, 5]));
+    }
+    cases.push(Case::new([0, 7, 4, 4, 1, 4]));
+    cases.push(Case { d: Some(2), ..Case::new([2, 20, 4, 5, 2, 3]) });
+    cases.push(Case { dt_limit: (0.1, 0.6), ..Case::new([2, 20, 4, 5, 2, 3]) });
+    cases.push(Case { dt_limit: (f64::NEG_INFINITY, 0.3), ..Case::bare([2, 20, 4, 5, 2, 3]) });
+    cases.push(Case::bare([2, 40, 4, 5, 2, 3]));
+    cases.push(Case { z: true, ..Case::bare([2, 40, 4, 5, 2, 3]) });
+    cases.push(Case { state: true, ..Case::bare([2, 40, 4, 5, 2, 3]) });
+    cases
+}
+
+#[test]
+fn reference() {
+    laws::reference::<Ssd>(&cases());
+}
+
+#[test]
+fn partial_gradients() {
+    laws::partial_gradients::<Ssd>(&Case::new([2, 40, 4, 5, 2, 3]));
+    laws::partial_gradients::<Ssd>(&Case { z: false, ..Case::new([2, 5, 2, 5, 1, 3]) });
+}
+
+#[test]
+fn split() {
+    laws::split::<Ssd>(&Case::new([2, 19, 4, 3, 2, 5]));
+    laws::split::<Ssd>(&Case::bare([1, 35, 2, 3, 1, 4]));
+}
+
+#[test]
+fn layout() {
+    laws::layout::<Ssd>(&Case { d: Some(2), ..Case::new([2, 20, 4, 3, 2, 5]) });
+}
+
+#[test]
+fn threads() {
+    laws::threads::<Ssd>(&Case::new([2, 150, 20, 16, 2, 24]));
+}
+
+#[test]
+fn finite_differences() {
+    laws::finite_differences::<Ssd>(&[
+        Case::new([2, 5, 4, 3, 2, 3]),
+        Case { d: Some(2), dt_limit: (0.1, 0.4), ..Case::new([2, 5, 4, 3, 1, 3]) },
+        Case::bare([2, 5, 2, 3, 1, 3]),
+    ]);
+}
+
+#[test]
+fn golden() {
+    assert_eq!(laws::golden::<Ssd>("ops/ssd", &[]), 32);
+}
+
+fn cast(inputs: &Tensors, dtype: DType) -> Tensors {
+    inputs.iter().map(|(name, x)| (name.clone(), x.to_dtype(dtype).unwrap())).collect()
+}
+
+/// Decays from almost 1 to 0 and steps up to 1000 over 4097 tokens give what the `f64` recurrence gives.
+#[test]
+fn extreme_decays() {
+    let (seqlen, nheads, headdim, d_state) = (4097, 12, 3, 4);
+    let case = Case { chunk_size: 64, ..Case::bare([1, seqlen, nheads, headdim, 1, d_state]) };
+    let mut random = Random::new(11);
+    let mut inputs = Ssd::inputs(&case, &mut random);
+    // 0, then from -1e-30 to -1e3.
+    let a = (0..nheads).map(|i| if i == 0 { 0.0 } else { -(10f64.powf(-33.0 + 3.0 * i as f64 + 3.0)) });
+    inputs.insert("a".into(), Tensor::from_iter(a, &Device::Cpu).unwrap());
+    let dt: Vec<f64> = (0..seqlen * nheads)
+        .map(|i| 10f64.powf(random.uniform(-6.0, 3.0)) * f64::from(u8::from(i % 7 != 0)))
+        .collect();
+    inputs.insert("dt".into(), Tensor::from_vec(dt, (1, seqlen, nheads), &Device::Cpu).unwrap());
+    let single = cast(&inputs, DType::F32);
+    let want = Ssd::reference(&case, &cast(&single, DType::F64)).unwrap();
+    for isa in Isa::available() {
+        let got = isa.scope(|| Ssd::fused(&case, &single)).unwrap();
+        for (name, want) in &want {
+            let axis = if name == "y" { 2 } else { 1 };
+            for head in 0..nheads {
+                let (got, want) =
+                    (got[name].narrow(axis, head, 1).unwrap(), want.narrow(axis, head, 1).unwrap());
+                assert!(values(&got).iter().all(|v| v.is_finite()), "{} `{name}`", isa.name());
+                let error = relative_rms(&got, &want);
+                let allowed = tolerance::FORWARD;
+                assert!(error <= allowed, "{} `{name}` of head {head} is off by {error:.1e}", isa.name());
+            }
+        }
+    }
+}
