@@ -6,6 +6,7 @@ mod support;
 mod causal_conv1d;
 mod laws;
 mod selective_scan;
+mod selective_state_update;
 mod ssd;
 
 use mamba_ops::simd::Isa;
