@@ -7,6 +7,7 @@ mod causal_conv1d;
 mod laws;
 mod norm;
 mod selective_scan;
+mod selective_state_update;
 mod ssd;
 
 use mamba_ops::simd::Isa;

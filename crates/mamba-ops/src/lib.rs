@@ -8,6 +8,7 @@ mod layout;
 pub mod norm;
 mod reference;
 pub mod selective_scan;
+pub mod selective_state_update;
 pub mod simd;
 pub mod ssd;
 
@@ -17,4 +18,5 @@ pub use causal_conv1d::{
 pub use layout::{Activation, SequenceLayout};
 pub use norm::{Norm, NormKind, NormOutput, norm};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
+pub use selective_state_update::{SelectiveStateUpdate, selective_state_update};
 pub use ssd::{SsdChunkScan, SsdChunkScanOutput, ssd_chunk_scan};

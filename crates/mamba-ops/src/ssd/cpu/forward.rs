@@ -3,11 +3,11 @@
 use pulp::{Simd, WithSimd};
 
 use super::matrix::{Product, Strided, Zeros, copy, padded, transpose};
-use super::{Block, Chunk, Scan, Sizes, Steps, load_inputs, scores};
+use super::{Block, Piece, Scan, Sizes, Steps, load_inputs, outputs, scale, scores};
 use crate::host::{SharedMut, parallel, uninit};
 use crate::simd::Isa;
 use crate::simd::math::silu;
-use crate::simd::slice::{map, map2};
+use crate::simd::slice::map2;
 
 /// What the forward pass leaves.
 pub(in super::super) struct Forward {
@@ -99,7 +99,7 @@ impl WithSimd for ForwardBlock<'_> {
                     let kept = unsafe { checkpoints.get(start, len) };
                     copy((state, p), [d_state, headdim], (kept, headdim));
                 }
-                scratch.head(simd, scan, block, head, chunk, state, &outputs.y);
+                scratch.head(simd, scan, Piece { block, chunk, head }, state, &outputs.y);
             }
         }
         for i in 0..block.heads {
@@ -114,55 +114,19 @@ impl WithSimd for ForwardBlock<'_> {
 impl Scratch {
     /// One chunk of one head: writes `y` and moves the state on.
     #[inline(always)]
-    fn head<S: Simd>(
-        &mut self,
-        simd: S,
-        scan: &Scan,
-        block: Block,
-        head: usize,
-        chunk: Chunk,
-        state: &mut [f32],
-        out: &SharedMut,
-    ) {
-        let (headdim, d_state) = (scan.sizes.headdim, scan.sizes.d_state);
-        let (p, q, tokens) = (padded(headdim), padded(scan.chunk), chunk.tokens);
-        self.steps.load(simd, scan, block.batch, head, chunk);
-        load_inputs(simd, scan, &self.steps, block.batch, head, chunk, &mut self.inputs);
-        // What the state before the chunk gives; nothing if there is none.
-        if chunk.index == 0 && scan.initial_state.is_none() {
-            self.y.fill(0.0);
-        } else {
-            simd.vectorize(Product {
-                a: Strided::rows(scan.of_group(scan.c, block, chunk), scan.group_stride()),
-                b: (state, p),
-                out: (&mut self.y, p),
-                keep: 0.0,
-                rows: tokens,
-                inner: d_state,
-                columns: headdim,
-                zeros: Zeros::Nowhere,
-            });
-            for (y, &decay) in self.y.chunks_exact_mut(p).zip(&self.steps.from_start).take(tokens) {
-                let decay = simd.splat_f32s(decay);
-                map(simd, y, |y| simd.mul_f32s(decay, y));
-            }
-        }
-        // What the inputs of the chunk give.
+    fn head<S: Simd>(&mut self, simd: S, scan: &Scan, piece: Piece, state: &mut [f32], out: &SharedMut) {
+        let Piece { block, chunk, head } = piece;
+        let (headdim, tokens) = (scan.sizes.headdim, chunk.tokens);
+        let (p, q) = (padded(headdim), padded(scan.chunk));
+        self.steps.load(simd, scan, piece);
+        load_inputs(simd, scan, piece, &self.steps, &mut self.inputs);
         for (i, row) in self.decayed.chunks_exact_mut(q).take(tokens).enumerate() {
             self.steps.decay_row(simd, i, &self.scores[i * q..], row);
         }
-        simd.vectorize(Product {
-            a: Strided::rows(&self.decayed, q),
-            b: (&self.inputs, p),
-            out: (&mut self.y, p),
-            keep: 1.0,
-            rows: tokens,
-            inner: tokens,
-            columns: headdim,
-            zeros: Zeros::AboveDiagonalOfA,
-        });
-        for (i, y) in self.y.chunks_exact_mut(p).take(tokens).enumerate() {
-            let at = scan.at(block.batch, chunk.first + i, head);
+        let before = (chunk.index > 0 || scan.initial_state.is_some()).then_some(&*state);
+        outputs(simd, scan, piece, &self.steps, before, [&self.decayed, &self.inputs], &mut self.y);
+        for (i, y) in self.y.chunks_exact(p).take(tokens).enumerate() {
+            let at = scan.at(piece, i);
             // SAFETY: each head writes its own channels.
             let out = unsafe { out.get(at, headdim) };
             out.copy_from_slice(&y[..headdim]);
@@ -171,17 +135,15 @@ impl Scratch {
                 map2(simd, out, &z[at..][..headdim], |y, z| simd.mul_f32s(y, silu(simd, z)));
             }
         }
-        // The state after the chunk.
         for (input, &decay) in self.inputs.chunks_exact_mut(p).zip(&self.steps.to_end).take(tokens) {
-            let decay = simd.splat_f32s(decay);
-            map(simd, input, |x| simd.mul_f32s(decay, x));
+            scale(simd, decay, input);
         }
         simd.vectorize(Product {
             a: Strided::columns(scan.of_group(scan.b, block, chunk), scan.group_stride()),
             b: (&self.inputs, p),
             out: (state, p),
             keep: self.steps.total,
-            rows: d_state,
+            rows: scan.sizes.d_state,
             inner: tokens,
             columns: headdim,
             zeros: Zeros::Nowhere,

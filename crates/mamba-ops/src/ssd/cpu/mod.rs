@@ -96,10 +96,15 @@ impl Scan<'_> {
         self.x.len() * (2 * self.sizes.d_state + self.chunk)
     }
 
-    /// Where the channels of a head at a token begin in `x`.
-    fn at(&self, batch: usize, t: usize, head: usize) -> usize {
-        let Sizes { seqlen, nheads, headdim, .. } = self.sizes;
-        ((batch * seqlen + t) * nheads + head) * headdim
+    /// Where the channels of a head at a token of a chunk begin in `x`.
+    fn at(&self, piece: Piece, i: usize) -> usize {
+        self.step_at(piece, i) * self.sizes.headdim
+    }
+
+    /// Where the step of a head at a token of a chunk is in `dt`.
+    fn step_at(&self, piece: Piece, i: usize) -> usize {
+        let Sizes { seqlen, nheads, .. } = self.sizes;
+        (piece.block.batch * seqlen + piece.chunk.first + i) * nheads + piece.head
     }
 
     /// `b` or `c` of a chunk, `(q, d_state)` with the stride of [`Self::group_stride`].
@@ -139,6 +144,14 @@ impl Scan<'_> {
     }
 }
 
+/// One head over one chunk.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    block: Block,
+    chunk: Chunk,
+    head: usize,
+}
+
 /// What the steps of one head do over one chunk.
 struct Steps {
     /// `dt + dt_bias`.
@@ -174,10 +187,10 @@ impl Steps {
     }
 
     #[inline(always)]
-    fn load<S: Simd>(&mut self, simd: S, scan: &Scan, batch: usize, head: usize, chunk: Chunk) {
-        let Sizes { seqlen, nheads, .. } = scan.sizes;
+    fn load<S: Simd>(&mut self, simd: S, scan: &Scan, piece: Piece) {
+        let Piece { chunk, head, .. } = piece;
         let (q, bias) = (chunk.tokens, scan.dt_bias.map_or(0.0, |bias| bias[head]));
-        let dt = scan.dt[(batch * seqlen + chunk.first) * nheads + head..].iter().step_by(nheads);
+        let dt = scan.dt[scan.step_at(piece, 0)..].iter().step_by(scan.sizes.nheads);
         for (raw, dt) in self.raw[..q].iter_mut().zip(dt) {
             *raw = dt + bias;
         }
@@ -236,19 +249,57 @@ fn scores<S: Simd>(simd: S, scan: &Scan, block: Block, chunk: Chunk, b_columns: 
 
 /// `out[j] = dt_j · x_j`, `(q, headdim)`.
 #[inline(always)]
-fn load_inputs<S: Simd>(
+fn load_inputs<S: Simd>(simd: S, scan: &Scan, piece: Piece, steps: &Steps, out: &mut [f32]) {
+    let headdim = scan.sizes.headdim;
+    for (i, out) in out.chunks_exact_mut(padded(headdim)).take(piece.chunk.tokens).enumerate() {
+        out[..headdim].copy_from_slice(&scan.x[scan.at(piece, i)..][..headdim]);
+        scale(simd, steps.dt[i], out);
+    }
+}
+
+/// `y (q, headdim)` before skip and gate: what the state before the chunk gives, if there is one, and what the
+/// inputs of the chunk give through `decayed`, their scores with decays.
+#[inline(always)]
+fn outputs<S: Simd>(
     simd: S,
     scan: &Scan,
+    piece: Piece,
     steps: &Steps,
-    batch: usize,
-    head: usize,
-    chunk: Chunk,
-    out: &mut [f32],
+    state: Option<&[f32]>,
+    [decayed, inputs]: [&[f32]; 2],
+    y: &mut [f32],
 ) {
-    let p = scan.sizes.headdim;
-    for (i, out) in out.chunks_exact_mut(padded(p)).take(chunk.tokens).enumerate() {
-        let dt = simd.splat_f32s(steps.dt[i]);
-        out[..p].copy_from_slice(&scan.x[scan.at(batch, chunk.first + i, head)..][..p]);
-        map(simd, out, |x| simd.mul_f32s(x, dt));
+    let Piece { block, chunk, .. } = piece;
+    let (p, tokens, columns) = (padded(scan.sizes.headdim), chunk.tokens, scan.sizes.headdim);
+    if let Some(state) = state {
+        simd.vectorize(Product {
+            a: Strided::rows(scan.of_group(scan.c, block, chunk), scan.group_stride()),
+            b: (state, p),
+            out: (y, p),
+            keep: 0.0,
+            rows: tokens,
+            inner: scan.sizes.d_state,
+            columns,
+            zeros: Zeros::Nowhere,
+        });
+        for (y, &decay) in y.chunks_exact_mut(p).zip(&steps.from_start).take(tokens) {
+            scale(simd, decay, y);
+        }
     }
+    simd.vectorize(Product {
+        a: Strided::rows(decayed, padded(scan.chunk)),
+        b: (inputs, p),
+        out: (y, p),
+        keep: if state.is_some() { 1.0 } else { 0.0 },
+        rows: tokens,
+        inner: tokens,
+        columns,
+        zeros: Zeros::AboveDiagonalOfA,
+    });
+}
+
+#[inline(always)]
+fn scale<S: Simd>(simd: S, factor: f32, y: &mut [f32]) {
+    let factor = simd.splat_f32s(factor);
+    map(simd, y, |y| simd.mul_f32s(factor, y));
 }

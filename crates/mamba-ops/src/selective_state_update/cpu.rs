@@ -1,0 +1,179 @@
+//! The step on slices, vectorised along `d_state`: one pass over the state, a row of it a channel.
+
+use std::f32::consts::LOG2_E;
+
+use pulp::{Simd, WithSimd};
+
+use super::Sizes;
+use crate::host::{SharedMut, parallel, uninit};
+use crate::simd::Isa;
+use crate::simd::math::{clamp, exp, exp2, silu, softplus};
+use crate::simd::slice::{map, map2, map3};
+
+/// Most rows that one task handles.
+const ROWS: usize = 256;
+
+/// About how many elements of the state one task handles.
+const ELEMENTS: usize = 1 << 13;
+
+/// The inputs as slices, in the layouts of [`SelectiveStateUpdate`](super::SelectiveStateUpdate).
+pub(super) struct Update<'a> {
+    pub sizes: Sizes,
+    pub x: &'a [f32],
+    pub dt: &'a [f32],
+    pub a: &'a [f32],
+    pub b: &'a [f32],
+    pub c: &'a [f32],
+    pub d: Option<&'a [f32]>,
+    pub d_per_head: bool,
+    pub z: Option<&'a [f32]>,
+    pub dt_bias: Option<&'a [f32]>,
+    pub bias_per_head: bool,
+    pub dt_softplus: bool,
+    pub dt_limit: (f32, f32),
+}
+
+/// Moves the state on and returns `y`.
+pub(super) fn update(update: &Update, isa: Isa, state: &mut [f32]) -> Vec<f32> {
+    let Sizes { batch, nheads, headdim, d_state, a_per_head, .. } = update.sizes;
+    let channels = nheads * headdim;
+    let rows = (ELEMENTS / d_state.max(1)).clamp(1, ROWS);
+    let pieces = channels.div_ceil(rows);
+    let operations = update.x.len() * (d_state * if a_per_head { 6 } else { 20 } + 40);
+    let mut y = uninit(update.x.len());
+    {
+        let (state, y) = (SharedMut::new(state), SharedMut::new(&mut y));
+        parallel(batch * pieces, operations, |task| {
+            let (batch, first) = (task / pieces, task % pieces * rows);
+            let start = batch * channels + first;
+            let len = rows.min(channels - first);
+            // SAFETY: each task has its own rows.
+            let (y, state) = unsafe { (y.get(start, len), state.get(start * d_state, len * d_state)) };
+            isa.dispatch(UpdateRows { update, batch, first, y, state });
+        });
+    }
+    y
+}
+
+/// Neighbouring channels of one batch element.
+struct UpdateRows<'a> {
+    update: &'a Update<'a>,
+    batch: usize,
+    first: usize,
+    y: &'a mut [f32],
+    state: &'a mut [f32],
+}
+
+impl WithSimd for UpdateRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { update, batch, first, y, state } = self;
+        let Sizes { nheads, headdim, ngroups, d_state, dt_per_head, a_per_head, .. } = update.sizes;
+        let (channels, len) = (nheads * headdim, y.len());
+        let [mut dt, mut decay, mut input] = [[0.0; ROWS]; 3];
+        let (dt, decay, input) = (&mut dt[..len], &mut decay[..len], &mut input[..len]);
+
+        let steps = if dt_per_head { nheads } else { channels };
+        self::rows(&update.dt[batch * steps..][..steps], dt_per_head, headdim, first, dt);
+        if let Some(bias) = update.dt_bias {
+            self::rows(bias, update.bias_per_head, headdim, first, input);
+            map2(simd, dt, input, |dt, bias| simd.add_f32s(dt, bias));
+        }
+        if update.dt_softplus {
+            map(simd, dt, |dt| softplus(simd, dt));
+        }
+        let (low, high) = update.dt_limit;
+        map(simd, dt, |dt| clamp(simd, dt, low, high));
+        let x = &update.x[batch * channels + first..][..len];
+        input.copy_from_slice(x);
+        map2(simd, input, dt, |x, dt| simd.mul_f32s(x, dt));
+        if a_per_head {
+            self::rows(update.a, true, headdim, first, decay);
+            map2(simd, decay, dt, |a, dt| exp(simd, simd.mul_f32s(a, dt)));
+        } else {
+            let log2_e = simd.splat_f32s(LOG2_E);
+            decay.copy_from_slice(dt);
+            map(simd, decay, |dt| simd.mul_f32s(dt, log2_e));
+        }
+
+        for i in 0..len {
+            let channel = first + i;
+            let group = (batch * ngroups + channel / (channels / ngroups)) * d_state;
+            let (b, c) = (&update.b[group..][..d_state], &update.c[group..][..d_state]);
+            let h = &mut state[i * d_state..][..d_state];
+            y[i] = if a_per_head {
+                row::<S, true>(simd, h, [b, c, b], decay[i], input[i])
+            } else {
+                let a = &update.a[channel * d_state..][..d_state];
+                row::<S, false>(simd, h, [b, c, a], decay[i], input[i])
+            };
+        }
+
+        if let Some(d) = update.d {
+            self::rows(d, update.d_per_head, headdim, first, dt);
+            map3(simd, y, dt, x, |y, d, x| simd.mul_add_f32s(d, x, y));
+        }
+        if let Some(z) = update.z {
+            let z = &z[batch * channels + first..][..len];
+            map2(simd, y, z, |y, z| simd.mul_f32s(y, silu(simd, z)));
+        }
+    }
+}
+
+/// The values of the channels from `first`, which have one each, or one a head.
+#[inline(always)]
+fn rows(values: &[f32], per_head: bool, headdim: usize, first: usize, out: &mut [f32]) {
+    if !per_head {
+        out.copy_from_slice(&values[first..][..out.len()]);
+        return;
+    }
+    let (mut head, mut left) = (first / headdim, headdim - first % headdim);
+    let mut out = out;
+    while !out.is_empty() {
+        let (run, rest) = out.split_at_mut(left.min(out.len()));
+        run.fill(values[head]);
+        (head, left, out) = (head + 1, headdim, rest);
+    }
+}
+
+/// `h ← decay · h + input · b`, and `h · c`. The decay is given (`ONE_DECAY`), or it is `2^(decay · a)`.
+#[inline(always)]
+fn row<S: Simd, const ONE_DECAY: bool>(
+    simd: S,
+    h: &mut [f32],
+    [b, c, a]: [&[f32]; 3],
+    decay: f32,
+    input: f32,
+) -> f32 {
+    let (decay, input) = (simd.splat_f32s(decay), simd.splat_f32s(input));
+    let step = |h: S::f32s, a: S::f32s, b: S::f32s| {
+        let decay = if ONE_DECAY { decay } else { exp2(simd, simd.mul_f32s(decay, a)) };
+        simd.mul_add_f32s(decay, h, simd.mul_f32s(input, b))
+    };
+    let (h, h_tail) = S::as_mut_simd_f32s(h);
+    let [(a, a_tail), (b, b_tail), (c, c_tail)] = [a, b, c].map(S::as_simd_f32s);
+    // Four sums hide the latency of the additions.
+    let mut sums = [simd.splat_f32s(0.0); 4];
+    let (h4, h_rest) = h.as_chunks_mut::<4>();
+    let [(a4, a_rest), (b4, b_rest), (c4, c_rest)] = [a, b, c].map(|x| x.as_chunks::<4>());
+    for (((h, a), b), c) in h4.iter_mut().zip(a4).zip(b4).zip(c4) {
+        for i in 0..4 {
+            h[i] = step(h[i], a[i], b[i]);
+            sums[i] = simd.mul_add_f32s(h[i], c[i], sums[i]);
+        }
+    }
+    for (((h, a), b), c) in h_rest.iter_mut().zip(a_rest).zip(b_rest).zip(c_rest) {
+        *h = step(*h, *a, *b);
+        sums[0] = simd.mul_add_f32s(*h, *c, sums[0]);
+    }
+    if !h_tail.is_empty() {
+        let [a, b, c] = [a_tail, b_tail, c_tail].map(|x| simd.partial_load_f32s(x));
+        let h = step(simd.partial_load_f32s(h_tail), a, b);
+        simd.partial_store_f32s(h_tail, h);
+        sums[1] = simd.mul_add_f32s(h, c, sums[1]);
+    }
+    let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
+    simd.reduce_sum_f32s(sum)
+}

@@ -1,0 +1,201 @@
+//! One decoding step of Mamba-1 or Mamba-2: moves the state of each channel on by a token, in place.
+
+mod cpu;
+pub mod reference;
+
+use candle_core::{Result, Tensor};
+
+use crate::args::{self, Checker, Dim};
+use crate::host;
+use crate::simd::Isa;
+
+const OP: &str = "selective_state_update";
+
+/// Arguments of [`selective_state_update`]; see there for shapes.
+#[derive(Debug, Clone, Copy)]
+pub struct SelectiveStateUpdate<'a> {
+    /// `(batch, dim, d_state)` or `(batch, nheads, headdim, d_state)`: changed in place.
+    pub state: &'a Tensor,
+    /// The new input, `(batch, dim)` or `(batch, nheads, headdim)`.
+    pub x: &'a Tensor,
+    /// The step size, laid out as `x`, or one a head, `(batch, nheads)`.
+    pub dt: &'a Tensor,
+    /// `(dim, d_state)` or `(nheads, headdim, d_state)`, or one a head, `(nheads,)`; negative in a stable system.
+    pub a: &'a Tensor,
+    /// What the input writes into the state, `(batch, d_state)` or `(batch, ngroups, d_state)`.
+    pub b: &'a Tensor,
+    /// What the output reads from the state, `(batch, d_state)` or `(batch, ngroups, d_state)`.
+    pub c: &'a Tensor,
+    /// The skip connection, `(dim,)` or `(nheads, headdim)`, or one a head, `(nheads,)`.
+    pub d: Option<&'a Tensor>,
+    /// The gate, laid out as `x`.
+    pub z: Option<&'a Tensor>,
+    /// Added to `dt` first, `(dim,)` or `(nheads, headdim)`, or one a head, `(nheads,)`.
+    pub dt_bias: Option<&'a Tensor>,
+    /// Whether `dt` then goes through a softplus.
+    pub dt_softplus: bool,
+    /// The bounds that `dt` is clamped to at last.
+    pub dt_limit: (f64, f64),
+}
+
+impl<'a> SelectiveStateUpdate<'a> {
+    /// The required arguments; everything else absent, `dt` taken as it is.
+    pub fn new(
+        state: &'a Tensor,
+        x: &'a Tensor,
+        dt: &'a Tensor,
+        a: &'a Tensor,
+        b: &'a Tensor,
+        c: &'a Tensor,
+    ) -> Self {
+        Self {
+            state,
+            x,
+            dt,
+            a,
+            b,
+            c,
+            d: None,
+            z: None,
+            dt_bias: None,
+            dt_softplus: false,
+            dt_limit: (f64::NEG_INFINITY, f64::INFINITY),
+        }
+    }
+
+    fn sizes(&self) -> Result<Sizes> {
+        let check = Checker::new(OP, "x", self.x)?;
+        let d_state = self.state.dims().last().copied().unwrap_or(0);
+        let n: Dim = ("d_state", d_state);
+        // The channels of a batch element: one axis, or heads of channels.
+        let (batch, nheads, headdim, channels): (usize, usize, usize, &[Dim]) = if self.x.rank() == 2 {
+            let [batch, dim] = check.main_dims(["batch", "dim"])?;
+            (batch, dim, 1, &[("dim", dim)])
+        } else {
+            let [batch, nheads, headdim] = check.main_dims(["batch", "nheads", "headdim"])?;
+            (batch, nheads, headdim, &[("nheads", nheads), ("headdim", headdim)])
+        };
+        let b: Dim = ("batch", batch);
+        let heads = &channels[..1];
+        let dims = |parts: [&[Dim]; 3]| parts.concat();
+        check.state("state", self.state, &dims([&[b], channels, &[n]]))?;
+        // With one axis, a head is a channel and `dt`, `d`, `dt_bias` may only be one a channel.
+        let per_head = |x: &Tensor, rank: usize| x.rank() == rank && channels.len() == 2;
+        let dt_per_head = per_head(self.dt, 2);
+        check.activation("dt", self.dt, &dims([&[b], if dt_per_head { heads } else { channels }, &[]]))?;
+        let a_per_head = per_head(self.a, 1);
+        let a_dims = if a_per_head { heads.to_vec() } else { dims([channels, &[n], &[]]) };
+        check.parameter("a", self.a, &a_dims)?;
+        for (name, x) in [("d", self.d), ("dt_bias", self.dt_bias)] {
+            if let Some(x) = x {
+                check.parameter(name, x, if per_head(x, 1) { heads } else { channels })?;
+            }
+        }
+        if let Some(z) = self.z {
+            check.activation("z", z, &dims([&[b], channels, &[]]))?;
+        }
+        let ngroups = if self.b.rank() == 3 { self.b.dims()[1] } else { 1 };
+        for (name, x) in [("b", self.b), ("c", self.c)] {
+            let groups: &[Dim] = if x.rank() == 3 { &[("ngroups", ngroups)] } else { &[] };
+            check.activation(name, x, &dims([&[b], groups, &[n]]))?;
+            check.require(x.rank() == 3 || ngroups == 1, || {
+                format!("`{name}` has shape {:?}, expected ngroups {ngroups} as `b`", x.dims())
+            })?;
+        }
+        check.require(ngroups > 0 && nheads.is_multiple_of(ngroups), || {
+            format!("`b` has {ngroups} groups, expected a divisor of {} {nheads}", channels[0].0)
+        })?;
+        let (low, high) = self.dt_limit;
+        check.require(low <= high, || format!("`dt_limit` is ({low}, {high}), expected (low, high)"))?;
+        Ok(Sizes { batch, nheads, headdim, ngroups, d_state, dt_per_head, a_per_head })
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    /// Without heads: channels, of which each is a head of one channel.
+    nheads: usize,
+    headdim: usize,
+    ngroups: usize,
+    d_state: usize,
+    dt_per_head: bool,
+    a_per_head: bool,
+}
+
+/// Moves the state on by one token and returns what is read from it; the state changes in place.
+///
+/// `h ← exp(Δ · A) h + Δ · x ⊗ B`, `y = h C + D · x`, gated by `silu(z)` if given, where `Δ = dt + dt_bias`, through a
+/// softplus if asked for, then clamped to `dt_limit`. Every clone of the tensor `state` sees the change.
+///
+/// # Shapes
+/// For Mamba-1: `state`: `(batch, dim, d_state)` · `x`, `dt`, `z`, `y`: `(batch, dim)` · `a`: `(dim, d_state)` ·
+/// `d`, `dt_bias`: `(dim,)`. For Mamba-2: `state`: `(batch, nheads, headdim, d_state)` · `x`, `z`, `y`:
+/// `(batch, nheads, headdim)` · `dt`: the same or `(batch, nheads)` · `a`: `(nheads, headdim, d_state)` or `(nheads,)` ·
+/// `d`, `dt_bias`: `(nheads, headdim)` or `(nheads,)`; one `dt` and one `a` a head is the fast way. For both `b`, `c`:
+/// `(batch, d_state)` or `(batch, ngroups, d_state)`, where neighbouring channels or heads share a group.
+/// `state` is contiguous `f32` (`f64` if `x` is); `x` is f32, f16, bf16 or f64 and `y` has its dtype.
+/// # Gradients
+/// None: this serves decoding.
+/// # Errors
+/// If a shape, dtype or device disagrees with `x`, or an argument tracks gradients.
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use mamba_ops::{SelectiveStateUpdate, selective_state_update};
+/// # fn main() -> candle_core::Result<()> {
+/// let state = Tensor::zeros((1, 1, 2), DType::F32, &Device::Cpu)?;
+/// let (x, dt) = (Tensor::new(&[[3f32]], &Device::Cpu)?, Tensor::new(&[[1f32]], &Device::Cpu)?);
+/// let a = Tensor::new(&[[0f32, -1000.0]], &Device::Cpu)?; // remembers, forgets
+/// let ones = Tensor::new(&[[1f32, 1.0]], &Device::Cpu)?;
+/// let args = SelectiveStateUpdate::new(&state, &x, &dt, &a, &ones, &ones);
+/// assert_eq!(selective_state_update(&args)?.to_vec2::<f32>()?, [[6.0]]);
+/// assert_eq!(selective_state_update(&args)?.to_vec2::<f32>()?, [[9.0]]);
+/// assert_eq!(state.to_vec3::<f32>()?, [[[6.0, 3.0]]]);
+/// # Ok(()) }
+/// ```
+/// # Source
+/// `selective_state_update` in state-spaces/mamba.
+pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
+    let sizes = args.sizes()?;
+    let SelectiveStateUpdate { state, x, dt, a, b, c, d, z, dt_bias, dt_softplus, dt_limit } = *args;
+    let inputs = [
+        ("x", Some(x)),
+        ("dt", Some(dt)),
+        ("a", Some(a)),
+        ("b", Some(b)),
+        ("c", Some(c)),
+        ("d", d),
+        ("z", z),
+        ("dt_bias", dt_bias),
+    ];
+    Checker::new(OP, "x", x)?.in_place(state, &inputs)?;
+    if !args::fused(x) {
+        let (y, next) = reference::forward(args)?;
+        state.slice_set(&next.contiguous()?, 0, 0)?;
+        return Ok(y);
+    }
+    let per_head = |x: &Tensor| args.x.rank() == 3 && x.rank() == 1;
+    let (d_per_head, bias_per_head) = (d.is_some_and(per_head), dt_bias.is_some_and(per_head));
+    let (x, dt, a) = (host::read("x", x)?, host::read("dt", dt)?, host::read("a", a)?);
+    let (b, c) = (host::read("b", b)?, host::read("c", c)?);
+    let (d, z) = (host::read_opt("d", d)?, host::read_opt("z", z)?);
+    let dt_bias = host::read_opt("dt_bias", dt_bias)?;
+    let update = cpu::Update {
+        sizes,
+        x: &x,
+        dt: &dt,
+        a: &a,
+        b: &b,
+        c: &c,
+        d: d.as_deref(),
+        d_per_head,
+        z: z.as_deref(),
+        dt_bias: dt_bias.as_deref(),
+        bias_per_head,
+        dt_softplus,
+        dt_limit: (dt_limit.0 as f32, dt_limit.1 as f32),
+    };
+    let y = host::modify(OP, state, |state| Ok(cpu::update(&update, Isa::current(), state)))?;
+    host::tensor(y, args.x.shape().clone(), args.x.dtype())
+}

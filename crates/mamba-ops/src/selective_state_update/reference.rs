@@ -1,0 +1,61 @@
+//! The step in plain tensor operations: the meaning of the op.
+
+use candle_core::{Result, Tensor};
+
+use super::SelectiveStateUpdate;
+use crate::args::state_dtype;
+use crate::reference::{clamp, silu, softplus};
+
+/// `(y, h')` with `h' = exp(Δ · A) h + Δ · x ⊗ B`, `y = h' C + D · x`, for any device and dtype; `state` stays as it is.
+///
+/// # Errors
+/// If candle refuses an operation; shapes are checked by [`selective_state_update`](super::selective_state_update).
+pub fn forward(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
+    let dtype = state_dtype(args.x.dtype());
+    // Without heads, each channel is a head of one channel.
+    let x = args.x.to_dtype(dtype)?;
+    let x = if x.rank() == 2 { x.unsqueeze(2)? } else { x };
+    let (batch, nheads, headdim) = x.dims3()?;
+    let d_state = args.b.dims()[args.b.rank() - 1];
+    let state = args.state.reshape((batch, nheads, headdim, d_state))?;
+    // One value a head or a channel, (…, nheads, headdim or 1).
+    let channels = |x: &Tensor, leading: usize| -> Result<Tensor> {
+        let x = x.to_dtype(dtype)?;
+        if x.rank() == leading + 1 { x.unsqueeze(leading + 1) } else { Ok(x) }
+    };
+    let mut dt = channels(args.dt, 1)?; // (batch, nheads, headdim or 1)
+    if let Some(bias) = args.dt_bias {
+        dt = dt.broadcast_add(&channels(bias, 0)?)?;
+    }
+    if args.dt_softplus {
+        dt = softplus(&dt)?;
+    }
+    let dt = clamp(&dt, args.dt_limit)?.unsqueeze(3)?;
+    let a = args.a.to_dtype(dtype)?;
+    let a = match (a.rank(), args.x.rank()) {
+        (1, _) => a.reshape((nheads, 1, 1))?,
+        (_, 2) => a.unsqueeze(1)?,
+        _ => a,
+    };
+    // `b` or `c` for each head, (batch, nheads, 1, d_state).
+    let heads = |x: &Tensor| -> Result<Tensor> {
+        let x = x.to_dtype(dtype)?;
+        let x = if x.rank() == 2 { x.unsqueeze(1)? } else { x };
+        let ngroups = x.dim(1)?;
+        x.unsqueeze(2)?
+            .broadcast_as((batch, ngroups, nheads / ngroups, d_state))?
+            .reshape((batch, nheads, 1, d_state))
+    };
+    let decay = dt.broadcast_mul(&a)?.exp()?;
+    let write = dt.broadcast_mul(&x.unsqueeze(3)?)?.broadcast_mul(&heads(args.b)?)?;
+    let next = (decay.broadcast_mul(&state)? + write)?;
+    let mut y = next.broadcast_mul(&heads(args.c)?)?.sum(3)?;
+    if let Some(d) = args.d {
+        y = (y + x.broadcast_mul(&channels(d, 0)?)?)?;
+    }
+    let mut y = y.reshape(args.x.shape())?;
+    if let Some(z) = args.z {
+        y = (y * silu(&z.to_dtype(dtype)?)?)?;
+    }
+    Ok((y.to_dtype(args.x.dtype())?, next.reshape(args.state.shape())?))
+}
