@@ -10,8 +10,8 @@ use pulp::{Simd, WithSimd};
 use super::{NormKind, Sizes};
 use crate::host::{SharedMut, parallel, uninit};
 use crate::simd::Isa;
-use crate::simd::math::{silu, silu_with_derivative};
-use crate::simd::slice::{dot, map, map2, map3, sum};
+use crate::simd::math::silu_with_derivative;
+use crate::simd::slice::{dot, map, map2, map3, mul_silu, sum};
 
 /// Tasks at most and rows of one at least: functions of the shape, so that sums do not depend on the threads.
 const TASKS: usize = 128;
@@ -139,14 +139,7 @@ impl Rows<'_> {
     #[inline(always)]
     fn normalise<S: Simd>(&self, simd: S, at: usize, row: &mut [f32], rho: &mut [f32]) {
         if let Some(z) = self.gate(at, false) {
-            // A closure this large is inlined, into code for this instruction set, only if told so.
-            map2(
-                simd,
-                row,
-                z,
-                #[inline(always)]
-                |r, z| simd.mul_f32s(r, silu(simd, z)),
-            );
+            mul_silu(simd, row, z);
         }
         for (group, rho) in row.chunks_exact_mut(self.sizes.group_size).zip(rho) {
             if self.kind == NormKind::Layer {
@@ -199,13 +192,7 @@ impl WithSimd for ForwardTask<'_> {
             rows.normalise(simd, at, y, &mut rho);
             rows.affine(simd, y);
             if let Some(z) = rows.gate(at, true) {
-                map2(
-                    simd,
-                    y,
-                    z,
-                    #[inline(always)]
-                    |y, z| simd.mul_f32s(y, silu(simd, z)),
-                );
+                mul_silu(simd, y, z);
             }
         }
     }
