@@ -116,7 +116,8 @@ fn cache_bytes_do_not_grow_with_tokens() {
     let config: serde_json::Value = serde_json::from_str(&config).unwrap();
     let n = |field: &str| config[field].as_u64().unwrap() as usize;
     let d_ssm = n("num_heads") * n("head_dim");
-    let layer = (d_ssm + 2 * n("n_groups") * n("state_size")) * (n("conv_kernel") - 1) + d_ssm * n("state_size");
+    let layer =
+        (d_ssm + 2 * n("n_groups") * n("state_size")) * (n("conv_kernel") - 1) + d_ssm * n("state_size");
     let cache = open("mamba2_g8", DType::F32).new_cache(3).unwrap();
     assert_eq!(cache.bytes(), 3 * n("num_hidden_layers") * layer * 4);
 }

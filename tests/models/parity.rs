@@ -96,7 +96,10 @@ fn tiny_checkpoints() {
         if refused.contains(&name.as_str()) {
             let folder = mamba_model::checkpoint::LocalDir::new(path("models").join(name)).unwrap();
             let error = Model::from_pretrained(&folder, DType::F32, &Device::Cpu).unwrap_err().to_string();
-            assert!(error.contains("`attn_layer_idx` names attention layers, which are not supported"), "{error}");
+            assert!(
+                error.contains("`attn_layer_idx` names attention layers, which are not supported"),
+                "{error}"
+            );
             continue;
         }
         read += 1;

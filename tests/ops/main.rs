@@ -5,6 +5,7 @@ mod support;
 
 mod causal_conv1d;
 mod laws;
+mod norm;
 mod selective_scan;
 mod selective_state_update;
 mod ssd;

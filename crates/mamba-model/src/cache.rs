@@ -159,7 +159,8 @@ impl InferenceCache {
     /// If the file is damaged, or belongs to a model of other sizes.
     pub fn load(path: impl AsRef<Path>, config: &ModelConfig, device: &Device) -> Result<Self> {
         let path = path.as_ref();
-        let notes = crate::save::read_notes(path)?;
+        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        let notes = crate::checkpoint::safetensors::notes(path, &bytes)?;
         let note = |name: &str| notes.get(name).map(String::as_str);
         let bad = |message: String| Error::Cache(format!("{}: {message}", path.display()));
         if note("version") != Some(VERSION) {

@@ -89,16 +89,6 @@ pub(crate) fn write_safetensors(
     write_atomically(path, &bytes)
 }
 
-/// The notes in the header of a safetensors file.
-pub(crate) fn read_notes(path: &Path) -> Result<HashMap<String, String>> {
-    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
-    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|error| Error::Checkpoint {
-        file: path.into(),
-        message: format!("is not a safetensors file: {error}"),
-    })?;
-    Ok(header.metadata().clone().unwrap_or_default())
-}
-
 /// Writes beside the file first, then moves into place: a full disk or a crash leaves no half file.
 fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let error = |source| Error::Io { path: path.into(), source };

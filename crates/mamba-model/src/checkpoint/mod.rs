@@ -15,7 +15,7 @@ mod coverage;
 mod hub;
 mod names;
 mod pickle;
-mod safetensors;
+pub(crate) mod safetensors;
 mod shards;
 mod source;
 mod stored;

@@ -1,5 +1,6 @@
 //! The safetensors format: a JSON header, then the bytes of the tensors without gaps.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::DType;
@@ -17,12 +18,41 @@ const MAX_HEADER_BYTES: usize = 100_000_000;
 
 /// Reads the header of a file that lies in memory, and finds the tensors.
 ///
-/// The header is parsed by the safetensors crate; the length is compared here, because version 0.8 of the crate adds
-/// lengths unchecked in `SafeTensors::read_metadata`.
-///
 /// # Errors
 /// If the file is empty, shorter or longer than its header says, or the header is not one.
 pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Vec<(String, Stored)>> {
+    let (metadata, start) = header(path, file)?;
+    let mut tensors = Vec::new();
+    for name in metadata.offset_keys() {
+        let Some(info) = metadata.info(&name) else { continue };
+        if elem_count(&info.shape).is_none() {
+            return Err(Error::tensor(path, &name, format!("has an impossible shape {:?}", info.shape)));
+        }
+        let (from, to) = info.data_offsets;
+        let stored = Stored {
+            dtype: candle_dtype(info.dtype),
+            shape: info.shape.clone(),
+            bytes: start + from..start + to,
+            strides: None,
+        };
+        tensors.push((name, stored));
+    }
+    Ok(tensors)
+}
+
+/// The notes that a writer left in the header.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn notes(path: &Path, file: &[u8]) -> Result<HashMap<String, String>> {
+    Ok(header(path, file)?.0.metadata().clone().unwrap_or_default())
+}
+
+/// The header, and where the bytes of the tensors begin.
+///
+/// It is parsed by the safetensors crate; the length is compared here, because version 0.8 of the crate adds lengths
+/// unchecked in `SafeTensors::read_metadata`.
+fn header(path: &Path, file: &[u8]) -> Result<(Metadata, usize)> {
     let fail = |message: String| Error::checkpoint(path, message);
     if file.is_empty() {
         return Err(fail("is empty".into()));
@@ -47,23 +77,7 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Vec<(String, Stored)>> {
             "{what}: its tensors need {want} bytes behind the header, {have} are there"
         )));
     }
-    let start = LENGTH_BYTES + length;
-    let mut tensors = Vec::new();
-    for name in metadata.offset_keys() {
-        let Some(info) = metadata.info(&name) else { continue };
-        if elem_count(&info.shape).is_none() {
-            return Err(Error::tensor(path, &name, format!("has an impossible shape {:?}", info.shape)));
-        }
-        let (from, to) = info.data_offsets;
-        let stored = Stored {
-            dtype: candle_dtype(info.dtype),
-            shape: info.shape.clone(),
-            bytes: start + from..start + to,
-            strides: None,
-        };
-        tensors.push((name, stored));
-    }
-    Ok(tensors)
+    Ok((metadata, LENGTH_BYTES + length))
 }
 
 fn candle_dtype(dtype: Dtype) -> std::result::Result<DType, String> {

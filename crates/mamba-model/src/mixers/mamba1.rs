@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use mamba_ops::{
-    SelectiveScan, SequenceLayout, selective_scan, 
+    SelectiveScan, SelectiveStateUpdate, SequenceLayout, selective_scan, selective_state_update,
 };
 
 use super::{CausalConv, Mixer, NegativeExp};
@@ -49,6 +49,23 @@ impl Mamba1 {
         let b = projected.narrow(2, dt_rank, d_state)?;
         let c = projected.narrow(2, dt_rank + d_state, d_state)?;
         let a = self.a.get()?;
+        if let (Some(state), 1) = (&state, x.dim(1)?) {
+            let y = selective_state_update(&SelectiveStateUpdate {
+                d: Some(&self.d),
+                z: Some(&z.squeeze(1)?),
+                dt_bias: Some(&self.dt_bias),
+                dt_softplus: true,
+                ..SelectiveStateUpdate::new(
+                    state,
+                    &x.squeeze(1)?,
+                    &dt.squeeze(1)?,
+                    &a,
+                    &b.squeeze(1)?,
+                    &c.squeeze(1)?,
+                )
+            })?;
+            return Ok(y.unsqueeze(1)?);
+        }
         let output = selective_scan(&SelectiveScan {
             d: Some(&self.d),
             z: Some(z),

@@ -1,7 +1,7 @@
 //! The block of Mamba-2: one projection for everything, convolution over x, B and C, chunk scan, gated norm.
 
 use candle_core::Tensor;
-use mamba_ops::{Norm, SsdChunkScan, norm, ssd_chunk_scan};
+use mamba_ops::{Norm, SelectiveStateUpdate, SsdChunkScan, norm, selective_state_update, ssd_chunk_scan};
 
 use super::{CausalConv, Mixer, NegativeExp};
 use crate::Result;
@@ -64,6 +64,24 @@ impl Mamba2 {
         let (b, c) = (groups(d_ssm)?, groups(d_ssm + bc)?);
         let d = if self.config.d_has_headdim { self.d.reshape((nheads, headdim))? } else { self.d.clone() };
         let a = self.a.get()?;
+        if let (Some(state), 1) = (&state, seqlen) {
+            let y = selective_state_update(&SelectiveStateUpdate {
+                d: Some(&d),
+                z: z.map(|z| z.squeeze(1)).transpose()?.as_ref(),
+                dt_bias: Some(&self.dt_bias),
+                dt_softplus: true,
+                dt_limit: self.config.dt_limit,
+                ..SelectiveStateUpdate::new(
+                    state,
+                    &x.squeeze(1)?,
+                    &dt.squeeze(1)?,
+                    &a,
+                    &b.squeeze(1)?,
+                    &c.squeeze(1)?,
+                )
+            })?;
+            return Ok(y.reshape((batch, 1, d_ssm))?);
+        }
         let output = ssd_chunk_scan(&SsdChunkScan {
             d: Some(&d),
             z: z.as_ref(),

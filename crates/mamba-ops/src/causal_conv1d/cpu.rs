@@ -10,8 +10,7 @@ use super::Sizes;
 use crate::host::{SharedMut, parallel, transposed, uninit};
 use crate::layout::{Activation, SequenceLayout};
 use crate::simd::Isa;
-use crate::simd::math::{silu, silu_with_derivative};
-use crate::simd::slice::{axpy, dot, map, map2, map3, sum};
+use crate::simd::slice::{axpy, dot, map2, map3, mul_silu_derivative, silu, sum};
 
 /// Tokens that one task handles, channels last: fixed, so that sums do not depend on the number of threads.
 const TOKENS: usize = 64;
@@ -54,11 +53,12 @@ pub(super) fn backward(conv: &Conv, isa: Isa, grad_y: Option<&[f32]>, grad_state
         (Some(grad_y), Activation::Silu) => {
             let mut pre = uninit(conv.x.len());
             convolve(conv, isa, &mut pre);
-            for_pieces(conv, &mut pre, |at, pre| {
-                let grad = &grad_y[at..at + pre.len()];
-                isa.dispatch(SiluBackward { pre, grad })
+            let mut g = grad_y.to_vec();
+            for_pieces(conv, &mut g, |at, grad| {
+                let pre = &pre[at..at + grad.len()];
+                isa.dispatch(SiluBackward { grad, pre })
             });
-            pre
+            g
         }
     };
     let weights = parameter_gradients(conv, isa, &g);
@@ -254,19 +254,19 @@ impl WithSimd for ApplySilu<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        map(simd, self.0, |x| silu(simd, x));
+        silu(simd, self.0);
     }
 }
 
 struct SiluBackward<'a> {
-    pre: &'a mut [f32],
-    grad: &'a [f32],
+    grad: &'a mut [f32],
+    pre: &'a [f32],
 }
 impl WithSimd for SiluBackward<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        map2(simd, self.pre, self.grad, |pre, grad| simd.mul_f32s(grad, silu_with_derivative(simd, pre).1));
+        mul_silu_derivative(simd, self.grad, self.pre);
     }
 }
 

@@ -1,4 +1,4 @@
-//! The op as a node of candle's graph; the sum with the residual is an output only if there is a residual.
+//! The op as a node of candle's graph; the sum with the residual is an output unless it is just `x`.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -28,12 +28,12 @@ pub(super) fn apply(args: &Norm, sizes: Sizes) -> Result<NormOutput> {
     let residual_dtype = args.residual_dtype();
     let node = Node { sizes, kind, eps, norm_before_gate, residual_dtype };
     let inputs = [Some(x), weight, bias, residual, z];
-    if residual.is_some() {
+    if residual.is_some() || residual_dtype != x.dtype() {
         let [y, residual] = autograd::apply(node, &inputs)?;
         Ok(NormOutput { y, residual })
     } else {
         let [y] = autograd::apply(node, &inputs)?;
-        Ok(NormOutput { y, residual: x.to_dtype(residual_dtype)? })
+        Ok(NormOutput { y, residual: x.clone() })
     }
 }
 
@@ -70,7 +70,7 @@ impl<const OUTPUTS: usize> FusedFn<SLOTS, OUTPUTS> for Node {
     fn forward(&self, inputs: &[Option<Tensor>; SLOTS], _tracked: bool) -> Result<Forward<OUTPUTS>> {
         let x = host::slot(OP, inputs, X)?;
         self.with(inputs, |rows| {
-            let cpu::Forward { y, sum } = cpu::forward(rows, Isa::current());
+            let cpu::Forward { y, sum } = cpu::forward(rows, Isa::current(), OUTPUTS > 1);
             let mut outputs = vec![host::output(y, x.shape().clone(), x.dtype())?];
             if let Some(sum) = sum {
                 outputs.push(host::output(sum, x.shape().clone(), self.residual_dtype)?);

@@ -10,8 +10,8 @@ use pulp::{Simd, WithSimd};
 use super::{NormKind, Sizes};
 use crate::host::{SharedMut, parallel, uninit};
 use crate::simd::Isa;
-use crate::simd::math::{silu, silu_with_derivative};
-use crate::simd::slice::{dot, map, map2, map3, sum};
+use crate::simd::math::silu_with_derivative;
+use crate::simd::slice::{dot, map, map2, map3, mul_silu, sum};
 
 /// Tasks at most and rows of one at least: functions of the shape, so that sums do not depend on the threads.
 const TASKS: usize = 128;
@@ -34,7 +34,7 @@ pub(super) struct Rows<'a> {
 /// The outputs.
 pub(super) struct Forward {
     pub y: Vec<f32>,
-    /// `x + residual`, if there is a residual.
+    /// `x + residual`, if asked for.
     pub sum: Option<Vec<f32>>,
 }
 
@@ -46,9 +46,9 @@ pub(super) struct Grads {
     pub z: Vec<f32>,
 }
 
-pub(super) fn forward(rows: &Rows, isa: Isa) -> Forward {
+pub(super) fn forward(rows: &Rows, isa: Isa, with_sum: bool) -> Forward {
     let mut y = uninit(rows.x.len());
-    let mut sum = rows.residual.map(|residual| uninit(residual.len()));
+    let mut sum = with_sum.then(|| uninit(rows.x.len()));
     {
         let y = SharedMut::new(&mut y);
         let sum = sum.as_deref_mut().map(SharedMut::new);
@@ -139,20 +139,19 @@ impl Rows<'_> {
     #[inline(always)]
     fn normalise<S: Simd>(&self, simd: S, at: usize, row: &mut [f32], rho: &mut [f32]) {
         if let Some(z) = self.gate(at, false) {
-            map2(simd, row, z, |r, z| simd.mul_f32s(r, silu(simd, z)));
+            mul_silu(simd, row, z);
         }
         for (group, rho) in row.chunks_exact_mut(self.sizes.group_size).zip(rho) {
-            *rho = match self.kind {
-                NormKind::Rms => scale(simd, group, 0.0, self.eps),
-                NormKind::Layer => {
-                    let n = group.len() as f32;
-                    let mean = simd.splat_f32s(sum(simd, group) / n);
+            if self.kind == NormKind::Layer {
+                // The second time takes away what rounding left of a mean that is large beside the spread.
+                for _ in 0..2 {
+                    let mean = simd.splat_f32s(sum(simd, group) / group.len() as f32);
                     map(simd, group, |u| simd.sub_f32s(u, mean));
-                    // What rounding left of the mean: it matters where the mean is large and the spread small.
-                    let rest = sum(simd, group) / n;
-                    scale(simd, group, rest, self.eps)
                 }
-            };
+            }
+            *rho = 1.0 / (dot(simd, group, group) / group.len() as f32 + self.eps).sqrt();
+            let factor = simd.splat_f32s(*rho);
+            map(simd, group, |u| simd.mul_f32s(u, factor));
         }
     }
 
@@ -166,16 +165,6 @@ impl Rows<'_> {
             (None, None) => {}
         }
     }
-}
-
-/// `(u - mean)·ρ` in place, and `ρ`; the mean is small or 0.
-#[inline(always)]
-fn scale<S: Simd>(simd: S, group: &mut [f32], mean: f32, eps: f32) -> f32 {
-    let variance = dot(simd, group, group) / group.len() as f32 - mean * mean;
-    let rho = 1.0 / (variance + eps).sqrt();
-    let (mean, factor) = (simd.splat_f32s(mean), simd.splat_f32s(rho));
-    map(simd, group, |u| simd.mul_f32s(simd.sub_f32s(u, mean), factor));
-    rho
 }
 
 /// Rows of one task, the first starting at `start`.
@@ -203,7 +192,7 @@ impl WithSimd for ForwardTask<'_> {
             rows.normalise(simd, at, y, &mut rho);
             rows.affine(simd, y);
             if let Some(z) = rows.gate(at, true) {
-                map2(simd, y, z, |y, z| simd.mul_f32s(y, silu(simd, z)));
+                mul_silu(simd, y, z);
             }
         }
     }
@@ -277,20 +266,22 @@ impl WithSimd for BackwardTask<'_> {
 /// The backward of `value · silu(z)`: from its gradient and the value to the gradients of the value and of `z`.
 #[inline(always)]
 fn gate<S: Simd>(simd: S, grad: &mut [f32], value: &mut [f32], z: &[f32]) {
-    let both = |grad, value, z| {
-        let (silu, slope) = silu_with_derivative(simd, z);
-        (simd.mul_f32s(grad, silu), simd.mul_f32s(simd.mul_f32s(grad, value), slope))
-    };
     let (grads, grad_tail) = S::as_mut_simd_f32s(grad);
     let (values, value_tail) = S::as_mut_simd_f32s(value);
     let (zs, z_tail) = S::as_simd_f32s(z);
     for ((grad, value), z) in grads.iter_mut().zip(values).zip(zs) {
-        (*grad, *value) = both(*grad, *value, *z);
+        (*grad, *value) = gate_vector(simd, *grad, *value, *z);
     }
     if !z_tail.is_empty() {
         let [grad, value, z] = [&*grad_tail, value_tail, z_tail].map(|x| simd.partial_load_f32s(x));
-        let (grad, value) = both(grad, value, z);
+        let (grad, value) = gate_vector(simd, grad, value, z);
         simd.partial_store_f32s(grad_tail, grad);
         simd.partial_store_f32s(value_tail, value);
     }
+}
+
+#[inline(always)]
+fn gate_vector<S: Simd>(simd: S, grad: S::f32s, value: S::f32s, z: S::f32s) -> (S::f32s, S::f32s) {
+    let (silu, slope) = silu_with_derivative(simd, z);
+    (simd.mul_f32s(grad, silu), simd.mul_f32s(simd.mul_f32s(grad, value), slope))
 }

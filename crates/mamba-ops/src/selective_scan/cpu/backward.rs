@@ -14,8 +14,7 @@ use super::{BLOCK, Block, Coefficients, Scan, Sizes, TILE, gather, scatter};
 use crate::host::{SharedMut, parallel, transposed, uninit};
 use crate::layout::SequenceLayout;
 use crate::simd::Isa;
-use crate::simd::math::{sigmoid, silu_with_derivative};
-use crate::simd::slice::{map2, map3};
+use crate::simd::slice::{map2, mul_sigmoid, mul_silu, mul_silu_derivative};
 
 /// Blocks that one task handles: sums over channels are formed per task, then added in the order of tasks.
 const BLOCKS_PER_TASK: usize = 8;
@@ -305,18 +304,17 @@ impl BackwardTask<'_> {
             let gate = &mut scratch.z[..len];
             scan.load(z, block, first, gate);
             // dz = grad · y · silu'(z), then g = grad · silu(z).
-            map3(simd, y, g, gate, |y, g, z| {
-                simd.mul_f32s(simd.mul_f32s(g, y), silu_with_derivative(simd, z).1)
-            });
+            map2(simd, y, g, |y, g| simd.mul_f32s(y, g));
+            mul_silu_derivative(simd, y, gate);
             // SAFETY: each block writes its own channels.
             unsafe { scan.store(&outputs.z, block, first, y) };
-            map2(simd, g, gate, |g, z| simd.mul_f32s(g, silu_with_derivative(simd, z).0));
+            mul_silu(simd, g, gate);
         }
         self.reverse::<S, B_VARIES, C_VARIES>(simd, first, tokens, kept, carry, scratch);
 
         let delta = &mut scratch.delta[..len];
         if scan.delta_softplus {
-            map2(simd, delta, &carry.steps.raw_delta[..len], |g, x| simd.mul_f32s(g, sigmoid(simd, x)));
+            mul_sigmoid(simd, delta, &carry.steps.raw_delta[..len]);
         }
         for row in delta.chunks_exact(BLOCK) {
             map2(simd, &mut carry.delta_bias, row, |sum, g| simd.add_f32s(sum, g));

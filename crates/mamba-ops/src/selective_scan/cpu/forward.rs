@@ -7,8 +7,8 @@ use pulp::{Simd, WithSimd};
 use super::{BLOCK, Block, Coefficients, Scan, Sizes, TILE, gather, gather_channels, scatter};
 use crate::host::{SharedMut, parallel, uninit};
 use crate::simd::Isa;
-use crate::simd::math::{exp2, silu, softplus};
-use crate::simd::slice::{map, map2};
+use crate::simd::math::exp2;
+use crate::simd::slice::{map2, mul_silu, softplus};
 
 /// What the forward scan leaves.
 pub(in super::super) struct Forward {
@@ -88,7 +88,7 @@ impl ScanBlock<'_> {
             if let Some(gate) = scan.z {
                 let z = &mut z[..tokens * BLOCK];
                 scan.load(gate, block, first, z);
-                map2(simd, y, z, |y, z| simd.mul_f32s(y, silu(simd, z)));
+                mul_silu(simd, y, z);
             }
             // SAFETY: each block writes its own channels.
             unsafe { scan.store(&outputs.y, block, first, y) };
@@ -146,7 +146,7 @@ impl Steps {
         }
         self.delta[..len].copy_from_slice(&self.raw_delta[..len]);
         if scan.delta_softplus {
-            map(simd, &mut self.delta[..len], |x| softplus(simd, x));
+            softplus(simd, &mut self.delta[..len]);
         }
     }
 
