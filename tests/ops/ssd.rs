@@ -10,25 +10,25 @@ use crate::support::random::Random;
 use crate::support::tolerance::{self, relative_rms, values};
 
 #[derive(Debug, Clone)]
-struct Case {
-    batch: usize,
-    seqlen: usize,
-    nheads: usize,
-    headdim: usize,
-    ngroups: usize,
-    d_state: usize,
+pub struct Case {
+    pub batch: usize,
+    pub seqlen: usize,
+    pub nheads: usize,
+    pub headdim: usize,
+    pub ngroups: usize,
+    pub d_state: usize,
     /// The rank of `d`, if there is one.
-    d: Option<usize>,
-    z: bool,
-    dt_bias: bool,
-    dt_softplus: bool,
-    dt_limit: (f64, f64),
-    chunk_size: usize,
-    state: bool,
+    pub d: Option<usize>,
+    pub z: bool,
+    pub dt_bias: bool,
+    pub dt_softplus: bool,
+    pub dt_limit: (f64, f64),
+    pub chunk_size: usize,
+    pub state: bool,
 }
 
 impl Case {
-    fn new([batch, seqlen, nheads, headdim, ngroups, d_state]: [usize; 6]) -> Self {
+    pub fn new([batch, seqlen, nheads, headdim, ngroups, d_state]: [usize; 6]) -> Self {
         Self {
             batch,
             seqlen,
@@ -47,12 +47,12 @@ impl Case {
     }
 
     /// Nothing optional, and `dt` taken as it is.
-    fn bare(sizes: [usize; 6]) -> Self {
+    pub fn bare(sizes: [usize; 6]) -> Self {
         Self { d: None, z: false, dt_bias: false, dt_softplus: false, state: false, ..Self::new(sizes) }
     }
 }
 
-struct Ssd;
+pub struct Ssd;
 
 fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> SsdChunkScan<'a> {
     let get = |name: &str| &inputs[name];
