@@ -57,7 +57,8 @@ impl Subject for Ours {
     }
     fn prefill(&mut self, ids: &[u32]) -> Result<Tensor> {
         self.cache.reset()?;
-        Ok(self.model.prefill(&Tensor::new(&[ids], &Device::Cpu)?, &mut self.cache)?)
+        let ids = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu)?;
+        Ok(self.model.prefill(&ids, &mut self.cache)?)
     }
     fn step(&mut self, id: u32) -> Result<Tensor> {
         Ok(self.model.step(&Tensor::new(&[id], &Device::Cpu)?, &mut self.cache)?)

@@ -1,4 +1,5 @@
 //! Whole models against the published implementations, and the laws that every model keeps.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -259,7 +259,8 @@ pub fn split<O: Op>(case: &O::Case) {
 pub fn layout<O: Op>(case: &O::Case) {
     let inputs = cast::<O>(&O::inputs(case, &mut Random::new(4)), DType::F32).unwrap();
     let want = O::fused(case, &inputs).unwrap();
-    let views: [(&str, fn(&Tensor) -> Result<Tensor>); 3] = [
+    type View = fn(&Tensor) -> Result<Tensor>;
+    let views: [(&str, View); 3] = [
         ("transposed", |x| match x.rank() {
             0 | 1 => Ok(x.clone()),
             rank => x.transpose(rank - 2, rank - 1)?.contiguous()?.transpose(rank - 2, rank - 1),

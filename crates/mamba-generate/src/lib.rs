@@ -102,3 +102,8 @@ pub use stop::StopStrings;
 pub use text::TextStream;
 pub use text_generator::{TextGenerator, TextOptions};
 pub use timings::Timings;
+
+/// The code of the workspace's README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

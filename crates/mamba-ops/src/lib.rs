@@ -1,4 +1,61 @@
-//! Ops of state space models for candle.
+//! Ops of state space models for [candle](candle_core), forward and backward.
+//!
+//! | op | what it computes |
+//! |---|---|
+//! | [`causal_conv1d`] | a depthwise convolution over the last few tokens, with SiLU |
+//! | [`selective_scan`] | the recurrence of Mamba: `h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t`, `y_t = C_t h_t + D u_t` |
+//! | [`ssd_chunk_scan`] | that of Mamba-2, one decay a head, by chunks of matrix products |
+//! | [`norm`] | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
+//! | [`causal_conv1d_update`], [`selective_state_update`] | one decoding step, changing its state in place |
+//!
+//! An op takes one struct with named fields, since ten tensors in a row are easily swapped; options are set by struct
+//! update from its `new`:
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use mamba_ops::{SequenceLayout, SelectiveScan, selective_scan};
+//! # fn main() -> candle_core::Result<()> {
+//! let (batch, seqlen, dim, d_state) = (1, 12, 8, 4);
+//! let u = Var::randn(0f32, 1.0, (batch, seqlen, dim), &Device::Cpu)?;
+//! let delta = Tensor::rand(0f32, 0.1, (batch, seqlen, dim), &Device::Cpu)?;
+//! let a = Tensor::rand(-4f32, -1.0, (dim, d_state), &Device::Cpu)?;
+//! let b = Tensor::randn(0f32, 1.0, (batch, seqlen, d_state), &Device::Cpu)?;
+//! let c = Tensor::randn(0f32, 1.0, (batch, seqlen, d_state), &Device::Cpu)?;
+//! let output = selective_scan(&SelectiveScan {
+//!     delta_softplus: true,
+//!     layout: SequenceLayout::ChannelsLast,
+//!     ..SelectiveScan::new(&u, &delta, &a, &b, &c)
+//! })?;
+//! // Gradients flow through both outputs, as in any candle graph.
+//! let loss = (output.y.sqr()?.mean_all()? + output.final_state.sqr()?.mean_all()?)?;
+//! assert!(loss.backward()?.get(&u).is_some());
+//! # Ok(()) }
+//! ```
+//!
+//! # The alphabet
+//! Shapes are written with these names everywhere, and checked by them:
+//!
+//! | name | also | meaning |
+//! |---|---|---|
+//! | `batch` | b | sequences |
+//! | `seqlen` | l | tokens of a sequence |
+//! | `d_model` | | width of the residual stream |
+//! | `dim` | d, `d_inner` | channels of the scan or convolution |
+//! | `d_state` | n | states a channel |
+//! | `width` | `d_conv` | tokens that the convolution sees |
+//! | `nheads`, `headdim` | h, p | heads of Mamba-2, channels a head |
+//! | `ngroups` | g | groups of channels or heads that share `B` and `C` |
+//! | `chunk_size` | c | tokens that Mamba-2 computes at once |
+//!
+//! # What holds for every op
+//! - Activations are f32, f16 or bf16; arithmetic and states are f32. In f64, and on other devices than the CPU, an op
+//!   runs its reference: plain tensor operations, right and slow.
+//! - The gradient of every input exists, through every output. An op without a backward refuses inputs that track.
+//! - A state that comes out may go in again: a sequence can be cut anywhere.
+//! - The same inputs give the same bits, whatever the number of threads. [`simd::Isa`] says which instructions run.
+//! - Inputs may be strided. Wrong ones are errors that name op, argument, what came and what was expected.
+//!
+//! A new op follows the others: see `CONTRIBUTING.md`; [`autograd::FusedFn`] is what it implements.
 
 mod args;
 pub mod autograd;

@@ -286,14 +286,21 @@ impl BackwardTask<'_> {
         let kept =
             &self.checkpoints[(block.index * scan.tiles() + tile) * d_state * BLOCK..][..d_state * BLOCK];
         let mut h = kept.to_vec();
-        carry.steps.load(simd, scan, block, first, tokens);
+        carry.steps.load(simd, scan, first, tokens);
         let states = S::as_mut_simd_f32s(&mut scratch.states).0;
         let decays = S::as_mut_simd_f32s(&mut scratch.decays).0;
         let y = &mut scratch.y[..len];
-        carry.steps.scan::<S, B_VARIES, C_VARIES>(simd, scan, block, first, &mut h, y, |at, h, decay| {
-            states[at] = h;
-            decays[at] = decay;
-        });
+        carry.steps.scan::<S, B_VARIES, C_VARIES>(
+            simd,
+            scan,
+            &mut h,
+            y,
+            #[inline(always)]
+            |at, h, decay| {
+                states[at] = h;
+                decays[at] = decay;
+            },
+        );
 
         let g = &mut scratch.g[..len];
         match self.grad_y {

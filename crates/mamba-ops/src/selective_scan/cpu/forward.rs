@@ -82,9 +82,9 @@ impl ScanBlock<'_> {
                 let kept = unsafe { checkpoints.get((block.index * scan.tiles() + tile) * len, len) };
                 kept.copy_from_slice(&h);
             }
-            steps.load(simd, scan, block, first, tokens);
+            steps.load(simd, scan, first, tokens);
             let y = &mut y[..tokens * BLOCK];
-            steps.scan::<S, B_VARIES, C_VARIES>(simd, scan, block, first, &mut h, y, |_, _, _| ());
+            steps.scan::<S, B_VARIES, C_VARIES>(simd, scan, &mut h, y, |_, _, _| ());
             if let Some(gate) = scan.z {
                 let z = &mut z[..tokens * BLOCK];
                 scan.load(gate, block, first, z);
@@ -101,6 +101,9 @@ impl ScanBlock<'_> {
 
 /// What one block needs to step through a tile; the backward pass steps again with the same.
 pub(super) struct Steps {
+    pub block: Block,
+    /// The first token of the loaded tile.
+    pub first: usize,
     /// `A · log2 e`, in the order of [`place`](super::place).
     pub a: Vec<f32>,
     /// Constant `b` and `c`, in the order of [`place`](super::place).
@@ -124,6 +127,8 @@ impl Steps {
             Coefficients::Varying { .. } => vec![],
         };
         Self {
+            block,
+            first: 0,
             a: gather(Some(scan.a), S::F32_LANES, scan.sizes.d_state, block, block.first, LOG2_E),
             b: constant(&scan.b),
             c: constant(&scan.c),
@@ -137,7 +142,9 @@ impl Steps {
 
     /// Loads a tile of `delta` and `u`.
     #[inline(always)]
-    pub(super) fn load<S: Simd>(&mut self, simd: S, scan: &Scan, block: Block, first: usize, tokens: usize) {
+    pub(super) fn load<S: Simd>(&mut self, simd: S, scan: &Scan, first: usize, tokens: usize) {
+        let block = self.block;
+        self.first = first;
         let len = tokens * BLOCK;
         scan.load(scan.u, block, first, &mut self.u[..len]);
         scan.load(scan.delta, block, first, &mut self.raw_delta[..len]);
@@ -157,12 +164,11 @@ impl Steps {
         &self,
         simd: S,
         scan: &Scan,
-        block: Block,
-        first: usize,
         h: &mut [f32],
         y: &mut [f32],
         mut visit: impl FnMut(usize, S::f32s, S::f32s),
     ) {
+        let Self { block, first, .. } = *self;
         let (n, vectors) = (scan.sizes.d_state, BLOCK / S::F32_LANES);
         let h = S::as_mut_simd_f32s(h).0;
         let y = S::as_mut_simd_f32s(y).0;
