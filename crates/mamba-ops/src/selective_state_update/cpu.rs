@@ -109,17 +109,21 @@ impl WithSimd for UpdateRows<'_> {
             map(simd, decay, |dt| simd.mul_f32s(dt, log2_e));
         }
 
-        for i in 0..len {
-            let channel = first + i;
-            let group = (batch * ngroups + channel / (channels / ngroups)) * d_state;
-            let (b, c) = (&update.b[group..][..d_state], &update.c[group..][..d_state]);
-            let h = &mut state[i * d_state..][..d_state];
-            y[i] = if a_per_head {
-                row::<S, true>(simd, h, [b, c, b], decay[i], input[i])
-            } else {
-                let a = &update.a[channel * d_state..][..d_state];
-                row::<S, false>(simd, h, [b, c, a], decay[i], input[i])
-            };
+        let group_len = channels / ngroups;
+        for group in first / group_len..(first + len).div_ceil(group_len) {
+            let start = (batch * ngroups + group) * d_state;
+            let (b, c) = (&update.b[start..][..d_state], &update.c[start..][..d_state]);
+            let start = (group * group_len).max(first);
+            for channel in start..((group + 1) * group_len).min(first + len) {
+                let i = channel - first;
+                let h = &mut state[i * d_state..][..d_state];
+                y[i] = if a_per_head {
+                    row::<S, true>(simd, h, [b, c, b], decay[i], input[i])
+                } else {
+                    let a = &update.a[channel * d_state..][..d_state];
+                    row::<S, false>(simd, h, [b, c, a], decay[i], input[i])
+                };
+            }
         }
 
         if let Some(d) = update.d {
