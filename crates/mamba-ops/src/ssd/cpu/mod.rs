@@ -13,8 +13,8 @@ use std::f64::consts::LOG2_E;
 use pulp::Simd;
 
 use super::Sizes;
-use crate::simd::math::{clamp, exp2, softplus};
-use crate::simd::slice::{map, map2, map3};
+use crate::simd::math::{clamp, exp2};
+use crate::simd::slice::{map, map2, map3, softplus};
 use matrix::{Product, Strided, Zeros, padded, transpose};
 
 pub(super) use backward::backward;
@@ -196,11 +196,16 @@ impl Steps {
         }
         self.free.copy_from_slice(&self.raw);
         if scan.dt_softplus {
-            map(simd, &mut self.free, |x| softplus(simd, x));
+            softplus(simd, &mut self.free);
         }
         self.dt.copy_from_slice(&self.free);
         let (low, high) = scan.dt_limit;
-        map(simd, &mut self.dt, |x| clamp(simd, x, low, high));
+        map(
+            simd,
+            &mut self.dt,
+            #[inline(always)]
+            |x| clamp(simd, x, low, high),
+        );
         let (a, mut sum) = (f64::from(scan.a[head]) * LOG2_E, 0.0);
         for t in 0..q {
             sum += f64::from(self.dt[t]) * a;
@@ -208,13 +213,23 @@ impl Steps {
             self.low[t] = (sum - f64::from(self.high[t])) as f32;
         }
         self.from_start.copy_from_slice(&self.high);
-        map2(simd, &mut self.from_start, &self.low, |high, low| exp2(simd, simd.add_f32s(high, low)));
+        map2(
+            simd,
+            &mut self.from_start,
+            &self.low,
+            #[inline(always)]
+            |high, low| exp2(simd, simd.add_f32s(high, low)),
+        );
         self.total = self.from_start[q - 1];
         let (high, low) = (simd.splat_f32s(self.high[q - 1]), simd.splat_f32s(self.low[q - 1]));
         self.to_end.copy_from_slice(&self.high);
-        map2(simd, &mut self.to_end, &self.low, |h, l| {
-            exp2(simd, simd.add_f32s(simd.sub_f32s(high, h), simd.sub_f32s(low, l)))
-        });
+        map2(
+            simd,
+            &mut self.to_end,
+            &self.low,
+            #[inline(always)]
+            |h, l| exp2(simd, simd.add_f32s(simd.sub_f32s(high, h), simd.sub_f32s(low, l))),
+        );
     }
 
     /// `out[j] = scores[j] · (the decay from after token j to after token i)` for `j ≤ i`, then zeros.
@@ -223,10 +238,17 @@ impl Steps {
         let (high, low) = (simd.splat_f32s(self.high[i]), simd.splat_f32s(self.low[i]));
         let len = (i + 1).next_multiple_of(S::F32_LANES);
         out[..len].copy_from_slice(&scores[..len]);
-        map3(simd, &mut out[..len], &self.high, &self.low, |score, h, l| {
-            let exponent = simd.add_f32s(simd.sub_f32s(high, h), simd.sub_f32s(low, l));
-            simd.mul_f32s(score, exp2(simd, exponent))
-        });
+        map3(
+            simd,
+            &mut out[..len],
+            &self.high,
+            &self.low,
+            #[inline(always)]
+            |score, h, l| {
+                let exponent = simd.add_f32s(simd.sub_f32s(high, h), simd.sub_f32s(low, l));
+                simd.mul_f32s(score, exp2(simd, exponent))
+            },
+        );
         out[i + 1..].fill(0.0);
     }
 }
