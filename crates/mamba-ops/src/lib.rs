@@ -2,11 +2,11 @@
 //!
 //! | op | what it computes |
 //! |---|---|
-//! | [`causal_conv1d`] | a depthwise convolution over the last few tokens, with SiLU |
-//! | [`selective_scan`] | the recurrence of Mamba: `h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t`, `y_t = C_t h_t + D u_t` |
+//! | [`causal_conv1d`](fn@causal_conv1d) | a depthwise convolution over the last few tokens, with SiLU |
+//! | [`selective_scan`](fn@selective_scan) | the recurrence of Mamba: `h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t`, `y_t = C_t h_t + D u_t` |
 //! | [`ssd_chunk_scan`] | that of Mamba-2, one decay a head, by chunks of matrix products |
-//! | [`norm`] | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
-//! | [`causal_conv1d_update`], [`selective_state_update`] | one decoding step, changing its state in place |
+//! | [`norm`](fn@norm) | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
+//! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
 //! | [`mamba1_inner`], [`mamba2_split_conv1d_scan`] | a block between its projections, which keeps only its inputs for `backward()` |
 //! | [`checkpoint()`] | the same for any function, a layer of a model for one |
 //!

@@ -7,8 +7,7 @@ use super::matrix::{Product, Strided, Zeros, copy, padded, transpose};
 use super::{Block, Chunk, Piece, Scan, Sizes, Steps, load_inputs, outputs, scale, scores};
 use crate::host::{SharedMut, parallel, uninit};
 use crate::simd::Isa;
-use crate::simd::math::{sigmoid, silu_with_derivative};
-use crate::simd::slice::{dot, map2, map3, sum};
+use crate::simd::slice::{dot, map2, map3, mul_sigmoid, mul_silu, mul_silu_derivative, sum};
 
 /// Gradients of the inputs, each laid out as its input.
 pub(in super::super) struct Grads {
@@ -345,12 +344,11 @@ impl BackwardBlock<'_> {
             if let Some(z) = scan.z {
                 let z = &z[at..][..headdim];
                 scan.add_skip(simd, piece.head, &scan.x[at..][..headdim], y);
-                map3(simd, y, grad, z, |y, grad, z| {
-                    simd.mul_f32s(simd.mul_f32s(grad, y), silu_with_derivative(simd, z).1)
-                });
+                map2(simd, y, grad, |y, grad| simd.mul_f32s(y, grad));
+                mul_silu_derivative(simd, y, z);
                 // SAFETY: each head writes its own channels.
                 unsafe { self.outputs.z.get(at, headdim) }.copy_from_slice(y);
-                map2(simd, grad, z, |grad, z| simd.mul_f32s(grad, silu_with_derivative(simd, z).0));
+                mul_silu(simd, grad, z);
             }
         }
     }
@@ -524,7 +522,7 @@ impl BackwardBlock<'_> {
             }
         }
         if scan.dt_softplus {
-            map2(simd, grad_dt, &scratch.steps.raw, |grad, raw| simd.mul_f32s(grad, sigmoid(simd, raw)));
+            mul_sigmoid(simd, grad_dt, &scratch.steps.raw[..tokens]);
         }
         for (k, &grad) in grad_dt.iter().enumerate() {
             carry.dt_bias += f64::from(grad);
