@@ -124,7 +124,7 @@ impl WithSimd for UpdateRows<'_> {
 
         if let Some(d) = update.d {
             self::rows(d, update.d_per_head, headdim, first, dt);
-            map3(simd, y, dt, x, |y, d, x| simd.mul_add_f32s(d, x, y));
+            map3(simd, y, dt, x, |y, d, x| simd.mul_add_e_f32s(d, x, y));
         }
         if let Some(z) = update.z {
             mul_silu(simd, y, &z[batch * channels + first..][..len]);
@@ -167,18 +167,18 @@ fn row<S: Simd, const ONE_DECAY: bool>(
     for (((h, a), b), c) in h4.iter_mut().zip(a4).zip(b4).zip(c4) {
         for i in 0..4 {
             h[i] = step::<S, ONE_DECAY>(simd, h[i], [a[i], b[i]], rates);
-            sums[i] = simd.mul_add_f32s(h[i], c[i], sums[i]);
+            sums[i] = simd.mul_add_e_f32s(h[i], c[i], sums[i]);
         }
     }
     for (((h, a), b), c) in h_rest.iter_mut().zip(a_rest).zip(b_rest).zip(c_rest) {
         *h = step::<S, ONE_DECAY>(simd, *h, [*a, *b], rates);
-        sums[0] = simd.mul_add_f32s(*h, *c, sums[0]);
+        sums[0] = simd.mul_add_e_f32s(*h, *c, sums[0]);
     }
     if !h_tail.is_empty() {
         let [a, b, c] = [a_tail, b_tail, c_tail].map(|x| simd.partial_load_f32s(x));
         let h = step::<S, ONE_DECAY>(simd, simd.partial_load_f32s(h_tail), [a, b], rates);
         simd.partial_store_f32s(h_tail, h);
-        sums[1] = simd.mul_add_f32s(h, c, sums[1]);
+        sums[1] = simd.mul_add_e_f32s(h, c, sums[1]);
     }
     let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
     simd.reduce_sum_f32s(sum)
@@ -193,5 +193,5 @@ fn step<S: Simd, const ONE_DECAY: bool>(
     (decay, input): (S::f32s, S::f32s),
 ) -> S::f32s {
     let decay = if ONE_DECAY { decay } else { exp2(simd, simd.mul_f32s(decay, a)) };
-    simd.mul_add_f32s(decay, h, simd.mul_f32s(input, b))
+    simd.mul_add_e_f32s(decay, h, simd.mul_f32s(input, b))
 }

@@ -147,7 +147,7 @@ impl Product<'_> {
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let a = simd.splat_f32s(*a.add(r * self.a.row + k * self.a.column));
                     for v in 0..V {
-                        sums[v] = simd.mul_add_f32s(a, b[v], sums[v]);
+                        sums[v] = simd.mul_add_e_f32s(a, b[v], sums[v]);
                     }
                 }
             }
@@ -157,7 +157,7 @@ impl Product<'_> {
                 for (v, &sum) in sums.iter().enumerate() {
                     let out = out.add(v * S::F32_LANES).cast::<S::f32s>();
                     let kept = self.keep != 0.0;
-                    let value = if kept { simd.mul_add_f32s(keep, out.read_unaligned(), sum) } else { sum };
+                    let value = if kept { simd.mul_add_e_f32s(keep, out.read_unaligned(), sum) } else { sum };
                     out.write_unaligned(value);
                 }
             }
