@@ -398,11 +398,7 @@ fn rms_norm(name: &str, [rows, dim]: [usize; 2], gated: bool) -> Case {
         fused: Box::new(move |x| args(x, norm)),
         reference: Box::new(move |x| args(x, mamba_ops::norm::reference::forward)),
         forward: Cost { exps, operations: len * 4.0, bytes: len * if gated { 12.0 } else { 16.0 } },
-        backward: Some(Cost {
-            exps: 2.0 * exps,
-            operations: len * 12.0,
-            bytes: len * 32.0,
-        }),
+        backward: Some(Cost { exps: 2.0 * exps, operations: len * 12.0, bytes: len * 32.0 }),
         products: [vec![], vec![]],
     }
 }
