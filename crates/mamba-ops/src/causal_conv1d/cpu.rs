@@ -237,7 +237,7 @@ fn parameter_gradients(conv: &Conv, isa: Isa, g: &[f32]) -> (Vec<f32>, Vec<f32>)
                 isa.dispatch(BlockParameters { conv, windows: &windows, b, first, g, sums });
             });
             for sums in partial.chunks_exact(((width + 1) * dim).max(1)) {
-                for (k, row) in sums.chunks_exact(dim).enumerate() {
+                for (k, row) in sums.chunks_exact(dim.max(1)).enumerate() {
                     for (c, value) in row.iter().enumerate() {
                         let sum = if k < width { &mut weight[c * width + k] } else { &mut bias[c] };
                         *sum += value;
@@ -309,12 +309,12 @@ impl WithSimd for ConvolveBlock<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let dim = self.conv.sizes.dim;
-        for (i, y) in self.y.chunks_exact_mut(dim).enumerate() {
+        for (i, y) in self.y.chunks_exact_mut(dim.max(1)).enumerate() {
             match self.conv.bias {
                 Some(bias) => y.copy_from_slice(bias),
                 None => y.fill(0.0),
             }
-            for (m, w) in self.weight.chunks_exact(dim).rev().enumerate() {
+            for (m, w) in self.weight.chunks_exact(dim.max(1)).rev().enumerate() {
                 let x = token(self.conv, self.windows, self.b, self.first + i, m);
                 map3(simd, y, w, x, |y, w, x| simd.mul_add_f32s(w, x, y));
             }
@@ -371,9 +371,9 @@ impl WithSimd for CorrelateBlock<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for (i, dx) in self.dx.chunks_exact_mut(self.dim).enumerate() {
+        for (i, dx) in self.dx.chunks_exact_mut(self.dim.max(1)).enumerate() {
             dx.fill(0.0);
-            for (m, w) in self.weight.chunks_exact(self.dim).rev().enumerate() {
+            for (m, w) in self.weight.chunks_exact(self.dim.max(1)).rev().enumerate() {
                 let Some(g) = self.g.get((self.first + i + m) * self.dim..).filter(|g| !g.is_empty()) else {
                     break;
                 };
@@ -423,7 +423,7 @@ impl WithSimd for BlockParameters<'_> {
         for t in self.first..seqlen.min(self.first + TOKENS) {
             let g = &self.g[(self.b * seqlen + t) * dim..][..dim];
             map2(simd, bias, g, |sum, g| simd.add_f32s(sum, g));
-            for (m, sums) in weight.chunks_exact_mut(dim).rev().enumerate() {
+            for (m, sums) in weight.chunks_exact_mut(dim.max(1)).rev().enumerate() {
                 let x = token(self.conv, self.windows, self.b, t, m);
                 map3(simd, sums, g, x, |sum, g, x| simd.mul_add_f32s(g, x, sum));
             }
