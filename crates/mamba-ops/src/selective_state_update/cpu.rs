@@ -128,7 +128,7 @@ impl WithSimd for UpdateRows<'_> {
 
         if let Some(d) = update.d {
             self::rows(d, update.d_per_head, headdim, first, dt);
-            map3(simd, y, dt, x, |y, d, x| simd.mul_add_f32s(d, x, y));
+            map3(simd, y, dt, x, |y, d, x| simd.mul_add_e_f32s(d, x, y));
         }
         if let Some(z) = update.z {
             let z = &z[batch * channels + first..][..len];
@@ -172,19 +172,19 @@ fn row<S: Simd, const ONE_DECAY: bool>(
     for (((h, a), b), c) in h4.iter_mut().zip(a4).zip(b4).zip(c4) {
         for i in 0..4 {
             h[i] = step::<S, ONE_DECAY>(simd, h[i], [a[i], b[i]], decay, input);
-            sums[i] = simd.mul_add_f32s(h[i], c[i], sums[i]);
+            sums[i] = simd.mul_add_e_f32s(h[i], c[i], sums[i]);
         }
     }
     for (((h, a), b), c) in h_rest.iter_mut().zip(a_rest).zip(b_rest).zip(c_rest) {
         *h = step::<S, ONE_DECAY>(simd, *h, [*a, *b], decay, input);
-        sums[0] = simd.mul_add_f32s(*h, *c, sums[0]);
+        sums[0] = simd.mul_add_e_f32s(*h, *c, sums[0]);
     }
     if !h_tail.is_empty() {
         let (a, b) = (simd.partial_load_f32s(a_tail), simd.partial_load_f32s(b_tail));
         let c = simd.partial_load_f32s(c_tail);
         let h = step::<S, ONE_DECAY>(simd, simd.partial_load_f32s(h_tail), [a, b], decay, input);
         simd.partial_store_f32s(h_tail, h);
-        sums[1] = simd.mul_add_f32s(h, c, sums[1]);
+        sums[1] = simd.mul_add_e_f32s(h, c, sums[1]);
     }
     let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
     simd.reduce_sum_f32s(sum)
@@ -200,5 +200,5 @@ fn step<S: Simd, const ONE_DECAY: bool>(
     input: S::f32s,
 ) -> S::f32s {
     let decay = if ONE_DECAY { decay } else { exp2(simd, simd.mul_f32s(decay, a)) };
-    simd.mul_add_f32s(decay, h, simd.mul_f32s(input, b))
+    simd.mul_add_e_f32s(decay, h, simd.mul_f32s(input, b))
 }

@@ -28,7 +28,7 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let fraction = simd.sub_f32s(x, simd.sub_f32s(shifted, magic));
     let mut p = simd.splat_f32s(EXP2[6]);
     for &c in EXP2[..6].iter().rev() {
-        p = simd.mul_add_f32s(p, fraction, simd.splat_f32s(c));
+        p = simd.mul_add_e_f32s(p, fraction, simd.splat_f32s(c));
     }
     // Adding round(x) to the exponent field multiplies by 2^round(x); at the clamps it gives exactly 0 and infinity.
     let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
@@ -73,7 +73,7 @@ pub(crate) fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 pub(crate) fn silu_with_derivative<S: Simd>(simd: S, x: S::f32s) -> (S::f32s, S::f32s) {
     let one = simd.splat_f32s(1.0);
     let sigmoid = sigmoid(simd, x);
-    let slope = simd.mul_add_f32s(x, simd.sub_f32s(one, sigmoid), one);
+    let slope = simd.mul_add_e_f32s(x, simd.sub_f32s(one, sigmoid), one);
     (simd.mul_f32s(x, sigmoid), simd.mul_f32s(sigmoid, slope))
 }
 
@@ -86,7 +86,7 @@ pub(crate) fn softplus<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let s2 = simd.mul_f32s(s, s);
     let mut p = simd.splat_f32s(ATANH[4]);
     for &c in ATANH[..4].iter().rev() {
-        p = simd.mul_add_f32s(p, s2, simd.splat_f32s(c));
+        p = simd.mul_add_e_f32s(p, s2, simd.splat_f32s(c));
     }
     let log1p = simd.mul_f32s(simd.add_f32s(s, s), p);
     simd.add_f32s(clamp(simd, x, 0.0, f32::INFINITY), log1p)

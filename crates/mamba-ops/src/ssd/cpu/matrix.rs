@@ -153,7 +153,7 @@ impl Product<'_> {
                 for r in 0..R {
                     let a = simd.splat_f32s(*a[r].add(at));
                     for v in 0..V {
-                        sums[r][v] = simd.mul_add_f32s(a, values[v], sums[r][v]);
+                        sums[r][v] = simd.mul_add_e_f32s(a, values[v], sums[r][v]);
                     }
                 }
                 at = at.wrapping_add(self.a.column);
@@ -165,7 +165,7 @@ impl Product<'_> {
                 for (v, &sum) in sums.iter().enumerate() {
                     let out = out.add(v * S::F32_LANES).cast::<S::f32s>();
                     let kept = self.keep != 0.0;
-                    let value = if kept { simd.mul_add_f32s(keep, out.read_unaligned(), sum) } else { sum };
+                    let value = if kept { simd.mul_add_e_f32s(keep, out.read_unaligned(), sum) } else { sum };
                     out.write_unaligned(value);
                 }
             }

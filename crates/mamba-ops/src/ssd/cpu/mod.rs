@@ -136,10 +136,10 @@ impl Scan<'_> {
         let Some(d) = self.d else { return };
         if self.d_per_channel {
             let d = &d[head * x.len()..][..x.len()];
-            map3(simd, y, d, x, |y, d, x| simd.mul_add_f32s(d, x, y));
+            map3(simd, y, d, x, |y, d, x| simd.mul_add_e_f32s(d, x, y));
         } else {
             let d = simd.splat_f32s(d[head]);
-            map2(simd, y, x, |y, x| simd.mul_add_f32s(d, x, y));
+            map2(simd, y, x, |y, x| simd.mul_add_e_f32s(d, x, y));
         }
     }
 }
