@@ -39,32 +39,43 @@ fn outputs(y: Tensor, conv: Tensor, ssm: Tensor) -> Tensors {
 fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (batch, seqlen, d_in) = x.dims3()?;
     let weight = weight.to_dtype(x.dtype())?;
+    if x.elem_count() == 0 {
+        return Tensor::zeros((batch, seqlen, weight.dim(0)?), x.dtype(), x.device());
+    }
     x.reshape((batch * seqlen, d_in))?.matmul(&weight.t()?)?.reshape((batch, seqlen, ()))
+}
+
+/// Some channels; of an empty tensor a new one, for candle panics on some of its views.
+fn channels(x: &Tensor, start: usize, len: usize) -> Result<Tensor> {
+    match x.elem_count() {
+        0 => Tensor::zeros((x.dim(0)?, x.dim(1)?, len), x.dtype(), x.device()),
+        _ => x.narrow(2, start, len),
+    }
 }
 
 /// What is done to `[z | x | B | C | dt]`.
 #[derive(Debug, Clone)]
-struct Mamba2 {
-    batch: usize,
-    seqlen: usize,
-    nheads: usize,
-    headdim: usize,
-    ngroups: usize,
-    d_state: usize,
-    width: usize,
+pub struct Mamba2 {
+    pub batch: usize,
+    pub seqlen: usize,
+    pub nheads: usize,
+    pub headdim: usize,
+    pub ngroups: usize,
+    pub d_state: usize,
+    pub width: usize,
     /// Group size and whether the norm comes before the gate; none: the gate alone.
-    norm: Option<(Option<usize>, bool)>,
+    pub norm: Option<(Option<usize>, bool)>,
     /// `conv_bias`, `dt_bias`, `d`.
-    options: bool,
-    d_has_headdim: bool,
-    out_proj: bool,
-    states: bool,
-    dt_limit: (f64, f64),
-    chunk_size: usize,
+    pub options: bool,
+    pub d_has_headdim: bool,
+    pub out_proj: bool,
+    pub states: bool,
+    pub dt_limit: (f64, f64),
+    pub chunk_size: usize,
 }
 
 impl Mamba2 {
-    fn new([batch, seqlen, nheads, headdim, ngroups, d_state]: [usize; 6]) -> Self {
+    pub fn new([batch, seqlen, nheads, headdim, ngroups, d_state]: [usize; 6]) -> Self {
         Self {
             batch,
             seqlen,
@@ -150,9 +161,9 @@ impl Mamba2 {
     fn split(&self, zxbcdt: &Tensor) -> Result<[Tensor; 3]> {
         let (d_ssm, conv_dim) = (self.d_ssm(), self.conv_dim());
         Ok([
-            zxbcdt.narrow(2, 0, d_ssm)?,
-            zxbcdt.narrow(2, d_ssm, conv_dim)?,
-            zxbcdt.narrow(2, d_ssm + conv_dim, self.nheads)?,
+            channels(zxbcdt, 0, d_ssm)?,
+            channels(zxbcdt, d_ssm, conv_dim)?,
+            channels(zxbcdt, d_ssm + conv_dim, self.nheads)?,
         ])
     }
 
@@ -176,7 +187,8 @@ impl Mamba2 {
 
     /// The ops one after another, as a model without fusion calls them.
     fn unfused(&self, inputs: &Tensors) -> Result<Tensors> {
-        let Self { batch, seqlen, nheads, headdim, ngroups, d_state, .. } = *self;
+        let Self { nheads, headdim, ngroups, d_state, .. } = *self;
+        let (batch, seqlen, _) = inputs["zxbcdt"].dims3()?;
         let [z, xbc, dt] = self.split(&inputs["zxbcdt"])?;
         let conv = causal_conv1d(&CausalConv1d {
             bias: inputs.get("conv_bias"),
@@ -185,9 +197,9 @@ impl Mamba2 {
             ..CausalConv1d::new(&xbc, &inputs["conv_weight"])
         })?;
         let (d_ssm, bc) = (self.d_ssm(), ngroups * d_state);
-        let x = conv.y.narrow(2, 0, d_ssm)?.reshape((batch, seqlen, nheads, headdim))?;
-        let b = conv.y.narrow(2, d_ssm, bc)?.reshape((batch, seqlen, ngroups, d_state))?;
-        let c = conv.y.narrow(2, d_ssm + bc, bc)?.reshape((batch, seqlen, ngroups, d_state))?;
+        let x = channels(&conv.y, 0, d_ssm)?.reshape((batch, seqlen, nheads, headdim))?;
+        let b = channels(&conv.y, d_ssm, bc)?.reshape((batch, seqlen, ngroups, d_state))?;
+        let c = channels(&conv.y, d_ssm + bc, bc)?.reshape((batch, seqlen, ngroups, d_state))?;
         let gate = z.reshape((batch, seqlen, nheads, headdim))?;
         let scan = ssd_chunk_scan(&SsdChunkScan {
             d: inputs.get("d"),
@@ -228,11 +240,11 @@ impl Mamba2 {
             dt_limit: self.dt_limit,
             ..SelectiveStateUpdate::new(
                 ssm,
-                &xbc.narrow(2, 0, d_ssm)?.reshape((batch, nheads, headdim))?,
+                &channels(&xbc, 0, d_ssm)?.reshape((batch, nheads, headdim))?,
                 &dt.squeeze(1)?,
                 &inputs["a"],
-                &xbc.narrow(2, d_ssm, bc)?.reshape((batch, ngroups, d_state))?,
-                &xbc.narrow(2, d_ssm + bc, bc)?.reshape((batch, ngroups, d_state))?,
+                &channels(&xbc, d_ssm, bc)?.reshape((batch, ngroups, d_state))?,
+                &channels(&xbc, d_ssm + bc, bc)?.reshape((batch, ngroups, d_state))?,
             )
         })?;
         self.finish(&y.reshape((batch, 1, d_ssm))?, &z, inputs)
@@ -241,21 +253,21 @@ impl Mamba2 {
 
 /// What is done to `[x | z]`.
 #[derive(Debug, Clone)]
-struct Mamba1 {
-    batch: usize,
-    seqlen: usize,
-    dim: usize,
-    d_state: usize,
-    dt_rank: usize,
-    width: usize,
-    options: bool,
-    out_proj: bool,
-    states: bool,
-    delta_softplus: bool,
+pub struct Mamba1 {
+    pub batch: usize,
+    pub seqlen: usize,
+    pub dim: usize,
+    pub d_state: usize,
+    pub dt_rank: usize,
+    pub width: usize,
+    pub options: bool,
+    pub out_proj: bool,
+    pub states: bool,
+    pub delta_softplus: bool,
 }
 
 impl Mamba1 {
-    fn new([batch, seqlen, dim, d_state, dt_rank]: [usize; 5]) -> Self {
+    pub fn new([batch, seqlen, dim, d_state, dt_rank]: [usize; 5]) -> Self {
         let (options, states, delta_softplus) = (true, true, true);
         Self {
             batch,
@@ -315,9 +327,9 @@ impl Mamba1 {
     /// `delta`, `B` and `C` of the convolved `x`.
     fn coefficients(&self, x: &Tensor, inputs: &Tensors) -> Result<[Tensor; 3]> {
         let projected = project(x, &inputs["x_proj"])?;
-        let delta = project(&projected.narrow(2, 0, self.dt_rank)?, &inputs["dt_proj"])?;
-        let b = projected.narrow(2, self.dt_rank, self.d_state)?;
-        let c = projected.narrow(2, self.dt_rank + self.d_state, self.d_state)?;
+        let delta = project(&channels(&projected, 0, self.dt_rank)?, &inputs["dt_proj"])?;
+        let b = channels(&projected, self.dt_rank, self.d_state)?;
+        let c = channels(&projected, self.dt_rank + self.d_state, self.d_state)?;
         Ok([delta, b, c])
     }
 
@@ -327,12 +339,12 @@ impl Mamba1 {
             bias: inputs.get("conv_bias"),
             initial_state: inputs.get("initial_conv_state"),
             layout,
-            ..CausalConv1d::new(&inputs["xz"].narrow(2, 0, self.dim)?, &inputs["conv_weight"])
+            ..CausalConv1d::new(&channels(&inputs["xz"], 0, self.dim)?, &inputs["conv_weight"])
         })?;
         let [delta, b, c] = self.coefficients(&conv.y, inputs)?;
         let scan = selective_scan(&SelectiveScan {
             d: inputs.get("d"),
-            z: Some(&inputs["xz"].narrow(2, self.dim, self.dim)?),
+            z: Some(&channels(&inputs["xz"], self.dim, self.dim)?),
             delta_bias: inputs.get("delta_bias"),
             delta_softplus: self.delta_softplus,
             initial_state: inputs.get("initial_ssm_state"),
@@ -348,7 +360,7 @@ impl Mamba1 {
 
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor> {
         let x = causal_conv1d_update(&CausalConv1dUpdate {
-            x: &token.narrow(2, 0, self.dim)?,
+            x: &channels(token, 0, self.dim)?,
             state: conv,
             weight: &inputs["conv_weight"],
             bias: inputs.get("conv_bias"),
@@ -358,7 +370,7 @@ impl Mamba1 {
         let [delta, b, c] = self.coefficients(&x, inputs)?;
         let y = selective_state_update(&SelectiveStateUpdate {
             d: inputs.get("d"),
-            z: Some(&token.narrow(2, self.dim, self.dim)?.squeeze(1)?),
+            z: Some(&channels(token, self.dim, self.dim)?.squeeze(1)?),
             dt_bias: inputs.get("delta_bias"),
             dt_softplus: self.delta_softplus,
             ..SelectiveStateUpdate::new(
@@ -379,7 +391,7 @@ impl Mamba1 {
 }
 
 /// A block, and what its laws need of it.
-trait Block: std::fmt::Debug + Clone + Sync {
+pub trait Block: std::fmt::Debug + Clone + Sync {
     /// The name of the main input.
     const MAIN: &'static str;
     fn random(&self, random: &mut Random) -> Tensors;
@@ -438,7 +450,7 @@ impl Block for Mamba2 {
 }
 
 /// The laws with the block itself as the reference of finite differences, else with the ops one after another.
-struct Subject<B, const ITSELF: bool>(std::marker::PhantomData<B>);
+pub struct Subject<B, const ITSELF: bool>(std::marker::PhantomData<B>);
 
 impl<B: Block, const ITSELF: bool> Op for Subject<B, ITSELF> {
     type Case = B;
@@ -678,7 +690,7 @@ fn misuse() {
     assert!(mamba2_split_conv1d_scan(&good).is_ok());
     let fails = |args: Mamba2SplitConv1dScan, want: &str| {
         let message = mamba2_split_conv1d_scan(&args).unwrap_err().to_string();
-        assert!(message.starts_with("mamba2_split_conv1d_scan: ") && message.contains(want), "{message}");
+        assert!(message.starts_with("mamba2_split_conv1d_scan: ") & message.contains(want), "{message}");
     };
     let expected =
         "`zxbcdt` has shape [2, 7, 48], expected (batch, seqlen, 2 d_ssm + 2 ngroups d_state + nheads)";

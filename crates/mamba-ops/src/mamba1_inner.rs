@@ -6,7 +6,7 @@ use crate::args::{Checker, Dim};
 use crate::causal_conv1d::{CausalConv1d, causal_conv1d};
 use crate::checkpoint;
 use crate::layout::SequenceLayout;
-use crate::projection::project;
+use crate::projection::{channels, project};
 use crate::selective_scan::{SelectiveScan, selective_scan};
 
 const OP: &str = "mamba1_inner";
@@ -196,13 +196,13 @@ fn forward(sizes: Sizes, delta_softplus: bool, inputs: &[Option<Tensor>]) -> Res
         bias: conv_bias.as_ref(),
         initial_state: conv_state.as_ref(),
         layout,
-        ..CausalConv1d::new(&xz.narrow(2, 0, dim)?, conv_weight)
+        ..CausalConv1d::new(&channels(xz, 0, dim)?, conv_weight)
     })?;
     let projected = project(&conv.y, x_proj)?;
-    let delta = project(&projected.narrow(2, 0, dt_rank)?, dt_proj)?;
+    let delta = project(&channels(&projected, 0, dt_rank)?, dt_proj)?;
     let scan = selective_scan(&SelectiveScan {
         d: d.as_ref(),
-        z: Some(&xz.narrow(2, dim, dim)?),
+        z: Some(&channels(xz, dim, dim)?),
         delta_bias: delta_bias.as_ref(),
         delta_softplus,
         initial_state: ssm_state.as_ref(),
@@ -211,8 +211,8 @@ fn forward(sizes: Sizes, delta_softplus: bool, inputs: &[Option<Tensor>]) -> Res
             &conv.y,
             &delta,
             a,
-            &projected.narrow(2, dt_rank, d_state)?,
-            &projected.narrow(2, dt_rank + d_state, d_state)?,
+            &channels(&projected, dt_rank, d_state)?,
+            &channels(&projected, dt_rank + d_state, d_state)?,
         )
     })?;
     let y = match out_proj {

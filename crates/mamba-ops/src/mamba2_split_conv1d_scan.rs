@@ -7,7 +7,7 @@ use crate::causal_conv1d::{CausalConv1d, causal_conv1d};
 use crate::checkpoint;
 use crate::layout::SequenceLayout;
 use crate::norm::{Norm, norm};
-use crate::projection::project;
+use crate::projection::{channels, project};
 use crate::ssd::{SsdChunkScan, ssd_chunk_scan};
 
 const OP: &str = "mamba2_split_conv1d_scan";
@@ -260,16 +260,16 @@ fn forward(options: &Options, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> 
     };
     let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = options.sizes;
     let (d_ssm, bc) = (nheads * headdim, ngroups * d_state);
-    let z = zxbcdt.narrow(2, 0, d_ssm)?;
-    let dt = zxbcdt.narrow(2, 2 * d_ssm + 2 * bc, nheads)?;
+    let z = channels(zxbcdt, 0, d_ssm)?;
+    let dt = channels(zxbcdt, 2 * d_ssm + 2 * bc, nheads)?;
     let conv = causal_conv1d(&CausalConv1d {
         bias: conv_bias.as_ref(),
         initial_state: conv_state.as_ref(),
         layout: SequenceLayout::ChannelsLast,
-        ..CausalConv1d::new(&zxbcdt.narrow(2, d_ssm, d_ssm + 2 * bc)?, conv_weight)
+        ..CausalConv1d::new(&channels(zxbcdt, d_ssm, d_ssm + 2 * bc)?, conv_weight)
     })?;
     let heads = |x: &Tensor| x.reshape((batch, seqlen, nheads, headdim));
-    let groups = |start: usize| conv.y.narrow(2, start, bc)?.reshape((batch, seqlen, ngroups, d_state));
+    let groups = |start: usize| channels(&conv.y, start, bc)?.reshape((batch, seqlen, ngroups, d_state));
     // Without a norm the scan applies the gate itself.
     let gate = if norm_weight.is_none() { Some(heads(&z)?) } else { None };
     let scan = ssd_chunk_scan(&SsdChunkScan {
@@ -281,7 +281,7 @@ fn forward(options: &Options, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> 
         chunk_size: options.chunk_size,
         initial_state: ssm_state.as_ref(),
         ..SsdChunkScan::new(
-            &heads(&conv.y.narrow(2, 0, d_ssm)?)?,
+            &heads(&channels(&conv.y, 0, d_ssm)?)?,
             &dt,
             a,
             &groups(d_ssm)?,

@@ -1,4 +1,4 @@
-//! The matrix product within fused blocks, which run in a checkpoint.
+//! Parts and products of activations within fused blocks, which run in a checkpoint.
 
 use candle_core::{Result, Tensor};
 
@@ -11,4 +11,14 @@ pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     }
     let weight = weight.to_dtype(x.dtype())?;
     x.reshape((batch * seqlen, d_in))?.matmul(&weight.t()?)?.reshape((batch, seqlen, d_out))
+}
+
+/// The channels `[start, start + len)` of `(batch, seqlen, channels)`; of an empty tensor a new one, for candle's views of
+/// it may begin past the end of its storage, and then panic.
+pub(crate) fn channels(x: &Tensor, start: usize, len: usize) -> Result<Tensor> {
+    let (batch, seqlen, _) = x.dims3()?;
+    if x.elem_count() == 0 {
+        return Tensor::zeros((batch, seqlen, len), x.dtype(), x.device());
+    }
+    x.narrow(2, start, len)
 }
