@@ -134,14 +134,68 @@ pub(super) fn backward(conv: &Conv, isa: Isa, grad_y: Option<&[f32]>, grad_state
     Grads { x, weight, bias, initial_state }
 }
 
+/// One token of each row: returns `y` and moves the windows on.
+pub(super) fn step(conv: &Conv, isa: Isa, state: &mut [f32]) -> Vec<f32> {
+    const ROWS: usize = 512;
+    let Sizes { dim, width, .. } = conv.sizes;
+    let (pieces, mut out) = (dim.div_ceil(ROWS), conv.x.to_vec());
+    let [y, state] = [&mut out, state].map(SharedMut::new);
+    parallel(conv.x.len() / dim.max(1) * pieces, conv.operations(), |task| {
+        let (b, first) = (task / pieces, task % pieces * ROWS);
+        let (start, len) = (b * dim + first, ROWS.min(dim - first));
+        // SAFETY: tasks have their own rows.
+        let (y, state) = unsafe { (y.get(start, len), state.get(start * (width - 1), len * (width - 1))) };
+        isa.dispatch(StepRows { conv, first, y, state });
+    });
+    out
+}
+
+/// Neighbouring rows of one batch element; `y` comes in as `x`.
+struct StepRows<'a> {
+    conv: &'a Conv<'a>,
+    first: usize,
+    y: &'a mut [f32],
+    state: &'a mut [f32],
+}
+impl WithSimd for StepRows<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { conv, first, y, state } = self;
+        match conv.sizes.width {
+            4 => step_rows(conv, first, 4, y, state),
+            width => step_rows(conv, first, width, y, state),
+        }
+        conv.finish(simd, Wanted::Output, 0, y);
+    }
+}
+
+/// The sums over taps; inlined, so that a constant `width` unrolls the loops over taps.
+#[inline(always)]
+fn step_rows(conv: &Conv, first: usize, width: usize, y: &mut [f32], state: &mut [f32]) {
+    let weight = &conv.weight[first * width..][..y.len() * width];
+    let state = &mut state[..y.len() * (width - 1)];
+    for (i, y) in y.iter_mut().enumerate() {
+        let (weight, window) = (&weight[i * width..][..width], &mut state[i * (width - 1)..][..width - 1]);
+        let mut next = *y;
+        let mut sum = conv.bias.map_or(0.0, |bias| bias[first + i]) + weight[width - 1] * next;
+        for (w, x) in weight[..width - 1].iter().zip(window).rev() {
+            sum += w * *x;
+            next = std::mem::replace(x, next);
+        }
+        *y = sum;
+    }
+}
+
 /// The last `width - 1` entries of (initial window, x), channels first.
 pub(super) fn final_state(conv: &Conv) -> Vec<f32> {
     let Sizes { batch, dim, seqlen, width } = conv.sizes;
     let mut state = uninit(batch * dim * (width - 1));
     for (row, window) in state.chunks_exact_mut((width - 1).max(1)).enumerate() {
+        let (b, c) = (row / dim, row % dim);
         for (i, value) in window.iter_mut().enumerate() {
             *value = match (seqlen + i).checked_sub(width - 1) {
-                Some(t) => conv.x[conv.at(row / dim, row % dim, t)],
+                Some(t) => conv.x[conv.at(b, c, t)],
                 None => conv.before(row, width - 1 - seqlen - i),
             };
         }

@@ -14,6 +14,7 @@ use super::{BLOCK, Block, Coefficients, Scan, Sizes, TILE, gather, scatter};
 use crate::host::{SharedMut, add_rows, parallel, transposed, uninit};
 use crate::layout::SequenceLayout;
 use crate::simd::Isa;
+use crate::simd::math::exp2;
 use crate::simd::slice::{map2, mul_sigmoid, mul_silu, mul_silu_derivative};
 
 /// Blocks that one task handles: sums over channels are formed per task, then added in the order of tasks.
@@ -168,17 +169,39 @@ struct Carry {
 
 /// Room for one tile of one block.
 struct Scratch {
-    /// States and decays, `(vector, token, d_state)`.
-    states: Vec<f32>,
-    decays: Vec<f32>,
     y: [f32; TILE * BLOCK],
     z: [f32; TILE * BLOCK],
+    /// The gradient of `y` after the gate, then before it.
+    gated: [f32; TILE * BLOCK],
     g: [f32; TILE * BLOCK],
     u: [f32; TILE * BLOCK],
     delta: [f32; TILE * BLOCK],
-    /// Sums of varying `b` and `c` over blocks, per lane: `(token, d_state, lanes)`.
+    /// Varying `b` and `c` of the tile, `(d_state, TILE)`.
     b: Vec<f32>,
     c: Vec<f32>,
+    /// Sums of the gradients of varying `b` and `c` over blocks, per lane: `(d_state, TILE, lanes)`.
+    b_sums: Vec<f32>,
+    c_sums: Vec<f32>,
+}
+
+/// States that go through a tile at once: one alone waits for its own results.
+const STATES: usize = 2;
+
+/// One vector of channels over one tile, token by token.
+struct Lanes<V> {
+    tokens: usize,
+    delta: [V; TILE],
+    /// `Δ·u`.
+    input: [V; TILE],
+    g: [V; TILE],
+    y: [V; TILE],
+    /// `Σ_n H B`.
+    through_input: [V; TILE],
+    /// `Σ_n A log2(e) H a h_{t-1}`.
+    through_decay: [V; TILE],
+    /// Of the states that go through at once: before each token and after the last, and their decays.
+    states: [[V; STATES]; TILE + 1],
+    decays: [[V; STATES]; TILE],
 }
 
 impl BackwardTask<'_> {
@@ -188,33 +211,52 @@ impl BackwardTask<'_> {
         let Sizes { dim, seqlen, d_state, .. } = scan.sizes;
         let lanes = S::F32_LANES;
         let mut carries: Vec<Carry> = blocks.iter().map(|&block| self.carry::<S>(block)).collect();
+        let tile_len = |varies: bool, lanes: usize| if varies { TILE * d_state * lanes } else { 0 };
         let mut scratch = Scratch {
-            states: vec![0.0; TILE * BLOCK * d_state],
-            decays: vec![0.0; TILE * BLOCK * d_state],
             y: [0.0; TILE * BLOCK],
             z: [0.0; TILE * BLOCK],
+            gated: [0.0; TILE * BLOCK],
             g: [0.0; TILE * BLOCK],
             u: [0.0; TILE * BLOCK],
             delta: [0.0; TILE * BLOCK],
-            b: vec![0.0; if B_VARIES { TILE * d_state * lanes } else { 0 }],
-            c: vec![0.0; if C_VARIES { TILE * d_state * lanes } else { 0 }],
+            b: vec![0.0; tile_len(B_VARIES, 1)],
+            c: vec![0.0; tile_len(C_VARIES, 1)],
+            b_sums: vec![0.0; tile_len(B_VARIES, lanes)],
+            c_sums: vec![0.0; tile_len(C_VARIES, lanes)],
         };
         for tile in (0..scan.tiles()).rev() {
             let first = tile * TILE;
             let tokens = TILE.min(seqlen - first);
-            scratch.b.fill(0.0);
-            scratch.c.fill(0.0);
-            for carry in &mut carries {
+            scratch.b_sums.fill(0.0);
+            scratch.c_sums.fill(0.0);
+            for (varies, x, out) in [(B_VARIES, &scan.b, &mut scratch.b), (C_VARIES, &scan.c, &mut scratch.c)]
+            {
+                for t in 0..if varies && d_state > 0 { tokens } else { 0 } {
+                    let row = x.row(&scan.sizes, blocks[0].batch, first + t, blocks[0].first);
+                    let values = &x.varying()[row..][..d_state];
+                    out[t..].iter_mut().step_by(TILE).zip(values).for_each(|(out, value)| *out = *value);
+                }
+            }
+            for (i, carry) in carries.iter_mut().enumerate() {
+                let next = match blocks.get(i + 1) {
+                    Some(&next) => Some((next, tile)),
+                    None => tile.checked_sub(1).map(|tile| (blocks[0], tile)),
+                };
+                if let Some((block, tile)) = next {
+                    scan.prefetch(&[Some(scan.u), Some(scan.delta), scan.z, self.grad_y], block, tile);
+                }
                 self.tile::<S, B_VARIES, C_VARIES>(simd, tile, first, tokens, carry, &mut scratch);
             }
             for (varies, sums, out) in
-                [(B_VARIES, &scratch.b, &outputs.b_sums), (C_VARIES, &scratch.c, &outputs.c_sums)]
+                [(B_VARIES, &scratch.b_sums, &outputs.b_sums), (C_VARIES, &scratch.c_sums, &outputs.c_sums)]
             {
                 if varies {
                     // SAFETY: each task has its own sums.
                     let out = unsafe { out.get((index * seqlen + first) * d_state, tokens * d_state) };
-                    for (out, &sum) in out.iter_mut().zip(S::as_simd_f32s(sums).0) {
-                        *out = simd.reduce_sum_f32s(sum);
+                    for (i, sums) in S::as_simd_f32s(sums).0.chunks_exact(TILE).enumerate() {
+                        for (out, &sum) in out[i..].iter_mut().step_by(d_state).zip(sums) {
+                            *out = simd.reduce_sum_f32s(sum);
+                        }
                     }
                 }
             }
@@ -269,45 +311,31 @@ impl BackwardTask<'_> {
         scratch: &mut Scratch,
     ) {
         let Self { scan, outputs, .. } = *self;
-        let d_state = scan.sizes.d_state;
         let (block, len) = (carry.block, tokens * BLOCK);
-        let kept =
-            &self.checkpoints[(block.index * scan.tiles() + tile) * d_state * BLOCK..][..d_state * BLOCK];
-        let mut h = kept.to_vec();
+        let state_len = scan.sizes.d_state * BLOCK;
+        let kept = &self.checkpoints[(block.index * scan.tiles() + tile) * state_len..][..state_len];
         carry.steps.load(simd, scan, first, tokens);
-        let states = S::as_mut_simd_f32s(&mut scratch.states).0;
-        let decays = S::as_mut_simd_f32s(&mut scratch.decays).0;
-        let y = &mut scratch.y[..len];
-        carry.steps.scan::<S, B_VARIES, C_VARIES>(
-            simd,
-            scan,
-            &mut h,
-            y,
-            #[inline(always)]
-            |at, h, decay| {
-                states[at] = h;
-                decays[at] = decay;
-            },
-        );
-
-        let g = &mut scratch.g[..len];
+        let (gated, g, gate) = (&mut scratch.gated[..len], &mut scratch.g[..len], &mut scratch.z[..len]);
         match self.grad_y {
-            Some(grad_y) => scan.load(grad_y, block, first, g),
-            None => g.fill(0.0),
+            Some(grad_y) => scan.load(grad_y, block, first, gated),
+            None => gated.fill(0.0),
         }
+        g.copy_from_slice(gated);
         if let Some(z) = scan.z {
-            let gate = &mut scratch.z[..len];
             scan.load(z, block, first, gate);
-            // dz = grad · y · silu'(z), then g = grad · silu(z).
-            map2(simd, y, g, |y, g| simd.mul_f32s(y, g));
-            mul_silu_derivative(simd, y, gate);
-            // SAFETY: each block writes its own channels.
-            unsafe { scan.store(&outputs.z, block, first, y) };
             mul_silu(simd, g, gate);
         }
-        self.reverse::<S, B_VARIES, C_VARIES>(simd, first, tokens, kept, carry, scratch);
+        for v in 0..BLOCK / S::F32_LANES {
+            self.vector::<S, B_VARIES, C_VARIES>(simd, v, tokens, kept, carry, scratch);
+        }
 
-        let delta = &mut scratch.delta[..len];
+        let (y, delta) = (&mut scratch.y[..len], &mut scratch.delta[..len]);
+        if scan.z.is_some() {
+            map2(simd, y, &scratch.gated, |y, g| simd.mul_f32s(y, g));
+            mul_silu_derivative(simd, y, &scratch.z[..len]);
+            // SAFETY: each block writes its own channels.
+            unsafe { scan.store(&outputs.z, block, first, y) };
+        }
         if scan.delta_softplus {
             mul_sigmoid(simd, delta, &carry.steps.raw_delta[..len]);
         }
@@ -321,76 +349,155 @@ impl BackwardTask<'_> {
         }
     }
 
-    /// The recurrence of the gradients through one tile.
+    /// One vector of channels through one tile: `y` and the gradients of `u` and `delta` into the scratch.
     #[inline(always)]
-    fn reverse<S: Simd, const B_VARIES: bool, const C_VARIES: bool>(
+    fn vector<S: Simd, const B_VARIES: bool, const C_VARIES: bool>(
         &self,
         simd: S,
-        first: usize,
+        v: usize,
         tokens: usize,
         kept: &[f32],
         carry: &mut Carry,
         scratch: &mut Scratch,
     ) {
-        let scan = self.scan;
-        let (n, vectors) = (scan.sizes.d_state, BLOCK / S::F32_LANES);
-        let Carry { block, steps, .. } = carry;
-        let [a, b, c] = [&steps.a, &steps.b, &steps.c].map(|x| S::as_simd_f32s(x).0);
-        let [delta, u, d] = [&steps.delta[..], &steps.u, &steps.d].map(|x| S::as_simd_f32s(x).0);
-        let [states, decays] = [&scratch.states, &scratch.decays].map(|x| S::as_simd_f32s(x).0);
-        let (kept, g) = (S::as_simd_f32s(kept).0, S::as_simd_f32s(&scratch.g).0);
+        let (n, vectors) = (self.scan.sizes.d_state, BLOCK / S::F32_LANES);
+        let zero = simd.splat_f32s(0.0);
+        let mut lanes = Lanes {
+            tokens,
+            delta: [zero; TILE],
+            input: [zero; TILE],
+            g: [zero; TILE],
+            y: [zero; TILE],
+            through_input: [zero; TILE],
+            through_decay: [zero; TILE],
+            states: [[zero; STATES]; TILE + 1],
+            decays: [[zero; STATES]; TILE],
+        };
+        let steps = &carry.steps;
+        let [delta, u] = [&steps.delta, &steps.u].map(|x| S::as_simd_f32s(x).0);
+        let (d, g) = (S::as_simd_f32s(&steps.d).0[v], S::as_simd_f32s(&scratch.g).0);
+        for t in 0..tokens {
+            let at = t * vectors + v;
+            lanes.delta[t] = delta[at];
+            lanes.input[t] = simd.mul_f32s(delta[at], u[at]);
+            lanes.g[t] = g[at];
+            lanes.y[t] = simd.mul_f32s(d, u[at]);
+        }
+        let pairs = n / STATES * STATES;
+        for i in (0..pairs).step_by(STATES) {
+            states::<S, STATES, B_VARIES, C_VARIES>(simd, [v * n + i, i], kept, carry, &mut lanes, scratch);
+        }
+        for i in pairs..n {
+            states::<S, 1, B_VARIES, C_VARIES>(simd, [v * n + i, i], kept, carry, &mut lanes, scratch);
+        }
+        let u = S::as_simd_f32s(&carry.steps.u).0;
+        let grad_d = &mut S::as_mut_simd_f32s(&mut carry.d).0[v];
+        let y = S::as_mut_simd_f32s(&mut scratch.y).0;
         let grad_u = S::as_mut_simd_f32s(&mut scratch.u).0;
         let grad_delta = S::as_mut_simd_f32s(&mut scratch.delta).0;
-        let b_sums = S::as_mut_simd_f32s(&mut scratch.b).0;
-        let c_sums = S::as_mut_simd_f32s(&mut scratch.c).0;
-        let grad_h = S::as_mut_simd_f32s(&mut carry.h).0;
-        let [grad_a, grad_b, grad_c] =
-            [&mut carry.a, &mut carry.b, &mut carry.c].map(|x| S::as_mut_simd_f32s(x).0);
-        let grad_d = S::as_mut_simd_f32s(&mut carry.d).0;
         let ln_2 = simd.splat_f32s(LN_2);
-        for v in 0..vectors {
-            let a = &a[v * n..][..n];
-            let b_constant = if B_VARIES { &[] } else { &b[v * n..][..n] };
-            let c_constant = if C_VARIES { &[] } else { &c[v * n..][..n] };
-            let grad_h = &mut grad_h[v * n..][..n];
-            let grad_a = &mut grad_a[v * n..][..n];
-            let grad_b = &mut grad_b[v * n..][..n];
-            let grad_c = &mut grad_c[v * n..][..n];
-            for t in (0..tokens).rev() {
-                let at = t * vectors + v;
-                let (delta, u, g) = (delta[at], u[at], g[at]);
-                let input = simd.mul_f32s(delta, u);
-                let state = &states[(v * TILE + t) * n..][..n];
-                let decay = &decays[(v * TILE + t) * n..][..n];
-                let before =
-                    if t == 0 { &kept[v * n..][..n] } else { &states[(v * TILE + t - 1) * n..][..n] };
-                let b_row = scan.b.row(&scan.sizes, block.batch, first + t, block.first);
-                let c_row = scan.c.row(&scan.sizes, block.batch, first + t, block.first);
-                let b_values = if B_VARIES { &scan.b.varying()[b_row..][..n] } else { &[] };
-                let c_values = if C_VARIES { &scan.c.varying()[c_row..][..n] } else { &[] };
-                let b_sums = if B_VARIES { &mut b_sums[t * n..][..n] } else { &mut [] };
-                let c_sums = if C_VARIES { &mut c_sums[t * n..][..n] } else { &mut [] };
-                let mut through_input = simd.splat_f32s(0.0); // Σ_n H B
-                let mut through_decay = simd.splat_f32s(0.0); // Σ_n A log2(e) H a h_{t-1}
-                for i in 0..n {
-                    let b = if B_VARIES { simd.splat_f32s(b_values[i]) } else { b_constant[i] };
-                    let c = if C_VARIES { simd.splat_f32s(c_values[i]) } else { c_constant[i] };
-                    let c_sum = if C_VARIES { &mut c_sums[i] } else { &mut grad_c[i] };
-                    *c_sum = simd.mul_add_e_f32s(g, state[i], *c_sum);
-                    let h = simd.mul_add_e_f32s(c, g, grad_h[i]);
-                    let b_sum = if B_VARIES { &mut b_sums[i] } else { &mut grad_b[i] };
-                    *b_sum = simd.mul_add_e_f32s(h, input, *b_sum);
-                    through_input = simd.mul_add_e_f32s(h, b, through_input);
-                    let carried = simd.mul_f32s(h, decay[i]);
-                    let exponent = simd.mul_f32s(carried, before[i]);
-                    through_decay = simd.mul_add_e_f32s(exponent, a[i], through_decay);
-                    grad_a[i] = simd.mul_add_e_f32s(exponent, delta, grad_a[i]);
-                    grad_h[i] = carried;
-                }
-                grad_u[at] = simd.mul_add_e_f32s(delta, through_input, simd.mul_f32s(d[v], g));
-                grad_delta[at] = simd.mul_add_e_f32s(u, through_input, simd.mul_f32s(ln_2, through_decay));
-                grad_d[v] = simd.mul_add_e_f32s(g, u, grad_d[v]);
-            }
+        for t in 0..tokens {
+            let at = t * vectors + v;
+            let (g, through_input) = (lanes.g[t], lanes.through_input[t]);
+            y[at] = lanes.y[t];
+            grad_u[at] = simd.mul_add_e_f32s(lanes.delta[t], through_input, simd.mul_f32s(d, g));
+            let through_decay = simd.mul_f32s(ln_2, lanes.through_decay[t]);
+            grad_delta[at] = simd.mul_add_e_f32s(u[at], through_input, through_decay);
+            *grad_d = simd.mul_add_e_f32s(g, u[at], *grad_d);
         }
     }
+}
+
+/// `K` states from the `i`-th of one vector of channels through one tile, there and back; `at` is their place in what
+/// is carried.
+#[inline(always)]
+fn states<S: Simd, const K: usize, const B_VARIES: bool, const C_VARIES: bool>(
+    simd: S,
+    [at, i]: [usize; 2],
+    kept: &[f32],
+    carry: &mut Carry,
+    lanes: &mut Lanes<S::f32s>,
+    scratch: &mut Scratch,
+) {
+    let tokens = lanes.tokens.min(TILE);
+    let a = carried::<S, K>(simd, &carry.steps.a, at, true);
+    let (b, c) = (
+        carried::<S, K>(simd, &carry.steps.b, at, !B_VARIES),
+        carried::<S, K>(simd, &carry.steps.c, at, !C_VARIES),
+    );
+    let (b_rows, c_rows) =
+        (varying::<K>(&scratch.b, i, tokens, B_VARIES), varying::<K>(&scratch.c, i, tokens, C_VARIES));
+
+    let mut h = carried::<S, K>(simd, kept, at, true);
+    for t in 0..tokens {
+        let mut y = lanes.y[t];
+        for k in 0..K {
+            let decay = exp2(simd, simd.mul_f32s(lanes.delta[t], a[k]));
+            let b = if B_VARIES { simd.splat_f32s(b_rows[k][t]) } else { b[k] };
+            let c = if C_VARIES { simd.splat_f32s(c_rows[k][t]) } else { c[k] };
+            lanes.states[t][k] = h[k];
+            lanes.decays[t][k] = decay;
+            h[k] = simd.mul_add_e_f32s(decay, h[k], simd.mul_f32s(lanes.input[t], b));
+            y = simd.mul_add_e_f32s(h[k], c, y);
+        }
+        lanes.y[t] = y;
+    }
+
+    let (mut grad_h, mut grad_a) =
+        (carried::<S, K>(simd, &carry.h, at, true), carried::<S, K>(simd, &carry.a, at, true));
+    let (mut grad_b, mut grad_c) =
+        (carried::<S, K>(simd, &carry.b, at, !B_VARIES), carried::<S, K>(simd, &carry.c, at, !C_VARIES));
+    let sums = |varies: bool| if varies { i * TILE..(i + K) * TILE } else { 0..0 };
+    let b_sums = &mut S::as_mut_simd_f32s(&mut scratch.b_sums).0[sums(B_VARIES)];
+    let c_sums = &mut S::as_mut_simd_f32s(&mut scratch.c_sums).0[sums(C_VARIES)];
+    for t in (0..tokens).rev() {
+        let (delta, input, g) = (lanes.delta[t], lanes.input[t], lanes.g[t]);
+        let (mut through_input, mut through_decay) = (lanes.through_input[t], lanes.through_decay[t]);
+        for k in 0..K {
+            let b = if B_VARIES { simd.splat_f32s(b_rows[k][t]) } else { b[k] };
+            let c = if C_VARIES { simd.splat_f32s(c_rows[k][t]) } else { c[k] };
+            let c_sum = if C_VARIES { &mut c_sums[k * TILE + t] } else { &mut grad_c[k] };
+            *c_sum = simd.mul_add_e_f32s(g, h[k], *c_sum);
+            h[k] = lanes.states[t][k];
+            let grad = simd.mul_add_e_f32s(c, g, grad_h[k]);
+            let b_sum = if B_VARIES { &mut b_sums[k * TILE + t] } else { &mut grad_b[k] };
+            *b_sum = simd.mul_add_e_f32s(grad, input, *b_sum);
+            through_input = simd.mul_add_e_f32s(grad, b, through_input);
+            grad_h[k] = simd.mul_f32s(grad, lanes.decays[t][k]);
+            let exponent = simd.mul_f32s(grad_h[k], h[k]);
+            through_decay = simd.mul_add_e_f32s(exponent, a[k], through_decay);
+            grad_a[k] = simd.mul_add_e_f32s(exponent, delta, grad_a[k]);
+        }
+        (lanes.through_input[t], lanes.through_decay[t]) = (through_input, through_decay);
+    }
+    for (present, values, out) in [
+        (true, grad_h, &mut carry.h),
+        (true, grad_a, &mut carry.a),
+        (!B_VARIES, grad_b, &mut carry.b),
+        (!C_VARIES, grad_c, &mut carry.c),
+    ] {
+        if present {
+            S::as_mut_simd_f32s(out).0[at..at + K].copy_from_slice(&values);
+        }
+    }
+}
+
+/// `K` neighbouring vectors of what is carried; zeros if it is not.
+#[inline(always)]
+fn carried<S: Simd, const K: usize>(simd: S, x: &[f32], at: usize, present: bool) -> [S::f32s; K] {
+    let mut out = [simd.splat_f32s(0.0); K];
+    if present {
+        out.copy_from_slice(&S::as_simd_f32s(x).0[at..at + K]);
+    }
+    out
+}
+
+/// The values of `K` neighbouring states of varying `b` or `c` over a tile; nothing if it does not vary.
+#[inline(always)]
+fn varying<const K: usize>(x: &[f32], i: usize, tokens: usize, varies: bool) -> [&[f32]; K] {
+    let mut out = [&x[..0]; K];
+    if varies {
+        out.iter_mut().zip(x[i * TILE..].chunks(TILE)).for_each(|(out, row)| *out = &row[..tokens]);
+    }
+    out
 }

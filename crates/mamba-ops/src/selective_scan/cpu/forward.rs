@@ -82,9 +82,12 @@ impl ScanBlock<'_> {
                 let kept = unsafe { checkpoints.get((block.index * scan.tiles() + tile) * len, len) };
                 kept.copy_from_slice(&h);
             }
+            if tile + 1 < scan.tiles() {
+                scan.prefetch(&[Some(scan.u), Some(scan.delta), scan.z], block, tile + 1);
+            }
             steps.load(simd, scan, first, tokens);
             let y = &mut y[..tokens * BLOCK];
-            steps.scan::<S, B_VARIES, C_VARIES>(simd, scan, &mut h, y, |_, _, _| ());
+            steps.scan::<S, B_VARIES, C_VARIES>(simd, scan, &mut h, y);
             if let Some(gate) = scan.z {
                 let z = &mut z[..tokens * BLOCK];
                 scan.load(gate, block, first, z);
@@ -157,8 +160,7 @@ impl Steps {
         }
     }
 
-    /// Steps through the loaded tile: updates `h`, writes `y` before the gate, and shows `visit` each new state
-    /// with its decay at the index `(vector, token, n)` of a `(BLOCK / lanes, TILE, d_state)` array.
+    /// Steps through the loaded tile: updates `h` and writes `y` before the gate.
     #[inline(always)]
     pub(super) fn scan<S: Simd, const B_VARIES: bool, const C_VARIES: bool>(
         &self,
@@ -166,7 +168,6 @@ impl Steps {
         scan: &Scan,
         h: &mut [f32],
         y: &mut [f32],
-        mut visit: impl FnMut(usize, S::f32s, S::f32s),
     ) {
         let Self { block, first, .. } = *self;
         let (n, vectors) = (scan.sizes.d_state, BLOCK / S::F32_LANES);
@@ -194,7 +195,6 @@ impl Steps {
                     let c = if C_VARIES { simd.splat_f32s(c_values[i]) } else { c_constant[i] };
                     h[i] = simd.mul_add_e_f32s(decay, h[i], simd.mul_f32s(input, b));
                     sum = simd.mul_add_e_f32s(h[i], c, sum);
-                    visit((v * TILE + t) * n + i, h[i], decay);
                 }
                 y[v] = sum;
             }

@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use super::Sizes;
 use crate::host::{SharedMut, transposed};
 use crate::layout::SequenceLayout;
+use crate::simd::prefetch;
 
 pub(super) use backward::backward;
 pub(super) use forward::{Forward, forward};
@@ -148,6 +149,26 @@ impl Scan<'_> {
                     for (place, &value) in tile[c..].iter_mut().step_by(BLOCK).zip(row) {
                         *place = value;
                     }
+                }
+            }
+        }
+    }
+
+    /// Asks for the tokens of a tile of a block, before [`load`](Self::load).
+    #[inline(always)]
+    fn prefetch(&self, inputs: &[Option<&[f32]>], block: Block, tile: usize) {
+        let Sizes { dim, seqlen, .. } = self.sizes;
+        let first = tile * TILE;
+        let tokens = TILE.min(seqlen - first);
+        for x in inputs.iter().flatten() {
+            match self.layout {
+                SequenceLayout::ChannelsLast => {
+                    let start = (block.batch * seqlen + first) * dim + block.first;
+                    (0..tokens).for_each(|i| prefetch(&x[start + i * dim..][..block.channels]));
+                }
+                SequenceLayout::ChannelsFirst => {
+                    let start = (block.batch * dim + block.first) * seqlen + first;
+                    (0..block.channels).for_each(|c| prefetch(&x[start + c * seqlen..][..tokens]));
                 }
             }
         }
