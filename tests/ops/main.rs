@@ -6,6 +6,7 @@ mod support;
 
 mod causal_conv1d;
 mod laws;
+mod linear;
 mod norm;
 mod selective_scan;
 mod selective_state_update;

@@ -6,6 +6,7 @@
 //! | [`selective_scan`] | the recurrence of Mamba: `h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t`, `y_t = C_t h_t + D u_t` |
 //! | [`ssd_chunk_scan`] | that of Mamba-2, one decay a head, by chunks of matrix products |
 //! | [`norm`] | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
+//! | [`linear`] | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
 //! | [`causal_conv1d_update`], [`selective_state_update`] | one decoding step, changing its state in place |
 //!
 //! An op takes one struct with named fields, since ten tensors in a row are easily swapped; options are set by struct
@@ -62,6 +63,7 @@ pub mod autograd;
 pub mod causal_conv1d;
 mod host;
 mod layout;
+pub mod linear;
 pub mod norm;
 mod reference;
 pub mod selective_scan;
@@ -73,6 +75,7 @@ pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
 };
 pub use layout::{Activation, SequenceLayout};
+pub use linear::{Linear, linear};
 pub use norm::{Norm, NormKind, NormOutput, norm};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
 pub use selective_state_update::{SelectiveStateUpdate, selective_state_update};
