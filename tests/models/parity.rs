@@ -7,8 +7,11 @@ use crate::support::golden::{Golden, path};
 use crate::support::tolerance::{max_error, values};
 use crate::{in_pieces, open};
 
-/// Largest difference of a logit in `f32`, as `max |error| / max(1, max |logit|)`.
+/// Largest difference of a logit or a loss in `f32`.
 const LOGITS: f64 = 1e-4;
+
+/// The same against upstream's Mamba-2 on a GPU, which multiplies in TF32: in float64 its own numbers are off by 6e-3.
+const LOGITS_TF32: f64 = 1e-2;
 
 fn ids(golden: &Golden, name: &str) -> Tensor {
     golden.tensors[name].to_dtype(DType::U32).unwrap()
@@ -16,9 +19,14 @@ fn ids(golden: &Golden, name: &str) -> Tensor {
 
 #[track_caller]
 fn close(got: &Tensor, want: &Tensor, context: &str) {
+    within(LOGITS, got, want, context);
+}
+
+#[track_caller]
+fn within(bound: f64, got: &Tensor, want: &Tensor, context: &str) {
     let gap = (values(got).iter().zip(values(want)).map(|(a, b)| (a - b).abs())).fold(0.0, f64::max);
     assert_eq!(got.dims(), want.dims(), "{context}");
-    assert!(gap <= LOGITS, "{context}: logits are off by {gap:.1e}");
+    assert!(gap <= bound, "{context}: logits are off by {gap:.1e}");
 }
 
 /// Greedy continuation through steps, with the logits that led to each token.
@@ -50,32 +58,44 @@ fn losses(model: &Model, ids: &Tensor, window: usize) -> Vec<f64> {
     rows.iter().zip(&targets[1..]).map(nll).collect()
 }
 
+/// What mamba_ssm computed on a GPU, and, for Mamba-2, what transformers computes in float64.
 #[test]
 fn shakespeare() {
-    for name in ["mamba-shakespeare", "mamba2-shakespeare"] {
+    for (name, file, bound) in [
+        ("mamba-shakespeare", "io.safetensors", LOGITS),
+        ("mamba2-shakespeare", "io.safetensors", LOGITS_TF32),
+        ("mamba2-shakespeare", "f64.safetensors", LOGITS),
+    ] {
         let model = open(name, DType::F32);
-        let golden = Golden::read(&path("models").join(name).join("io.safetensors"));
-        let prompt = ids(&golden, "prompt_ids");
+        let input = Golden::read(&path("models").join(name).join("io.safetensors"));
+        let golden = Golden::read(&path("models").join(name).join(file));
+        let context = |how: &str| format!("{name} against {file}, {how}");
+        let prompt = ids(&input, "prompt_ids");
         let seqlen = prompt.dim(1).unwrap();
         let want = &golden.tensors["prompt_logits"];
-        close(&model.forward(&prompt, None).unwrap(), want, &format!("{name} in one forward"));
-        close(&in_pieces(&model, &prompt, &vec![1; seqlen]), want, &format!("{name} in single steps"));
+        within(bound, &model.forward(&prompt, None).unwrap(), want, &context("in one forward"));
+        within(bound, &in_pieces(&model, &prompt, &vec![1; seqlen]), want, &context("in single steps"));
         for t in 0..=seqlen {
-            close(&in_pieces(&model, &prompt, &[t, seqlen - t]), want, &format!("{name} split at {t}"));
+            let got = in_pieces(&model, &prompt, &[t, seqlen - t]);
+            within(bound, &got, want, &context(&format!("split at {t}")));
         }
 
         let (got, logits) = greedy(&model, &prompt, 64);
-        let all = ids(&golden, "greedy_ids").squeeze(0).unwrap().to_vec1::<u32>().unwrap();
+        let all = ids(&input, "greedy_ids").squeeze(0).unwrap().to_vec1::<u32>().unwrap();
         assert_eq!(got, all[seqlen..], "{name}");
-        close(&logits, &golden.tensors["greedy_logits"], &format!("{name} greedy"));
+        within(bound, &logits, &golden.tensors["greedy_logits"], &context("greedy"));
 
-        let validation = ids(&golden, "val_ids");
+        let validation = ids(&input, "val_ids");
         let want = values(&golden.tensors["val_nll"]);
         for window in [1023, 100, 1] {
             let got = losses(&model, &validation, window);
             assert_eq!(got.len(), want.len());
             let gap = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-            assert!(gap <= 1e-4, "{name}: losses in windows of {window} are off by {gap:.1e}");
+            assert!(
+                gap <= bound,
+                "{}: losses are off by {gap:.1e}",
+                context(&format!("windows of {window}"))
+            );
         }
     }
 }

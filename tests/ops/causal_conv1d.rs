@@ -11,21 +11,21 @@ use crate::support::random::Random;
 use crate::support::tolerance::{self, max_error, relative_rms};
 
 #[derive(Debug, Clone)]
-struct Case {
-    batch: usize,
-    dim: usize,
-    seqlen: usize,
-    width: usize,
-    bias: bool,
-    state: bool,
-    activation: Activation,
-    layout: SequenceLayout,
+pub struct Case {
+    pub batch: usize,
+    pub dim: usize,
+    pub seqlen: usize,
+    pub width: usize,
+    pub bias: bool,
+    pub state: bool,
+    pub activation: Activation,
+    pub layout: SequenceLayout,
 }
 
 use Activation::{Identity, Silu};
 use SequenceLayout::{ChannelsFirst, ChannelsLast};
 
-struct Conv;
+pub struct Conv;
 
 fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> CausalConv1d<'a> {
     CausalConv1d {

@@ -70,11 +70,11 @@ impl GoldenTensors {
     }
 }
 
-type Run<'a> = &'a dyn Fn(&Tensors) -> Result<Tensors>;
+pub type Run<'a> = &'a dyn Fn(&Tensors) -> Result<Tensors>;
 
 /// Outputs, and the gradients of `Σ cotangent · output` by every input. A fused path gives every gradient; in a
 /// reference over an empty sequence, say, nothing may lead to an input, whose gradient is then 0.
-fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result<(Tensors, Tensors)> {
+pub fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result<(Tensors, Tensors)> {
     let vars: BTreeMap<&String, Var> =
         inputs.iter().map(|(name, x)| Ok((name, Var::from_tensor(x)?))).collect::<Result<_>>()?;
     let tracked = vars.iter().map(|(name, var)| ((*name).clone(), var.as_tensor().clone())).collect();
@@ -103,16 +103,16 @@ fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result<(Te
     Ok((outputs.into_iter().map(|(name, y)| (name, y.detach())).collect(), gradients))
 }
 
-fn cast<O: Op>(inputs: &Tensors, dtype: DType) -> Result<Tensors> {
+pub fn cast<O: Op>(inputs: &Tensors, dtype: DType) -> Result<Tensors> {
     inputs.iter().map(|(name, x)| Ok((name.clone(), x.to_dtype(O::role(name).dtype(dtype))?))).collect()
 }
 
-fn to_f64(inputs: &Tensors) -> Result<Tensors> {
+pub fn to_f64(inputs: &Tensors) -> Result<Tensors> {
     inputs.iter().map(|(name, x)| Ok((name.clone(), x.to_dtype(DType::F64)?))).collect()
 }
 
 /// Random cotangents for outputs, exact in each output's dtype.
-fn cotangents(outputs: &Tensors, random: &mut Random) -> Result<Tensors> {
+pub fn cotangents(outputs: &Tensors, random: &mut Random) -> Result<Tensors> {
     outputs
         .iter()
         .map(|(name, y)| {
@@ -121,12 +121,12 @@ fn cotangents(outputs: &Tensors, random: &mut Random) -> Result<Tensors> {
         .collect()
 }
 
-fn is_empty(outputs: &Tensors) -> bool {
+pub fn is_empty(outputs: &Tensors) -> bool {
     outputs.values().all(|y| y.elem_count() == 0)
 }
 
 #[track_caller]
-fn agree(got: &Tensors, want: &Tensors, f32_tolerance: f64, context: &str) {
+pub fn agree(got: &Tensors, want: &Tensors, f32_tolerance: f64, context: &str) {
     assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>(), "{context}");
     for (name, want) in want {
         let got = &got[name];

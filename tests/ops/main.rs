@@ -4,13 +4,20 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod blocks;
 mod causal_conv1d;
+mod grid;
 mod laws;
 mod linear;
+mod misuse;
 mod norm;
+mod oracle;
+mod pairwise;
+mod properties;
 mod selective_scan;
 mod selective_state_update;
 mod ssd;
+mod stress;
 
 use mamba_ops::simd::Isa;
 

@@ -13,7 +13,7 @@ use NormKind::{Layer, Rms};
 
 /// The gate, if any.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Gate {
+pub enum Gate {
     Without,
     BeforeNorm,
     AfterNorm,
@@ -22,23 +22,23 @@ enum Gate {
 use Gate::{AfterNorm, BeforeNorm, Without};
 
 #[derive(Debug, Clone)]
-struct Case {
-    kind: NormKind,
-    shape: Vec<usize>,
-    group_size: Option<usize>,
-    weight: bool,
-    bias: bool,
-    residual: bool,
-    gate: Gate,
-    eps: f64,
-    residual_in_f32: bool,
+pub struct Case {
+    pub kind: NormKind,
+    pub shape: Vec<usize>,
+    pub group_size: Option<usize>,
+    pub weight: bool,
+    pub bias: bool,
+    pub residual: bool,
+    pub gate: Gate,
+    pub eps: f64,
+    pub residual_in_f32: bool,
     /// Whether the stream that comes out is looked at where it is `x` itself: its gradient then joins that of `x` in
     /// the dtype of `x`, rounded by candle.
-    prenorm: bool,
+    pub prenorm: bool,
 }
 
 impl Case {
-    fn new(kind: NormKind, shape: &[usize]) -> Self {
+    pub fn new(kind: NormKind, shape: &[usize]) -> Self {
         Self {
             kind,
             shape: shape.to_vec(),
@@ -63,9 +63,9 @@ impl Case {
 }
 
 /// The op with a residual stream in the dtype of `x`, or in `f32`.
-struct Subject<const F32_STREAM: bool>;
-type InDtypeOfX = Subject<false>;
-type InF32 = Subject<true>;
+pub struct Subject<const F32_STREAM: bool>;
+pub type InDtypeOfX = Subject<false>;
+pub type InF32 = Subject<true>;
 
 fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> Norm<'a> {
     Norm {

@@ -11,24 +11,24 @@ use crate::support::tolerance::{self, relative_rms, values};
 use SequenceLayout::{ChannelsFirst, ChannelsLast};
 
 #[derive(Debug, Clone)]
-struct Case {
-    batch: usize,
-    dim: usize,
-    seqlen: usize,
-    d_state: usize,
+pub struct Case {
+    pub batch: usize,
+    pub dim: usize,
+    pub seqlen: usize,
+    pub d_state: usize,
     /// Groups of varying `b` and `c`; none if constant.
-    b: Option<usize>,
-    c: Option<usize>,
-    d: bool,
-    z: bool,
-    delta_bias: bool,
-    delta_softplus: bool,
-    state: bool,
-    layout: SequenceLayout,
+    pub b: Option<usize>,
+    pub c: Option<usize>,
+    pub d: bool,
+    pub z: bool,
+    pub delta_bias: bool,
+    pub delta_softplus: bool,
+    pub state: bool,
+    pub layout: SequenceLayout,
 }
 
 impl Case {
-    fn new([batch, dim, seqlen, d_state]: [usize; 4], layout: SequenceLayout) -> Self {
+    pub fn new([batch, dim, seqlen, d_state]: [usize; 4], layout: SequenceLayout) -> Self {
         Self {
             batch,
             dim,
@@ -46,7 +46,7 @@ impl Case {
     }
 }
 
-struct Scan;
+pub struct Scan;
 
 fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> SelectiveScan<'a> {
     let get = |name: &str| &inputs[name];

@@ -14,7 +14,7 @@ use crate::support::tolerance::{self, max_error, of_rounding, relative_rms, valu
 
 /// How `dt`, `a`, `d` and `dt_bias` are given.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Form {
+pub enum Form {
     Channels,
     Heads,
     /// One value a head.
@@ -24,26 +24,26 @@ enum Form {
 use Form::{Channels, Heads, Tied};
 
 #[derive(Debug, Clone)]
-struct Case {
-    form: Form,
-    batch: usize,
-    nheads: usize,
-    headdim: usize,
+pub struct Case {
+    pub form: Form,
+    pub batch: usize,
+    pub nheads: usize,
+    pub headdim: usize,
     /// None: `b` and `c` without the axis.
-    ngroups: Option<usize>,
-    d_state: usize,
-    options: bool,
-    dt_limit: (f64, f64),
+    pub ngroups: Option<usize>,
+    pub d_state: usize,
+    pub options: bool,
+    pub dt_limit: (f64, f64),
 }
 
-const FREE: (f64, f64) = (f64::NEG_INFINITY, f64::INFINITY);
+pub const FREE: (f64, f64) = (f64::NEG_INFINITY, f64::INFINITY);
 
 impl Case {
-    fn new(form: Form, [batch, nheads, headdim, d_state]: [usize; 4], ngroups: Option<usize>) -> Self {
+    pub fn new(form: Form, [batch, nheads, headdim, d_state]: [usize; 4], ngroups: Option<usize>) -> Self {
         Self { form, batch, nheads, headdim, ngroups, d_state, options: true, dt_limit: FREE }
     }
 
-    fn inputs(&self, random: &mut Random) -> Tensors {
+    pub fn inputs(&self, random: &mut Random) -> Tensors {
         let Self { form, batch, nheads, headdim, ngroups, d_state, options, .. } = *self;
         let channels = if form == Channels { vec![nheads] } else { vec![nheads, headdim] };
         let heads = if form == Tied { vec![nheads] } else { channels.clone() };
@@ -70,7 +70,7 @@ impl Case {
     }
 }
 
-fn arguments<'a>(inputs: &'a Tensors, softplus: bool, dt_limit: (f64, f64)) -> SelectiveStateUpdate<'a> {
+pub fn arguments<'a>(inputs: &'a Tensors, softplus: bool, dt_limit: (f64, f64)) -> SelectiveStateUpdate<'a> {
     let get = |name: &str| &inputs[name];
     SelectiveStateUpdate {
         d: inputs.get("d"),
@@ -82,7 +82,7 @@ fn arguments<'a>(inputs: &'a Tensors, softplus: bool, dt_limit: (f64, f64)) -> S
     }
 }
 
-fn cast(inputs: &Tensors, activations: DType, others: DType) -> Tensors {
+pub fn cast(inputs: &Tensors, activations: DType, others: DType) -> Tensors {
     let dtype = |name: &str| match name {
         "x" | "dt" | "b" | "c" | "z" => activations,
         _ => others,
@@ -91,7 +91,7 @@ fn cast(inputs: &Tensors, activations: DType, others: DType) -> Tensors {
 }
 
 /// `y` and the new state; the tensors of `inputs` stay as they are.
-fn update(inputs: &Tensors, softplus: bool, dt_limit: (f64, f64)) -> (Tensor, Tensor) {
+pub fn update(inputs: &Tensors, softplus: bool, dt_limit: (f64, f64)) -> (Tensor, Tensor) {
     let mut inputs = inputs.clone();
     let state = inputs["state"].contiguous().unwrap().copy().unwrap();
     inputs.insert("state".into(), state.clone());

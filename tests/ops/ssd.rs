@@ -1,6 +1,6 @@
 //! Cases of `ssd_chunk_scan`.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use mamba_ops::simd::Isa;
 use mamba_ops::{SsdChunkScan, ssd_chunk_scan};
 
@@ -10,25 +10,25 @@ use crate::support::random::Random;
 use crate::support::tolerance::{self, relative_rms, values};
 
 #[derive(Debug, Clone)]
-struct Case {
-    batch: usize,
-    seqlen: usize,
-    nheads: usize,
-    headdim: usize,
-    ngroups: usize,
-    d_state: usize,
+pub struct Case {
+    pub batch: usize,
+    pub seqlen: usize,
+    pub nheads: usize,
+    pub headdim: usize,
+    pub ngroups: usize,
+    pub d_state: usize,
     /// The rank of `d`, if there is one.
-    d: Option<usize>,
-    z: bool,
-    dt_bias: bool,
-    dt_softplus: bool,
-    dt_limit: (f64, f64),
-    chunk_size: usize,
-    state: bool,
+    pub d: Option<usize>,
+    pub z: bool,
+    pub dt_bias: bool,
+    pub dt_softplus: bool,
+    pub dt_limit: (f64, f64),
+    pub chunk_size: usize,
+    pub state: bool,
 }
 
 impl Case {
-    fn new([batch, seqlen, nheads, headdim, ngroups, d_state]: [usize; 6]) -> Self {
+    pub fn new([batch, seqlen, nheads, headdim, ngroups, d_state]: [usize; 6]) -> Self {
         Self {
             batch,
             seqlen,
@@ -47,12 +47,12 @@ impl Case {
     }
 
     /// Nothing optional, and `dt` taken as it is.
-    fn bare(sizes: [usize; 6]) -> Self {
+    pub fn bare(sizes: [usize; 6]) -> Self {
         Self { d: None, z: false, dt_bias: false, dt_softplus: false, state: false, ..Self::new(sizes) }
     }
 }
 
-struct Ssd;
+pub struct Ssd;
 
 fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> SsdChunkScan<'a> {
     let get = |name: &str| &inputs[name];
@@ -242,4 +242,75 @@ fn extreme_decays() {
             }
         }
     }
+}
+
+/// Gradients over many chunks, under strong, weak, no and negative decay.
+#[test]
+fn gradients_over_many_chunks() {
+    let sizes = [1, 400, 6, 5, 2, 7];
+    let mut random = Random::new(12);
+    for (low, high) in [(-1e3, -1.0), (-0.1, -1e-4), (-1e-30, 0.0), (0.0, 0.02)] {
+        let case = Case { chunk_size: 64, ..Case::new(sizes) };
+        let mut inputs = Ssd::inputs(&case, &mut random);
+        inputs.insert("a".into(), random.tensor(&[6], low, high));
+        let single = cast(&inputs, DType::F32);
+        let gradients = |inputs: &Tensors, run: fn(&Case, &Tensors) -> Result<Tensors>| -> Result<Tensors> {
+            let vars: Vec<(&String, Var)> =
+                inputs.iter().map(|(name, x)| Ok((name, Var::from_tensor(x)?))).collect::<Result<_>>()?;
+            let tracked = vars.iter().map(|(name, var)| ((*name).clone(), var.as_tensor().clone())).collect();
+            let outputs = run(&case, &tracked)?;
+            let loss = (outputs["y"].sqr()?.sum_all()? + outputs["final_state"].sqr()?.sum_all()?)?;
+            let store = loss.backward()?;
+            let gradient = |var: &Var| store.get(var.as_tensor()).map(Tensor::detach);
+            Ok(vars.iter().filter_map(|(name, var)| Some(((*name).clone(), gradient(var)?))).collect())
+        };
+        let want = gradients(&cast(&single, DType::F64), Ssd::reference).unwrap();
+        let got = gradients(&single, Ssd::fused).unwrap();
+        assert_eq!(got.len(), want.len());
+        for (name, want) in &want {
+            let error = relative_rms(&got[name], want);
+            assert!(error <= tolerance::BACKWARD, "a in [{low}, {high}): d`{name}` is off by {error:.1e}");
+        }
+    }
+}
+
+#[test]
+fn misuse() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let (x, dt, a, b) = (zeros(&[2, 5, 6, 3]), zeros(&[2, 5, 6]), zeros(&[6]), zeros(&[2, 5, 2, 4]));
+    let good = SsdChunkScan::new(&x, &dt, &a, &b, &b);
+    let fails = |args: SsdChunkScan, want: &str| {
+        let message = ssd_chunk_scan(&args).unwrap_err().to_string();
+        assert!(message.contains(want), "{message}");
+    };
+    assert!(ssd_chunk_scan(&good).is_ok());
+    let expected = "ssd_chunk_scan: `x` has shape [2, 5, 6], expected (batch, seqlen, nheads, headdim)";
+    fails(SsdChunkScan { x: &dt, ..good }, expected);
+    fails(
+        SsdChunkScan { dt: &x, ..good },
+        "`dt` has shape [2, 5, 6, 3], expected (batch 2, seqlen 5, nheads 6)",
+    );
+    fails(SsdChunkScan { a: &zeros(&[6, 4]), ..good }, "`a` has shape [6, 4], expected (nheads 6)");
+    let groups = zeros(&[2, 5, 4, 4]);
+    fails(
+        SsdChunkScan { b: &groups, c: &groups, ..good },
+        "`b` has 4 groups, expected a divisor of nheads 6",
+    );
+    fails(SsdChunkScan { c: &groups, ..good }, "expected (batch 2, seqlen 5, ngroups 2, d_state 4)");
+    fails(SsdChunkScan { d: Some(&zeros(&[3])), ..good }, "`d` has shape [3], expected (nheads 6)");
+    fails(SsdChunkScan { d: Some(&dt), ..good }, "expected (nheads 6, headdim 3)");
+    fails(SsdChunkScan { z: Some(&dt), ..good }, "`z` has shape [2, 5, 6]");
+    fails(
+        SsdChunkScan { dt_bias: Some(&zeros(&[5])), ..good },
+        "`dt_bias` has shape [5], expected (nheads 6)",
+    );
+    let state = zeros(&[2, 6, 4, 3]);
+    let expected =
+        "`initial_state` has shape [2, 6, 4, 3], expected (batch 2, nheads 6, headdim 3, d_state 4)";
+    fails(SsdChunkScan { initial_state: Some(&state), ..good }, expected);
+    fails(SsdChunkScan { chunk_size: 0, ..good }, "`chunk_size` is 0");
+    fails(SsdChunkScan { dt_limit: (0.5, 0.1), ..good }, "`dt_limit` is (0.5, 0.1)");
+    fails(SsdChunkScan { dt_limit: (f64::NAN, 0.1), ..good }, "`dt_limit`");
+    let half = b.to_dtype(DType::BF16).unwrap();
+    fails(SsdChunkScan { b: &half, ..good }, "`b` has dtype bf16, expected f32 as `x`");
 }

@@ -15,6 +15,9 @@ pub const GOLDEN_F64: f64 = 1e-10;
 
 /// All elements as `f64`.
 pub fn values(x: &Tensor) -> Vec<f64> {
+    if x.elem_count() == 0 {
+        return vec![]; // candle panics on an empty view that begins past the end of its storage
+    }
     x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 

@@ -84,6 +84,12 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
+    /// The bounds of a step size.
+    pub(crate) fn dt_limit(&self, (low, high): (f64, f64)) -> Result<()> {
+        let makes_sense = low <= high && low < f64::INFINITY && high > f64::NEG_INFINITY;
+        self.require(makes_sense, || format!("`dt_limit` is ({low}, {high}), expected (low, high)"))
+    }
+
     /// A condition on option or extents that no shape expresses.
     pub(crate) fn require(&self, holds: bool, message: impl FnOnce() -> String) -> Result<()> {
         if holds { Ok(()) } else { bail!("{}: {}", self.op, message()) }

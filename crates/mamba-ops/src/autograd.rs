@@ -14,6 +14,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use candle_core::backprop::GradStore;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail,
 };
@@ -58,48 +59,119 @@ pub fn apply<F, const I: usize, const O: usize>(f: F, inputs: &[Option<&Tensor>;
 where
     F: FusedFn<I, O>,
 {
-    let needs = inputs.map(|x| x.is_some_and(|x| x.track_op() && x.dtype().is_float()));
-    let detached = inputs.map(|x| x.map(Tensor::detach));
+    let outputs = apply_function(Box::new(Fixed::<F, I, O>(f)), inputs)?;
+    outputs.try_into().or_else(|_| bail!("{}: lost an output", F::NAME))
+}
+
+/// A [`FusedFn`] whose numbers of inputs and outputs are known only at run time.
+pub(crate) trait Function: Send + Sync + 'static {
+    fn name(&self) -> &'static str;
+    /// The outputs and what is saved.
+    fn forward(&self, inputs: &[Option<Tensor>], tracked: bool) -> Result<(Vec<Output>, Vec<Tensor>)>;
+    fn backward(
+        &self,
+        inputs: &[Option<Tensor>],
+        needs: &[bool],
+        saved: &[Tensor],
+        grads: &[Option<Tensor>],
+    ) -> Result<Vec<Option<Tensor>>>;
+}
+
+struct Fixed<F, const I: usize, const O: usize>(F);
+
+impl<F: FusedFn<I, O>, const I: usize, const O: usize> Function for Fixed<F, I, O> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn forward(&self, inputs: &[Option<Tensor>], tracked: bool) -> Result<(Vec<Output>, Vec<Tensor>)> {
+        let Forward { outputs, saved } = self.0.forward(fixed(F::NAME, inputs)?, tracked)?;
+        Ok((outputs.into(), saved))
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Option<Tensor>],
+        needs: &[bool],
+        saved: &[Tensor],
+        grads: &[Option<Tensor>],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let (inputs, needs) = (fixed(F::NAME, inputs)?, fixed(F::NAME, needs)?);
+        Ok(self.0.backward(inputs, needs, saved, fixed(F::NAME, grads)?)?.into())
+    }
+}
+
+fn fixed<'a, T, const N: usize>(name: &str, slots: &'a [T]) -> Result<&'a [T; N]> {
+    slots.try_into().or_else(|_| bail!("{name}: {} slots, expected {N}", slots.len()))
+}
+
+/// As [`apply`].
+pub(crate) fn apply_function(f: Box<dyn Function>, inputs: &[Option<&Tensor>]) -> Result<Vec<Tensor>> {
+    let needs: Vec<bool> = inputs.iter().map(|x| x.is_some_and(needs_gradient)).collect();
+    let detached: Vec<Option<Tensor>> = inputs.iter().map(|x| x.map(Tensor::detach)).collect();
     let tracked: Vec<(usize, &Tensor)> =
         inputs.iter().enumerate().filter(|(i, _)| needs[*i]).filter_map(|(i, x)| Some((i, (*x)?))).collect();
-    let Forward { outputs, saved } = f.forward(&detached, !tracked.is_empty())?;
+    let (outputs, saved) = f.forward(&detached, !tracked.is_empty())?;
     let Some((_, first)) = tracked.first() else {
-        return Ok(outputs.map(Tensor::from));
+        return Ok(outputs.into_iter().map(Tensor::from).collect());
     };
     let mut token = Tensor::zeros(TOKEN_LEN, DType::F32, first.device())?;
-    let pending = Pending { grads: [const { None }; O], input_grads: [const { None }; I] };
+    let pending = Pending { grads: vec![None; outputs.len()], input_grads: vec![None; inputs.len()] };
     let node = Arc::new(Node { f, inputs: detached, needs, saved, pending: Mutex::new(pending) });
     for pair in tracked.chunks(2) {
         let ((i, x), (j, y)) = (pair[0], pair[pair.len() - 1]);
         token = token.apply_op3(x, y, Join(node.clone(), i, j))?;
     }
     let token = token.apply_op1(Compute(node.clone()))?;
-    let linked: Vec<Tensor> = outputs
+    outputs
         .into_iter()
         .enumerate()
         .map(|(i, output)| token.apply_op1(Extract(node.clone(), i, Mutex::new(Some(output)))))
-        .collect::<Result<_>>()?;
-    linked.try_into().or_else(|_| bail!("{}: lost an output", F::NAME))
+        .collect()
+}
+
+/// Whether an input takes part in the graph.
+pub(crate) fn needs_gradient(x: &Tensor) -> bool {
+    x.track_op() && x.dtype().is_float()
+}
+
+/// Runs candle's backward from `outputs` with the given gradients; none if no output tracks.
+pub(crate) fn backward_from(
+    name: &'static str,
+    outputs: &[Tensor],
+    grads: &[Option<Tensor>],
+) -> Result<Option<GradStore>> {
+    let mut sum: Option<Tensor> = None;
+    for (output, grad) in outputs.iter().zip(grads) {
+        if let (true, Some(grad)) = (needs_gradient(output) && output.elem_count() > 0, grad) {
+            let token = output.apply_op1(Seed(name, grad.clone()))?;
+            sum = Some(match sum {
+                Some(sum) => (sum + token)?,
+                None => token,
+            });
+        }
+    }
+    sum.map(|sum| sum.backward()).transpose()
 }
 
 const TOKEN_LEN: usize = 1;
 
-struct Node<F, const I: usize, const O: usize> {
-    f: F,
-    inputs: [Option<Tensor>; I],
-    needs: [bool; I],
+struct Node {
+    f: Box<dyn Function>,
+    inputs: Vec<Option<Tensor>>,
+    needs: Vec<bool>,
     saved: Vec<Tensor>,
-    pending: Mutex<Pending<I, O>>,
+    pending: Mutex<Pending>,
 }
 
 /// Gradients on their way through one backward pass.
-struct Pending<const I: usize, const O: usize> {
-    grads: [Option<Tensor>; O],
-    input_grads: [Option<Tensor>; I],
+struct Pending {
+    grads: Vec<Option<Tensor>>,
+    input_grads: Vec<Option<Tensor>>,
 }
 
-impl<F, const I: usize, const O: usize> Node<F, I, O> {
-    fn pending(&self) -> MutexGuard<'_, Pending<I, O>> {
+impl Node {
+    fn pending(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -120,11 +192,11 @@ fn cuda_token(_: &CudaStorage) -> Result<(CudaStorage, Shape)> {
 }
 
 /// Links two tracked inputs; an odd last one is linked twice, its gradient handed on once.
-struct Join<F, const I: usize, const O: usize>(Arc<Node<F, I, O>>, usize, usize);
+struct Join(Arc<Node>, usize, usize);
 
-impl<F: FusedFn<I, O>, const I: usize, const O: usize> CustomOp3 for Join<F, I, O> {
+impl CustomOp3 for Join {
     fn name(&self) -> &'static str {
-        F::NAME
+        self.0.f.name()
     }
 
     fn cpu_fwd(
@@ -166,11 +238,11 @@ impl<F: FusedFn<I, O>, const I: usize, const O: usize> CustomOp3 for Join<F, I, 
     }
 }
 
-struct Compute<F, const I: usize, const O: usize>(Arc<Node<F, I, O>>);
+struct Compute(Arc<Node>);
 
-impl<F: FusedFn<I, O>, const I: usize, const O: usize> CustomOp1 for Compute<F, I, O> {
+impl CustomOp1 for Compute {
     fn name(&self) -> &'static str {
-        F::NAME
+        self.0.f.name()
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
@@ -183,11 +255,18 @@ impl<F: FusedFn<I, O>, const I: usize, const O: usize> CustomOp1 for Compute<F, 
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let node = &self.0;
-        let grads = std::mem::replace(&mut node.pending().grads, [const { None }; O]);
+        let grads = {
+            let mut pending = node.pending();
+            let count = pending.grads.len();
+            std::mem::replace(&mut pending.grads, vec![None; count])
+        };
         let mut input_grads = node.f.backward(&node.inputs, &node.needs, &node.saved, &grads)?;
-        for (i, (grad, need)) in input_grads.iter_mut().zip(node.needs).enumerate() {
+        if input_grads.len() != node.needs.len() {
+            bail!("{}: {} gradients, expected {}", self.name(), input_grads.len(), node.needs.len())
+        }
+        for (i, (grad, need)) in input_grads.iter_mut().zip(&node.needs).enumerate() {
             *grad = match (need, grad.take()) {
-                (true, None) => bail!("{}: no gradient for the tracked input in slot {i}", F::NAME),
+                (true, None) => bail!("{}: no gradient for the tracked input in slot {i}", self.name()),
                 (true, Some(grad)) => Some(grad.detach()),
                 (false, _) => None,
             };
@@ -197,36 +276,57 @@ impl<F: FusedFn<I, O>, const I: usize, const O: usize> CustomOp1 for Compute<F, 
     }
 }
 
-struct Extract<F, const I: usize, const O: usize>(Arc<Node<F, I, O>>, usize, Mutex<Option<Output>>);
+struct Extract(Arc<Node>, usize, Mutex<Option<Output>>);
 
-impl<F, const I: usize, const O: usize> Extract<F, I, O> {
+impl Extract {
     fn take(&self) -> Option<Output> {
         self.2.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-impl<F: FusedFn<I, O>, const I: usize, const O: usize> CustomOp1 for Extract<F, I, O> {
+impl CustomOp1 for Extract {
     fn name(&self) -> &'static str {
-        F::NAME
+        self.0.f.name()
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         match self.take() {
             Some((Storage::Cpu(storage), shape)) => Ok((storage, shape)),
-            _ => bail!("{}: output {} is not on the device of its inputs", F::NAME, self.1),
+            _ => bail!("{}: output {} is not on the device of its inputs", self.name(), self.1),
         }
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         match self.take() {
             Some((Storage::Cuda(storage), shape)) => Ok((storage, shape)),
-            _ => bail!("{}: output {} is not on the device of its inputs", F::NAME, self.1),
+            _ => bail!("{}: output {} is not on the device of its inputs", self.name(), self.1),
         }
     }
 
     fn bwd(&self, token: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         self.0.pending().grads[self.1] = Some(grad.detach());
         Ok(Some(token.zeros_like()?))
+    }
+}
+
+/// A token whose backward is a given gradient, whatever arrives: `sum(x · gradient)` without the product.
+struct Seed(&'static str, Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        cpu_token()
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda_token(x)
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.1.clone()))
     }
 }
 

@@ -1,6 +1,5 @@
 //! Between tensors in CPU memory and the `f32` slices that kernels work on, and the threads they run on.
 
-use std::borrow::Cow;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -176,27 +175,42 @@ fn convert<S: Sync, D: Send>(src: &[S], dst: &mut [D], f: impl Fn(&[S], &mut [D]
 }
 
 /// A buffer that a kernel overwrites in full: NaN in debug builds, so that what it forgets is seen.
+#[allow(clippy::uninit_vec)] // as candle does; filling a buffer costs as much as a light kernel
 pub(crate) fn uninit(len: usize) -> Vec<f32> {
-    vec![if cfg!(debug_assertions) { f32::NAN } else { 0.0 }; len]
+    if cfg!(debug_assertions) {
+        return vec![f32::NAN; len];
+    }
+    let mut buffer = Vec::with_capacity(len);
+    // SAFETY: within the capacity; every bit pattern is an f32, and kernels write before they read.
+    unsafe { buffer.set_len(len) };
+    buffer
 }
 
-/// A `(rows, columns)` matrix as `(columns, rows)`.
-pub(crate) fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut out = uninit(x.len());
-    for (i, row) in x.chunks_exact(columns.max(1)).enumerate() {
-        for (j, &v) in row.iter().enumerate() {
-            out[j * rows + i] = v;
-        }
+/// The sum of the rows of a matrix, added in their order.
+pub(crate) fn add_rows(values: &[f32], columns: usize) -> Vec<f32> {
+    let mut out = vec![0.0; columns];
+    for row in values.chunks_exact(columns.max(1)) {
+        out.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
     }
     out
 }
 
-/// `x` itself, or its transposition within each of `count` matrices of `(rows, columns)`.
-pub(crate) fn batch_transposed(x: &[f32], transpose: bool, rows: usize, columns: usize) -> Cow<'_, [f32]> {
-    if !transpose || rows <= 1 || columns <= 1 {
-        return Cow::Borrowed(x);
+/// A `(rows, columns)` matrix as `(columns, rows)`, or each of several that follow one another.
+pub(crate) fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    // Square pieces, of which both sides stay in cache.
+    const PIECE: usize = 16;
+    let mut out = uninit(x.len());
+    let len = (rows * columns).max(1);
+    for (x, out) in x.chunks_exact(len).zip(out.chunks_exact_mut(len)) {
+        for first in (0..rows).step_by(PIECE) {
+            let last = rows.min(first + PIECE);
+            for (column, out) in out.chunks_exact_mut(rows).enumerate() {
+                let values = x[first * columns + column..].iter().step_by(columns);
+                out[first..last].iter_mut().zip(values).for_each(|(out, value)| *out = *value);
+            }
+        }
     }
-    Cow::Owned(x.chunks_exact(rows * columns).flat_map(|m| transposed(m, rows, columns)).collect())
+    out
 }
 
 /// Lets `f` change the elements of a contiguous `f32` tensor in place; every clone of the tensor sees it.

@@ -2,12 +2,14 @@
 //!
 //! | op | what it computes |
 //! |---|---|
-//! | [`causal_conv1d`] | a depthwise convolution over the last few tokens, with SiLU |
-//! | [`selective_scan`] | the recurrence of Mamba: `h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t`, `y_t = C_t h_t + D u_t` |
+//! | [`causal_conv1d`](fn@causal_conv1d) | a depthwise convolution over the last few tokens, with SiLU |
+//! | [`selective_scan`](fn@selective_scan) | the recurrence of Mamba: `h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t`, `y_t = C_t h_t + D u_t` |
 //! | [`ssd_chunk_scan`] | that of Mamba-2, one decay a head, by chunks of matrix products |
-//! | [`norm`] | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
-//! | [`linear`] | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
-//! | [`causal_conv1d_update`], [`selective_state_update`] | one decoding step, changing its state in place |
+//! | [`norm`](fn@norm) | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
+//! | [`linear`](fn@linear) | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
+//! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
+//! | [`mamba1_inner`], [`mamba2_split_conv1d_scan`] | a block between its projections, which keeps only its inputs for `backward()` |
+//! | [`checkpoint()`] | the same for any function, a layer of a model for one |
 //!
 //! An op takes one struct with named fields, since ten tensors in a row are easily swapped; options are set by struct
 //! update from its `new`:
@@ -61,10 +63,14 @@
 mod args;
 pub mod autograd;
 pub mod causal_conv1d;
+mod checkpoint;
 mod host;
 mod layout;
 pub mod linear;
+mod mamba1_inner;
+mod mamba2_split_conv1d_scan;
 pub mod norm;
+mod projection;
 mod reference;
 pub mod selective_scan;
 pub mod selective_state_update;
@@ -74,8 +80,13 @@ pub mod ssd;
 pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
 };
+pub use checkpoint::checkpoint;
 pub use layout::{Activation, SequenceLayout};
 pub use linear::{Linear, linear};
+pub use mamba1_inner::{Mamba1Inner, Mamba1InnerOutput, mamba1_inner};
+pub use mamba2_split_conv1d_scan::{
+    GatedRmsNorm, Mamba2SplitConv1dScan, Mamba2SplitConv1dScanOutput, mamba2_split_conv1d_scan,
+};
 pub use norm::{Norm, NormKind, NormOutput, norm};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
 pub use selective_state_update::{SelectiveStateUpdate, selective_state_update};

@@ -7,13 +7,16 @@
 use pulp::{Simd, WithSimd};
 
 use super::Sizes;
-use crate::host::{SharedMut, parallel, transposed, uninit};
+use crate::host::{SharedMut, add_rows, parallel, transposed, uninit};
 use crate::layout::{Activation, SequenceLayout};
 use crate::simd::Isa;
-use crate::simd::slice::{axpy, dot, map2, map3, mul_silu_derivative, silu, sum};
+use crate::simd::slice::{axpy, dot, map2, map3, silu, silu_backward, sum};
 
 /// Tokens that one task handles, channels last: fixed, so that sums do not depend on the number of threads.
 const TOKENS: usize = 64;
+
+/// Tokens (channels first) or channels (last) that go through all steps while they are in cache.
+const STRIP: usize = 512;
 
 /// The inputs as slices, in the layouts of [`CausalConv1d`](super::CausalConv1d).
 #[derive(Clone, Copy)]
@@ -35,49 +38,100 @@ pub(super) struct Grads {
     pub initial_state: Vec<f32>,
 }
 
+/// What is made of the sums over taps.
+#[derive(Clone, Copy)]
+enum Wanted<'a> {
+    Output,
+    /// The gradient before the activation, from that of `y`.
+    Gradient(Option<&'a [f32]>),
+}
+
 pub(super) fn forward(conv: &Conv, isa: Isa) -> Vec<f32> {
-    let mut y = uninit(conv.x.len());
-    convolve(conv, isa, &mut y);
-    if conv.activation == Activation::Silu {
-        for_pieces(conv, &mut y, |_, y| isa.dispatch(ApplySilu(y)));
+    let Sizes { batch, dim, seqlen, .. } = conv.sizes;
+    let mut out = uninit(conv.x.len());
+    let y = SharedMut::new(&mut out);
+    match conv.layout {
+        SequenceLayout::ChannelsFirst => parallel(batch * dim, conv.operations(), |row| {
+            // SAFETY: rows do not overlap.
+            let y = unsafe { y.get(row * seqlen, seqlen) };
+            isa.dispatch(ForwardRow { conv, row, y });
+        }),
+        SequenceLayout::ChannelsLast => {
+            let taps = Taps::new(conv);
+            parallel(batch * conv.blocks(), conv.operations(), |task| {
+                let (b, first, tokens) = conv.block(task);
+                // SAFETY: blocks of tokens do not overlap.
+                let y = unsafe { y.get((b * seqlen + first) * dim, tokens * dim) };
+                isa.dispatch(ForwardBlock { conv, taps: &taps, b, first, y });
+            });
+        }
     }
-    y
+    out
 }
 
 pub(super) fn backward(conv: &Conv, isa: Isa, grad_y: Option<&[f32]>, grad_state: Option<&[f32]>) -> Grads {
     let Sizes { batch, dim, seqlen, width } = conv.sizes;
-    // g, the gradient before the activation.
-    let mut g = match (grad_y, conv.activation) {
-        (None, _) => vec![0.0; conv.x.len()],
-        (Some(grad_y), Activation::Identity) => grad_y.to_vec(),
-        (Some(grad_y), Activation::Silu) => {
-            let mut pre = uninit(conv.x.len());
-            convolve(conv, isa, &mut pre);
-            let mut g = grad_y.to_vec();
-            for_pieces(conv, &mut g, |at, grad| {
-                let pre = &pre[at..at + grad.len()];
-                isa.dispatch(SiluBackward { grad, pre })
-            });
-            g
-        }
-    };
-    let weights = parameter_gradients(conv, isa, &g);
+    let mut x = uninit(conv.x.len());
+    let (mut weight, mut bias) = (vec![0.0; dim * width], vec![0.0; dim]);
     let mut initial_state = vec![0.0; batch * dim * (width - 1)];
-    window_gradients(conv, &g, &mut initial_state);
-    correlate(conv, isa, &mut g);
+    {
+        let [dx, window] = [&mut x, &mut initial_state].map(|x| SharedMut::new(x));
+        match conv.layout {
+            SequenceLayout::ChannelsFirst => {
+                let (dw, db) = (SharedMut::new(&mut weight), SharedMut::new(&mut bias));
+                parallel(dim, conv.operations() * 3, |c| {
+                    // SAFETY: channels do not overlap.
+                    let (dw, db) = unsafe { (dw.get(c * width, width), db.get(c, 1)) };
+                    for row in (0..batch).map(|b| b * dim + c) {
+                        // SAFETY: nor do rows.
+                        let (dx, window) = unsafe {
+                            (dx.get(row * seqlen, seqlen), window.get(row * (width - 1), width - 1))
+                        };
+                        isa.dispatch(BackwardRow { conv, row, grad_y, dx, window, dw, db: &mut db[0] });
+                    }
+                });
+            }
+            SequenceLayout::ChannelsLast => {
+                let (taps, tasks) = (Taps::new(conv), batch * conv.blocks());
+                // One partial sum a task, `(width + 1, dim)`, added in the order of tasks.
+                let mut partial = vec![0.0; tasks * (width + 1) * dim];
+                let sums = SharedMut::new(&mut partial);
+                parallel(tasks, conv.operations() * 3, |task| {
+                    let (b, first, tokens) = conv.block(task);
+                    // SAFETY: blocks of tokens do not overlap, and each task has its own sums.
+                    let (dx, sums) = unsafe {
+                        let sums = sums.get(task * (width + 1) * dim, (width + 1) * dim);
+                        (dx.get((b * seqlen + first) * dim, tokens * dim), sums)
+                    };
+                    isa.dispatch(BackwardBlock {
+                        conv,
+                        taps: &taps,
+                        b,
+                        first,
+                        grad_y,
+                        dx,
+                        window: &window,
+                        sums,
+                    });
+                });
+                let sums = add_rows(&partial, (width + 1) * dim);
+                weight = transposed(&sums[..width * dim], width, dim);
+                bias.copy_from_slice(&sums[width * dim..]);
+            }
+        }
+    }
     if let Some(grad_state) = grad_state {
         // The final window is the last width - 1 entries of (initial window, x).
         for (row, grads) in grad_state.chunks_exact((width - 1).max(1)).enumerate() {
             for (i, grad) in grads.iter().enumerate() {
                 match (seqlen + i).checked_sub(width - 1) {
-                    Some(t) => g[conv.at(row / dim, row % dim, t)] += grad,
+                    Some(t) => x[conv.at(row / dim, row % dim, t)] += grad,
                     None => initial_state[row * (width - 1) + seqlen + i] += grad,
                 }
             }
         }
     }
-    let (weight, bias) = weights;
-    Grads { x: g, weight, bias, initial_state }
+    Grads { x, weight, bias, initial_state }
 }
 
 /// The last `width - 1` entries of (initial window, x), channels first.
@@ -111,321 +165,255 @@ impl Conv<'_> {
         self.initial_state.map_or(0.0, |state| state[row * window + window - m])
     }
 
-    /// Per batch element the window as `(width - 1, dim)`, channels last.
-    fn window_rows(&self) -> Vec<f32> {
-        let Sizes { batch, dim, width, .. } = self.sizes;
-        match self.initial_state {
-            Some(state) if width > 1 => state
-                .chunks_exact(dim.max(1) * (width - 1))
-                .flat_map(|state| transposed(state, dim, width - 1))
-                .collect(),
-            _ => vec![0.0; batch * dim * (width - 1)],
-        }
-    }
-
     fn operations(&self) -> usize {
         self.x.len() * (self.sizes.width + 8)
     }
 
-    /// Tasks of one pass, channels last: `(batch, block of tokens)`.
+    /// Tasks of a batch element, channels last.
     fn blocks(&self) -> usize {
         self.sizes.seqlen.div_ceil(TOKENS)
     }
-}
 
-/// Runs `f(offset, piece)` over pieces of a buffer in the layout of `x`.
-fn for_pieces(conv: &Conv, buffer: &mut [f32], f: impl Fn(usize, &mut [f32]) + Sync + Send) {
-    const PIECE: usize = 1 << 13;
-    let len = buffer.len();
-    let shared = SharedMut::new(buffer);
-    parallel(len.div_ceil(PIECE), conv.operations(), |i| {
-        let start = i * PIECE;
-        // SAFETY: pieces of different tasks do not overlap.
-        f(start, unsafe { shared.get(start, PIECE.min(len - start)) });
-    });
-}
-
-/// `y = bias + Σ_m w_m x_{t-m}`.
-fn convolve(conv: &Conv, isa: Isa, y: &mut [f32]) {
-    let Sizes { batch, dim, seqlen, width } = conv.sizes;
-    let y = SharedMut::new(y);
-    match conv.layout {
-        SequenceLayout::ChannelsFirst => parallel(batch * dim, conv.operations(), |row| {
-            // SAFETY: rows do not overlap.
-            let y = unsafe { y.get(row * seqlen, seqlen) };
-            isa.dispatch(ConvolveRow { conv, row, y });
-        }),
-        SequenceLayout::ChannelsLast => {
-            let (weight, windows) = (transposed(conv.weight, dim, width), conv.window_rows());
-            parallel(batch * conv.blocks(), conv.operations(), |task| {
-                let (b, first) = (task / conv.blocks(), task % conv.blocks() * TOKENS);
-                let tokens = TOKENS.min(seqlen - first);
-                // SAFETY: blocks of tokens do not overlap.
-                let y = unsafe { y.get((b * seqlen + first) * dim, tokens * dim) };
-                isa.dispatch(ConvolveBlock { conv, weight: &weight, windows: &windows, b, first, y });
-            });
-        }
+    /// The batch element of a task, its first token and how many it has.
+    fn block(&self, task: usize) -> (usize, usize, usize) {
+        let first = task % self.blocks() * TOKENS;
+        (task / self.blocks(), first, TOKENS.min(self.sizes.seqlen - first))
     }
-}
 
-/// `g_t ← Σ_m w_m g_{t+m}`, in place: later entries are still the old ones when an earlier one is written.
-fn correlate(conv: &Conv, isa: Isa, g: &mut [f32]) {
-    let Sizes { batch, dim, seqlen, width } = conv.sizes;
-    match conv.layout {
-        SequenceLayout::ChannelsFirst => {
-            let g = SharedMut::new(g);
-            parallel(batch * dim, conv.operations(), |row| {
-                // SAFETY: rows do not overlap.
-                let g = unsafe { g.get(row * seqlen, seqlen) };
-                isa.dispatch(CorrelateRow { weight: &conv.weight[row % dim * width..][..width], g });
-            });
-        }
-        SequenceLayout::ChannelsLast => {
-            let weight = transposed(conv.weight, dim, width);
-            let old = g.to_vec();
-            let g = SharedMut::new(g);
-            parallel(batch * conv.blocks(), conv.operations(), |task| {
-                let (b, first) = (task / conv.blocks(), task % conv.blocks() * TOKENS);
-                let tokens = TOKENS.min(seqlen - first);
-                // SAFETY: blocks of tokens do not overlap.
-                let dx = unsafe { g.get((b * seqlen + first) * dim, tokens * dim) };
-                let g = &old[b * seqlen * dim..][..seqlen * dim];
-                isa.dispatch(CorrelateBlock { weight: &weight, dim, g, first, dx });
-            });
-        }
-    }
-}
-
-/// Gradients of the window: position `-j` receives `Σ_m w_m g_{m-j}` over `m ≥ j`.
-fn window_gradients(conv: &Conv, g: &[f32], grad_state: &mut [f32]) {
-    let Sizes { dim, seqlen, width, .. } = conv.sizes;
-    for (row, grads) in grad_state.chunks_exact_mut((width - 1).max(1)).enumerate() {
-        let weight = &conv.weight[row % dim * width..][..width];
-        for (i, grad) in grads.iter_mut().enumerate() {
-            let j = width - 1 - i;
-            let reach = width.min(seqlen.saturating_add(j));
-            *grad = (j..reach).map(|m| weight[width - 1 - m] * g[conv.at(row / dim, row % dim, m - j)]).sum();
-        }
-    }
-}
-
-/// Gradients of `weight` and `bias`: one partial sum a task, added in the order of tasks.
-fn parameter_gradients(conv: &Conv, isa: Isa, g: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let Sizes { batch, dim, seqlen, width } = conv.sizes;
-    let (mut weight, mut bias) = (vec![0.0; dim * width], vec![0.0; dim]);
-    match conv.layout {
-        SequenceLayout::ChannelsFirst => {
-            let (dw, db) = (SharedMut::new(&mut weight), SharedMut::new(&mut bias));
-            parallel(dim, conv.operations(), |c| {
-                // SAFETY: channels do not overlap.
-                let (dw, db) = unsafe { (dw.get(c * width, width), db.get(c, 1)) };
-                for row in (0..batch).map(|b| b * dim + c) {
-                    let g = &g[row * seqlen..][..seqlen];
-                    isa.dispatch(RowParameters { conv, row, g, weight: dw, bias: &mut db[0] });
-                }
-            });
-        }
-        SequenceLayout::ChannelsLast => {
-            let windows = conv.window_rows();
-            let tasks = batch * conv.blocks();
-            let mut partial = vec![0.0; tasks * (width + 1) * dim];
-            let shared = SharedMut::new(&mut partial);
-            parallel(tasks, conv.operations(), |task| {
-                let (b, first) = (task / conv.blocks(), task % conv.blocks() * TOKENS);
-                // SAFETY: each task has its own partial sums.
-                let sums = unsafe { shared.get(task * (width + 1) * dim, (width + 1) * dim) };
-                isa.dispatch(BlockParameters { conv, windows: &windows, b, first, g, sums });
-            });
-            for sums in partial.chunks_exact(((width + 1) * dim).max(1)) {
-                for (k, row) in sums.chunks_exact(dim).enumerate() {
-                    for (c, value) in row.iter().enumerate() {
-                        let sum = if k < width { &mut weight[c * width + k] } else { &mut bias[c] };
-                        *sum += value;
-                    }
-                }
+    /// From sums over taps, in place, to what is wanted, at `at` in the layout of `y`.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, wanted: Wanted, at: usize, sums: &mut [f32]) {
+        match (wanted, self.activation) {
+            (Wanted::Output, Activation::Identity) => {}
+            (Wanted::Output, Activation::Silu) => silu(simd, sums),
+            (Wanted::Gradient(None), _) => sums.fill(0.0),
+            (Wanted::Gradient(Some(grad)), Activation::Identity) => {
+                sums.copy_from_slice(&grad[at..at + sums.len()]);
             }
+            (Wanted::Gradient(Some(grad)), Activation::Silu) => silu_backward(simd, sums, &grad[at..]),
         }
     }
-    (weight, bias)
 }
 
-struct ApplySilu<'a>(&'a mut [f32]);
-impl WithSimd for ApplySilu<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        silu(simd, self.0);
-    }
-}
+// Channels first: a row at a time.
 
-struct SiluBackward<'a> {
-    grad: &'a mut [f32],
-    pre: &'a [f32],
-}
-impl WithSimd for SiluBackward<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        mul_silu_derivative(simd, self.grad, self.pre);
-    }
-}
-
-struct ConvolveRow<'a> {
-    conv: &'a Conv<'a>,
-    row: usize,
-    y: &'a mut [f32],
-}
-impl WithSimd for ConvolveRow<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { conv, row, y } = self;
-        let Sizes { dim, seqlen, width, .. } = conv.sizes;
-        let x = &conv.x[row * seqlen..][..seqlen];
-        let weight = &conv.weight[row % dim * width..][..width];
+/// `bias + Σ_m w_m x_{t-m}` and what is wanted of it.
+#[inline(always)]
+fn convolve_row<S: Simd>(simd: S, conv: &Conv, row: usize, wanted: Wanted, y: &mut [f32]) {
+    let Sizes { dim, seqlen, width, .. } = conv.sizes;
+    let x = &conv.x[row * seqlen..][..seqlen];
+    let weight = &conv.weight[row % dim * width..][..width];
+    for (i, y) in y.chunks_mut(STRIP).enumerate() {
+        let first = i * STRIP;
         y.fill(conv.bias.map_or(0.0, |bias| bias[row % dim]));
         for (m, &w) in weight.iter().rev().enumerate() {
-            let split = m.min(seqlen);
+            let split = m.saturating_sub(first).min(y.len());
             for (t, y) in y[..split].iter_mut().enumerate() {
-                *y += w * conv.before(row, m - t);
+                *y += w * conv.before(row, m - first - t);
             }
-            axpy(simd, &mut y[split..], w, &x[..seqlen - split]);
+            if let Some(from) = (first + split).checked_sub(m) {
+                axpy(simd, &mut y[split..], w, &x[from..]);
+            }
+        }
+        conv.finish(simd, wanted, row * seqlen + first, y);
+    }
+}
+
+struct ForwardRow<'a> {
+    conv: &'a Conv<'a>,
+    row: usize,
+    y: &'a mut [f32],
+}
+impl WithSimd for ForwardRow<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        convolve_row(simd, self.conv, self.row, Wanted::Output, self.y);
+    }
+}
+
+struct BackwardRow<'a> {
+    conv: &'a Conv<'a>,
+    row: usize,
+    grad_y: Option<&'a [f32]>,
+    dx: &'a mut [f32],
+    window: &'a mut [f32],
+    dw: &'a mut [f32],
+    db: &'a mut f32,
+}
+impl WithSimd for BackwardRow<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { conv, row, grad_y, dx, window, dw, db } = self;
+        let Sizes { dim, seqlen, width, .. } = conv.sizes;
+        convolve_row(simd, conv, row, Wanted::Gradient(grad_y), dx); // g
+        let x = &conv.x[row * seqlen..][..seqlen];
+        *db += sum(simd, dx);
+        for (m, dw) in dw.iter_mut().rev().enumerate() {
+            let split = m.min(seqlen);
+            let before: f32 = (0..split).map(|t| dx[t] * conv.before(row, m - t)).sum();
+            *dw += before + dot(simd, &dx[split..], &x[..seqlen - split]);
+        }
+        let weight = &conv.weight[row % dim * width..][..width];
+        window_gradients(weight, seqlen, |t| dx[t], window);
+        correlate(simd, weight, dx);
+    }
+}
+
+/// `g_t ← Σ_m w_m g_{t+m}`, in place.
+#[inline(always)]
+fn correlate<S: Simd>(simd: S, weight: &[f32], g: &mut [f32]) {
+    // Strips from first to last, each from a copy of what it reads: entries ahead are untouched.
+    let width = weight.len();
+    let mut ahead = vec![0.0; STRIP + width];
+    for start in (0..g.len()).step_by(STRIP) {
+        let strip = STRIP.min(g.len() - start);
+        let read = (strip + width - 1).min(g.len() - start);
+        ahead[..read].copy_from_slice(&g[start..start + read]);
+        ahead[read..].fill(0.0);
+        let out = &mut g[start..start + strip];
+        out.fill(0.0);
+        for (m, &w) in weight.iter().rev().enumerate() {
+            axpy(simd, out, w, &ahead[m..m + strip]);
         }
     }
 }
 
-struct ConvolveBlock<'a> {
-    conv: &'a Conv<'a>,
+/// Gradients of the window of a channel: position `-j` receives `Σ_m w_m g_{m-j}` over `m ≥ j`.
+#[inline(always)]
+fn window_gradients(weight: &[f32], seqlen: usize, g: impl Fn(usize) -> f32, window: &mut [f32]) {
+    let width = weight.len();
+    for (i, grad) in window.iter_mut().enumerate() {
+        let j = width - 1 - i;
+        let reach = width.min(seqlen.saturating_add(j));
+        *grad = (j..reach).map(|m| weight[width - 1 - m] * g(m - j)).sum();
+    }
+}
+
+// Channels last: a block of tokens at a time, strip by strip of its channels.
+
+/// What channels last needs the other way round.
+struct Taps {
     /// `(width, dim)`.
-    weight: &'a [f32],
+    weight: Vec<f32>,
     /// `(batch, width - 1, dim)`.
-    windows: &'a [f32],
+    windows: Vec<f32>,
+}
+
+impl Taps {
+    fn new(conv: &Conv) -> Self {
+        let Sizes { batch, dim, width, .. } = conv.sizes;
+        let windows = match conv.initial_state {
+            Some(state) => transposed(state, dim, width - 1),
+            None => vec![0.0; batch * dim * (width - 1)],
+        };
+        Self { weight: transposed(conv.weight, dim, width), windows }
+    }
+
+    /// The channels from `start` of the token `m` before token `t`, from the input or from the window.
+    #[inline(always)]
+    fn token<'a>(&'a self, conv: &Conv<'a>, b: usize, t: usize, m: usize, start: usize) -> &'a [f32] {
+        let Sizes { dim, seqlen, width, .. } = conv.sizes;
+        match t.checked_sub(m) {
+            Some(t) => &conv.x[(b * seqlen + t) * dim + start..],
+            None => &self.windows[(b * (width - 1) + width - 1 + t - m) * dim + start..],
+        }
+    }
+
+    /// `bias + Σ_m w_m x_{t-m}` for the channels from `start` of one token, and what is wanted of it.
+    #[inline(always)]
+    fn convolve<S: Simd>(
+        &self,
+        simd: S,
+        conv: &Conv,
+        [b, t, start]: [usize; 3],
+        wanted: Wanted,
+        y: &mut [f32],
+    ) {
+        let Sizes { dim, seqlen, .. } = conv.sizes;
+        match conv.bias {
+            Some(bias) => y.copy_from_slice(&bias[start..start + y.len()]),
+            None => y.fill(0.0),
+        }
+        for (m, w) in self.weight.chunks_exact(dim).rev().enumerate() {
+            let x = self.token(conv, b, t, m, start);
+            map3(simd, y, &w[start..], x, |y, w, x| simd.mul_add_e_f32s(w, x, y));
+        }
+        conv.finish(simd, wanted, (b * seqlen + t) * dim + start, y);
+    }
+}
+
+struct ForwardBlock<'a> {
+    conv: &'a Conv<'a>,
+    taps: &'a Taps,
     b: usize,
     first: usize,
     y: &'a mut [f32],
 }
-impl WithSimd for ConvolveBlock<'_> {
+impl WithSimd for ForwardBlock<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let dim = self.conv.sizes.dim;
-        for (i, y) in self.y.chunks_exact_mut(dim).enumerate() {
-            match self.conv.bias {
-                Some(bias) => y.copy_from_slice(bias),
-                None => y.fill(0.0),
-            }
-            for (m, w) in self.weight.chunks_exact(dim).rev().enumerate() {
-                let x = token(self.conv, self.windows, self.b, self.first + i, m);
-                map3(simd, y, w, x, |y, w, x| simd.mul_add_f32s(w, x, y));
+        let Self { conv, taps, b, first, y } = self;
+        let dim = conv.sizes.dim;
+        for start in (0..dim).step_by(STRIP) {
+            let end = dim.min(start + STRIP);
+            for (i, y) in y.chunks_exact_mut(dim).enumerate() {
+                taps.convolve(simd, conv, [b, first + i, start], Wanted::Output, &mut y[start..end]);
             }
         }
     }
 }
 
-/// The row of channels `m` tokens before token `t`, from the input or from the window.
-#[inline(always)]
-fn token<'a>(conv: &Conv<'a>, windows: &'a [f32], b: usize, t: usize, m: usize) -> &'a [f32] {
-    let Sizes { dim, seqlen, width, .. } = conv.sizes;
-    match t.checked_sub(m) {
-        Some(t) => &conv.x[(b * seqlen + t) * dim..][..dim],
-        None => &windows[(b * (width - 1) + width - 1 + t - m) * dim..][..dim],
-    }
-}
-
-struct CorrelateRow<'a> {
-    weight: &'a [f32],
-    g: &'a mut [f32],
-}
-impl WithSimd for CorrelateRow<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        // Blocks from first to last, each from a copy of what it reads: entries ahead are untouched.
-        const BLOCK: usize = 256;
-        let Self { weight, g } = self;
-        let width = weight.len();
-        let mut ahead = vec![0.0; BLOCK + width];
-        for start in (0..g.len()).step_by(BLOCK) {
-            let block = BLOCK.min(g.len() - start);
-            let read = (block + width - 1).min(g.len() - start);
-            ahead[..read].copy_from_slice(&g[start..start + read]);
-            ahead[read..].fill(0.0);
-            let out = &mut g[start..start + block];
-            out.fill(0.0);
-            for (m, &w) in weight.iter().rev().enumerate() {
-                axpy(simd, out, w, &ahead[m..m + block]);
-            }
-        }
-    }
-}
-
-struct CorrelateBlock<'a> {
-    /// `(width, dim)`.
-    weight: &'a [f32],
-    dim: usize,
-    g: &'a [f32],
-    first: usize,
-    dx: &'a mut [f32],
-}
-impl WithSimd for CorrelateBlock<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        for (i, dx) in self.dx.chunks_exact_mut(self.dim).enumerate() {
-            dx.fill(0.0);
-            for (m, w) in self.weight.chunks_exact(self.dim).rev().enumerate() {
-                let Some(g) = self.g.get((self.first + i + m) * self.dim..).filter(|g| !g.is_empty()) else {
-                    break;
-                };
-                map3(simd, dx, w, &g[..self.dim], |dx, w, g| simd.mul_add_f32s(w, g, dx));
-            }
-        }
-    }
-}
-
-struct RowParameters<'a> {
+struct BackwardBlock<'a> {
     conv: &'a Conv<'a>,
-    row: usize,
-    g: &'a [f32],
-    weight: &'a mut [f32],
-    bias: &'a mut f32,
-}
-impl WithSimd for RowParameters<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Sizes { seqlen, .. } = self.conv.sizes;
-        let x = &self.conv.x[self.row * seqlen..][..seqlen];
-        *self.bias += sum(simd, self.g);
-        for (m, w) in self.weight.iter_mut().rev().enumerate() {
-            let split = m.min(seqlen);
-            let window: f32 = (0..split).map(|t| self.g[t] * self.conv.before(self.row, m - t)).sum();
-            *w += window + dot(simd, &self.g[split..], &x[..seqlen - split]);
-        }
-    }
-}
-
-struct BlockParameters<'a> {
-    conv: &'a Conv<'a>,
-    windows: &'a [f32],
+    taps: &'a Taps,
     b: usize,
     first: usize,
-    g: &'a [f32],
+    grad_y: Option<&'a [f32]>,
+    dx: &'a mut [f32],
+    window: &'a SharedMut<'a>,
     /// `(width + 1, dim)`: the sums of `weight`, then of `bias`.
     sums: &'a mut [f32],
 }
-impl WithSimd for BlockParameters<'_> {
+impl WithSimd for BackwardBlock<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Sizes { dim, seqlen, width, .. } = self.conv.sizes;
-        let (weight, bias) = self.sums.split_at_mut(width * dim);
-        for t in self.first..seqlen.min(self.first + TOKENS) {
-            let g = &self.g[(self.b * seqlen + t) * dim..][..dim];
-            map2(simd, bias, g, |sum, g| simd.add_f32s(sum, g));
-            for (m, sums) in weight.chunks_exact_mut(dim).rev().enumerate() {
-                let x = token(self.conv, self.windows, self.b, t, m);
-                map3(simd, sums, g, x, |sum, g, x| simd.mul_add_f32s(g, x, sum));
+        let Self { conv, taps, b, first, grad_y, dx, window, sums } = self;
+        let Sizes { dim, seqlen, width, .. } = conv.sizes;
+        let (weight_sums, bias_sums) = sums.split_at_mut(width * dim);
+        // g of the tokens of this block and of those that reach back into it.
+        let reach = (TOKENS + width - 1).min(seqlen - first);
+        let mut strip = uninit(reach * STRIP.min(dim));
+        for start in (0..dim).step_by(STRIP) {
+            let end = dim.min(start + STRIP);
+            let columns = end - start;
+            for (i, g) in strip.chunks_exact_mut(columns).take(reach).enumerate() {
+                taps.convolve(simd, conv, [b, first + i, start], Wanted::Gradient(grad_y), g);
+            }
+            for (i, dx) in dx.chunks_exact_mut(dim).enumerate() {
+                let (dx, g) = (&mut dx[start..end], &strip[i * columns..]);
+                map2(simd, &mut bias_sums[start..end], g, |sum, g| simd.add_f32s(sum, g));
+                dx.fill(0.0);
+                for m in 0..width {
+                    let (w, x) = ((width - 1 - m) * dim, taps.token(conv, b, first + i, m, start));
+                    let sums = &mut weight_sums[w + start..w + end];
+                    map3(simd, sums, g, x, |sum, g, x| simd.mul_add_e_f32s(g, x, sum));
+                    if i + m < reach {
+                        let w = &taps.weight[w + start..w + end];
+                        map3(simd, dx, w, &g[m * columns..], |dx, w, g| simd.mul_add_e_f32s(w, g, dx));
+                    }
+                }
+            }
+            if first == 0 {
+                for c in start..end {
+                    // SAFETY: the first block of each batch element writes its windows.
+                    let window = unsafe { window.get((b * dim + c) * (width - 1), width - 1) };
+                    let weight = &conv.weight[c * width..][..width];
+                    window_gradients(weight, seqlen, |t| strip[t * columns + c - start], window);
+                }
             }
         }
     }

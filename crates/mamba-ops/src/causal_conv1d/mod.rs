@@ -38,8 +38,9 @@ impl<'a> CausalConv1d<'a> {
         Self { x, weight, bias: None, initial_state: None, activation, layout }
     }
 
-    fn sizes(&self) -> Result<Sizes> {
-        let check = Checker::new(OP, "x", self.x)?;
+    /// Checks the arguments; `op` and `state_name` are the names in errors.
+    fn sizes(&self, op: &'static str, state_name: &'static str) -> Result<Sizes> {
+        let check = Checker::new(op, "x", self.x)?;
         let [batch, a, b] = check.main_dims(match self.layout {
             SequenceLayout::ChannelsFirst => ["batch", "dim", "seqlen"],
             SequenceLayout::ChannelsLast => ["batch", "seqlen", "dim"],
@@ -53,7 +54,7 @@ impl<'a> CausalConv1d<'a> {
         }
         if let Some(state) = self.initial_state {
             let window = ("width - 1", width - 1);
-            check.state("initial_state", state, &[("batch", batch), ("dim", dim), window])?;
+            check.state(state_name, state, &[("batch", batch), ("dim", dim), window])?;
         }
         Ok(Sizes { batch, dim, seqlen, width })
     }
@@ -111,7 +112,7 @@ struct Sizes {
 /// # Source
 /// `causal_conv1d_ref` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
-    let sizes = args.sizes()?;
+    let sizes = args.sizes(OP, "initial_state")?;
     if args::fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }
 
@@ -162,10 +163,10 @@ pub struct CausalConv1dUpdate<'a> {
 /// `causal_conv1d_update` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
     let CausalConv1dUpdate { x, state, weight, bias, activation, layout } = *args;
+    let forward = CausalConv1d { x, weight, bias, initial_state: Some(state), activation, layout };
+    let sizes = forward.sizes(UPDATE_OP, "state")?;
     let check = Checker::new(UPDATE_OP, "x", x)?;
     check.in_place(state, &[("x", Some(x)), ("weight", Some(weight)), ("bias", bias)])?;
-    let forward = CausalConv1d { x, weight, bias, initial_state: Some(state), activation, layout };
-    let sizes = forward.sizes()?;
     if !args::fused(x) {
         let CausalConv1dOutput { y, final_state } = reference::forward(&forward)?;
         state.slice_set(&final_state.contiguous()?, 0, 0)?;

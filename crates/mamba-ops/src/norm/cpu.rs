@@ -8,7 +8,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::{NormKind, Sizes};
-use crate::host::{SharedMut, parallel, uninit};
+use crate::host::{SharedMut, add_rows, parallel, uninit};
 use crate::simd::Isa;
 use crate::simd::math::silu_with_derivative;
 use crate::simd::slice::{dot, map, map2, map3, mul_silu, sum};
@@ -89,15 +89,6 @@ pub(super) fn backward(rows: &Rows, isa: Isa, grad_y: Option<&[f32]>, grad_sum: 
     Grads { sum, weight: add_rows(&weight, weights), bias: add_rows(&bias, biases), z }
 }
 
-/// The sum of the rows of a matrix.
-fn add_rows(values: &[f32], columns: usize) -> Vec<f32> {
-    let mut out = vec![0.0; columns];
-    for row in values.chunks_exact(columns.max(1)) {
-        out.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
-    }
-    out
-}
-
 impl Rows<'_> {
     fn rows_per_task(&self) -> usize {
         self.sizes.rows.div_ceil(TASKS).max(ROWS)
@@ -159,7 +150,7 @@ impl Rows<'_> {
     #[inline(always)]
     fn affine<S: Simd>(&self, simd: S, row: &mut [f32]) {
         match (self.weight, self.bias) {
-            (Some(w), Some(b)) => map3(simd, row, w, b, |u, w, b| simd.mul_add_f32s(u, w, b)),
+            (Some(w), Some(b)) => map3(simd, row, w, b, |u, w, b| simd.mul_add_e_f32s(u, w, b)),
             (Some(w), None) => map2(simd, row, w, |u, w| simd.mul_f32s(u, w)),
             (None, Some(b)) => map2(simd, row, b, |u, b| simd.add_f32s(u, b)),
             (None, None) => {}
@@ -237,7 +228,7 @@ impl WithSimd for BackwardTask<'_> {
                 map2(simd, bias, g, |sum, g| simd.add_f32s(sum, g));
             }
             if let Some(w) = rows.weight {
-                map3(simd, weight, g, &u, |sum, g, u| simd.mul_add_f32s(g, u, sum));
+                map3(simd, weight, g, &u, |sum, g, u| simd.mul_add_e_f32s(g, u, sum));
                 map2(simd, g, w, |g, w| simd.mul_f32s(g, w));
             }
             let groups = g.chunks_exact_mut(group_size).zip(u.chunks_exact(group_size));
@@ -250,7 +241,7 @@ impl WithSimd for BackwardTask<'_> {
                 };
                 let (mean, rho) = (simd.splat_f32s(mean), simd.splat_f32s(*rho));
                 map2(simd, g, u, |g, u| {
-                    simd.mul_f32s(rho, simd.mul_add_f32s(along, u, simd.sub_f32s(g, mean)))
+                    simd.mul_f32s(rho, simd.mul_add_e_f32s(along, u, simd.sub_f32s(g, mean)))
                 });
             }
             if let Some(z) = rows.gate(at, false) {

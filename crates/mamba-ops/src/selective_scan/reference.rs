@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 use super::{SelectiveScan, SelectiveScanOutput};
 use crate::args::state_dtype;
 use crate::layout::SequenceLayout;
-use crate::reference::{silu, softplus};
+use crate::reference::{silu, softplus, sum_last};
 
 /// `h_t = exp(Δ_t · A) h_{t-1} + Δ_t · B_t · u_t`, `y_t = C_t · h_t + D · u_t`, for any device and dtype;
 /// differentiable.
@@ -43,7 +43,7 @@ pub fn forward(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
         let decay = delta.broadcast_mul(&a)?.exp()?;
         let write = (delta * u.narrow(2, t, 1)?)?.broadcast_mul(&b.at(t)?)?;
         h = ((decay * &h)? + write)?;
-        ys.push(h.broadcast_mul(&c.at(t)?)?.sum_keepdim(2)?);
+        ys.push(sum_last(&h.broadcast_mul(&c.at(t)?)?)?);
     }
     let mut y = if seqlen == 0 { u.clone() } else { Tensor::cat(&ys, 2)? };
     if let Some(d) = args.d {

@@ -7,8 +7,8 @@ use pulp::{Simd, WithSimd};
 use super::Sizes;
 use crate::host::{SharedMut, parallel, uninit};
 use crate::simd::Isa;
-use crate::simd::math::{clamp, exp, exp2, silu, softplus};
-use crate::simd::slice::{map, map2, map3};
+use crate::simd::math::{clamp, exp, exp2};
+use crate::simd::slice::{map, map2, map3, mul_silu, softplus};
 
 /// Most rows that one task handles.
 const ROWS: usize = 256;
@@ -82,42 +82,57 @@ impl WithSimd for UpdateRows<'_> {
             map2(simd, dt, input, |dt, bias| simd.add_f32s(dt, bias));
         }
         if update.dt_softplus {
-            map(simd, dt, |dt| softplus(simd, dt));
+            softplus(simd, dt);
         }
         let (low, high) = update.dt_limit;
-        map(simd, dt, |dt| clamp(simd, dt, low, high));
+        map(
+            simd,
+            dt,
+            #[inline(always)]
+            |dt| clamp(simd, dt, low, high),
+        );
         let x = &update.x[batch * channels + first..][..len];
         input.copy_from_slice(x);
         map2(simd, input, dt, |x, dt| simd.mul_f32s(x, dt));
         if a_per_head {
             self::rows(update.a, true, headdim, first, decay);
-            map2(simd, decay, dt, |a, dt| exp(simd, simd.mul_f32s(a, dt)));
+            map2(
+                simd,
+                decay,
+                dt,
+                #[inline(always)]
+                |a, dt| exp(simd, simd.mul_f32s(a, dt)),
+            );
         } else {
             let log2_e = simd.splat_f32s(LOG2_E);
             decay.copy_from_slice(dt);
             map(simd, decay, |dt| simd.mul_f32s(dt, log2_e));
         }
 
-        for i in 0..len {
-            let channel = first + i;
-            let group = (batch * ngroups + channel / (channels / ngroups)) * d_state;
-            let (b, c) = (&update.b[group..][..d_state], &update.c[group..][..d_state]);
-            let h = &mut state[i * d_state..][..d_state];
-            y[i] = if a_per_head {
-                row::<S, true>(simd, h, [b, c, b], decay[i], input[i])
-            } else {
-                let a = &update.a[channel * d_state..][..d_state];
-                row::<S, false>(simd, h, [b, c, a], decay[i], input[i])
-            };
+        let group_len = channels / ngroups;
+        for group in first / group_len..(first + len).div_ceil(group_len) {
+            let start = (batch * ngroups + group) * d_state;
+            let (b, c) = (&update.b[start..][..d_state], &update.c[start..][..d_state]);
+            let start = (group * group_len).max(first);
+            for channel in start..((group + 1) * group_len).min(first + len) {
+                let i = channel - first;
+                let h = &mut state[i * d_state..][..d_state];
+                y[i] = if a_per_head {
+                    row::<S, true>(simd, h, [b, c, b], decay[i], input[i])
+                } else {
+                    let a = &update.a[channel * d_state..][..d_state];
+                    row::<S, false>(simd, h, [b, c, a], decay[i], input[i])
+                };
+            }
         }
 
         if let Some(d) = update.d {
             self::rows(d, update.d_per_head, headdim, first, dt);
-            map3(simd, y, dt, x, |y, d, x| simd.mul_add_f32s(d, x, y));
+            map3(simd, y, dt, x, |y, d, x| simd.mul_add_e_f32s(d, x, y));
         }
         if let Some(z) = update.z {
             let z = &z[batch * channels + first..][..len];
-            map2(simd, y, z, |y, z| simd.mul_f32s(y, silu(simd, z)));
+            mul_silu(simd, y, z);
         }
     }
 }
@@ -148,10 +163,6 @@ fn row<S: Simd, const ONE_DECAY: bool>(
     input: f32,
 ) -> f32 {
     let (decay, input) = (simd.splat_f32s(decay), simd.splat_f32s(input));
-    let step = |h: S::f32s, a: S::f32s, b: S::f32s| {
-        let decay = if ONE_DECAY { decay } else { exp2(simd, simd.mul_f32s(decay, a)) };
-        simd.mul_add_f32s(decay, h, simd.mul_f32s(input, b))
-    };
     let (h, h_tail) = S::as_mut_simd_f32s(h);
     let [(a, a_tail), (b, b_tail), (c, c_tail)] = [a, b, c].map(S::as_simd_f32s);
     // Four sums hide the latency of the additions.
@@ -160,20 +171,34 @@ fn row<S: Simd, const ONE_DECAY: bool>(
     let [(a4, a_rest), (b4, b_rest), (c4, c_rest)] = [a, b, c].map(|x| x.as_chunks::<4>());
     for (((h, a), b), c) in h4.iter_mut().zip(a4).zip(b4).zip(c4) {
         for i in 0..4 {
-            h[i] = step(h[i], a[i], b[i]);
-            sums[i] = simd.mul_add_f32s(h[i], c[i], sums[i]);
+            h[i] = step::<S, ONE_DECAY>(simd, h[i], [a[i], b[i]], decay, input);
+            sums[i] = simd.mul_add_e_f32s(h[i], c[i], sums[i]);
         }
     }
     for (((h, a), b), c) in h_rest.iter_mut().zip(a_rest).zip(b_rest).zip(c_rest) {
-        *h = step(*h, *a, *b);
-        sums[0] = simd.mul_add_f32s(*h, *c, sums[0]);
+        *h = step::<S, ONE_DECAY>(simd, *h, [*a, *b], decay, input);
+        sums[0] = simd.mul_add_e_f32s(*h, *c, sums[0]);
     }
     if !h_tail.is_empty() {
-        let [a, b, c] = [a_tail, b_tail, c_tail].map(|x| simd.partial_load_f32s(x));
-        let h = step(simd.partial_load_f32s(h_tail), a, b);
+        let (a, b) = (simd.partial_load_f32s(a_tail), simd.partial_load_f32s(b_tail));
+        let c = simd.partial_load_f32s(c_tail);
+        let h = step::<S, ONE_DECAY>(simd, simd.partial_load_f32s(h_tail), [a, b], decay, input);
         simd.partial_store_f32s(h_tail, h);
-        sums[1] = simd.mul_add_f32s(h, c, sums[1]);
+        sums[1] = simd.mul_add_e_f32s(h, c, sums[1]);
     }
     let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
     simd.reduce_sum_f32s(sum)
+}
+
+/// `decay · h + input · b`.
+#[inline(always)]
+fn step<S: Simd, const ONE_DECAY: bool>(
+    simd: S,
+    h: S::f32s,
+    [a, b]: [S::f32s; 2],
+    decay: S::f32s,
+    input: S::f32s,
+) -> S::f32s {
+    let decay = if ONE_DECAY { decay } else { exp2(simd, simd.mul_f32s(decay, a)) };
+    simd.mul_add_e_f32s(decay, h, simd.mul_f32s(input, b))
 }

@@ -105,8 +105,7 @@ impl<'a> SelectiveStateUpdate<'a> {
         check.require(ngroups > 0 && nheads.is_multiple_of(ngroups), || {
             format!("`b` has {ngroups} groups, expected a divisor of {} {nheads}", channels[0].0)
         })?;
-        let (low, high) = self.dt_limit;
-        check.require(low <= high, || format!("`dt_limit` is ({low}, {high}), expected (low, high)"))?;
+        check.dt_limit(self.dt_limit)?;
         Ok(Sizes { batch, nheads, headdim, ngroups, d_state, dt_per_head, a_per_head })
     }
 }

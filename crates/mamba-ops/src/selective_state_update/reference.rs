@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::SelectiveStateUpdate;
 use crate::args::state_dtype;
-use crate::reference::{clamp, silu, softplus};
+use crate::reference::{clamp, silu, softplus, sum_last};
 
 /// `(y, h')` with `h' = exp(Δ · A) h + Δ · x ⊗ B`, `y = h' C + D · x`, for any device and dtype; `state` stays as it is.
 ///
@@ -49,7 +49,7 @@ pub fn forward(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
     let decay = dt.broadcast_mul(&a)?.exp()?;
     let write = dt.broadcast_mul(&x.unsqueeze(3)?)?.broadcast_mul(&heads(args.b)?)?;
     let next = (decay.broadcast_mul(&state)? + write)?;
-    let mut y = next.broadcast_mul(&heads(args.c)?)?.sum(3)?;
+    let mut y = sum_last(&next.broadcast_mul(&heads(args.c)?)?)?.squeeze(3)?;
     if let Some(d) = args.d {
         y = (y + x.broadcast_mul(&channels(d, 0)?)?)?;
     }

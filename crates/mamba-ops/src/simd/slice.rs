@@ -64,7 +64,7 @@ pub(crate) fn map3<S: Simd>(
 #[inline(always)]
 pub(crate) fn axpy<S: Simd>(simd: S, y: &mut [f32], scale: f32, x: &[f32]) {
     let scale = simd.splat_f32s(scale);
-    map2(simd, y, x, |y, x| simd.mul_add_f32s(scale, x, y));
+    map2(simd, y, x, |y, x| simd.mul_add_e_f32s(scale, x, y));
 }
 
 /// `Σ f(a[i], b[i])`, with lanes past the end reading 0 on both sides, for which `f` must give 0.
@@ -156,6 +156,18 @@ pub(crate) fn mul_silu_derivative<S: Simd>(simd: S, y: &mut [f32], z: &[f32]) {
         z,
         #[inline(always)]
         |y, z| simd.mul_f32s(y, math::silu_with_derivative(simd, z).1),
+    );
+}
+
+/// `y[i] = grad[i] · silu'(y[i])`.
+#[inline(always)]
+pub(crate) fn silu_backward<S: Simd>(simd: S, y: &mut [f32], grad: &[f32]) {
+    map2(
+        simd,
+        y,
+        grad,
+        #[inline(always)]
+        |y, grad| simd.mul_f32s(grad, math::silu_with_derivative(simd, y).1),
     );
 }
 

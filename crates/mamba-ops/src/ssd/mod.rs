@@ -86,8 +86,7 @@ impl<'a> SsdChunkScan<'a> {
         if let Some(state) = self.initial_state {
             check.state("initial_state", state, &[b, h, p, n])?;
         }
-        let (low, high) = self.dt_limit;
-        check.require(low <= high, || format!("`dt_limit` is ({low}, {high}), expected (low, high)"))?;
+        check.dt_limit(self.dt_limit)?;
         check.require(self.chunk_size > 0, || "`chunk_size` is 0, expected at least 1".into())?;
         Ok(Sizes { batch, seqlen, nheads, headdim, ngroups, d_state })
     }

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::{SsdChunkScan, SsdChunkScanOutput};
 use crate::args::state_dtype;
-use crate::reference::{clamp, silu, softplus};
+use crate::reference::{clamp, silu, softplus, sum_last};
 
 /// `h_t = exp(Δ_t · A) h_{t-1} + Δ_t · x_t ⊗ B_t`, `y_t = h_t C_t + D · x_t`, for any device and dtype;
 /// differentiable.
@@ -45,7 +45,7 @@ pub fn forward(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
         let input = column(&dt, t, 1)?.broadcast_mul(&column(&x, t, headdim)?)?;
         let write = input.broadcast_mul(&token(&b, t)?)?;
         h = (column(&decay, t, 1)?.broadcast_mul(&h)? + write)?;
-        ys.push(h.broadcast_mul(&token(&c, t)?)?.sum(3)?.unsqueeze(1)?);
+        ys.push(sum_last(&h.broadcast_mul(&token(&c, t)?)?)?.squeeze(3)?.unsqueeze(1)?);
     }
     let mut y = if seqlen == 0 { x.clone() } else { Tensor::cat(&ys, 1)? };
     if let Some(d) = args.d {

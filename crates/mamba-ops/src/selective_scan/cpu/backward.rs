@@ -11,7 +11,7 @@ use pulp::{Simd, WithSimd};
 
 use super::forward::Steps;
 use super::{BLOCK, Block, Coefficients, Scan, Sizes, TILE, gather, scatter};
-use crate::host::{SharedMut, parallel, transposed, uninit};
+use crate::host::{SharedMut, add_rows, parallel, transposed, uninit};
 use crate::layout::SequenceLayout;
 use crate::simd::Isa;
 use crate::simd::slice::{map2, mul_sigmoid, mul_silu, mul_silu_derivative};
@@ -97,15 +97,6 @@ pub(in super::super) fn backward(
     }
 }
 
-/// The sum of the rows of a matrix.
-fn add_rows(values: &[f32], columns: usize) -> Vec<f32> {
-    let mut out = vec![0.0; columns];
-    for row in values.chunks_exact(columns.max(1)) {
-        out.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
-    }
-    out
-}
-
 /// Adds the sums `(task, seqlen, d_state)` up by group, in the layout of the input.
 fn varying_gradient(scan: &Scan, groups: usize, tasks: &[Vec<Block>], sums: &[f32]) -> Vec<f32> {
     let Sizes { batch, dim, seqlen, d_state, .. } = scan.sizes;
@@ -119,10 +110,7 @@ fn varying_gradient(scan: &Scan, groups: usize, tasks: &[Vec<Block>], sums: &[f3
     }
     match scan.layout {
         SequenceLayout::ChannelsLast => out,
-        SequenceLayout::ChannelsFirst => {
-            let columns = groups * d_state;
-            out.chunks_exact((seqlen * columns).max(1)).flat_map(|x| transposed(x, seqlen, columns)).collect()
-        }
+        SequenceLayout::ChannelsFirst => transposed(&out, seqlen, groups * d_state),
     }
 }
 
@@ -388,20 +376,20 @@ impl BackwardTask<'_> {
                     let b = if B_VARIES { simd.splat_f32s(b_values[i]) } else { b_constant[i] };
                     let c = if C_VARIES { simd.splat_f32s(c_values[i]) } else { c_constant[i] };
                     let c_sum = if C_VARIES { &mut c_sums[i] } else { &mut grad_c[i] };
-                    *c_sum = simd.mul_add_f32s(g, state[i], *c_sum);
-                    let h = simd.mul_add_f32s(c, g, grad_h[i]);
+                    *c_sum = simd.mul_add_e_f32s(g, state[i], *c_sum);
+                    let h = simd.mul_add_e_f32s(c, g, grad_h[i]);
                     let b_sum = if B_VARIES { &mut b_sums[i] } else { &mut grad_b[i] };
-                    *b_sum = simd.mul_add_f32s(h, input, *b_sum);
-                    through_input = simd.mul_add_f32s(h, b, through_input);
+                    *b_sum = simd.mul_add_e_f32s(h, input, *b_sum);
+                    through_input = simd.mul_add_e_f32s(h, b, through_input);
                     let carried = simd.mul_f32s(h, decay[i]);
                     let exponent = simd.mul_f32s(carried, before[i]);
-                    through_decay = simd.mul_add_f32s(exponent, a[i], through_decay);
-                    grad_a[i] = simd.mul_add_f32s(exponent, delta, grad_a[i]);
+                    through_decay = simd.mul_add_e_f32s(exponent, a[i], through_decay);
+                    grad_a[i] = simd.mul_add_e_f32s(exponent, delta, grad_a[i]);
                     grad_h[i] = carried;
                 }
-                grad_u[at] = simd.mul_add_f32s(delta, through_input, simd.mul_f32s(d[v], g));
-                grad_delta[at] = simd.mul_add_f32s(u, through_input, simd.mul_f32s(ln_2, through_decay));
-                grad_d[v] = simd.mul_add_f32s(g, u, grad_d[v]);
+                grad_u[at] = simd.mul_add_e_f32s(delta, through_input, simd.mul_f32s(d[v], g));
+                grad_delta[at] = simd.mul_add_e_f32s(u, through_input, simd.mul_f32s(ln_2, through_decay));
+                grad_d[v] = simd.mul_add_e_f32s(g, u, grad_d[v]);
             }
         }
     }

@@ -192,8 +192,8 @@ impl Steps {
                     let decay = exp2(simd, simd.mul_f32s(delta, a[i]));
                     let b = if B_VARIES { simd.splat_f32s(b_values[i]) } else { b_constant[i] };
                     let c = if C_VARIES { simd.splat_f32s(c_values[i]) } else { c_constant[i] };
-                    h[i] = simd.mul_add_f32s(decay, h[i], simd.mul_f32s(input, b));
-                    sum = simd.mul_add_f32s(h[i], c, sum);
+                    h[i] = simd.mul_add_e_f32s(decay, h[i], simd.mul_f32s(input, b));
+                    sum = simd.mul_add_e_f32s(h[i], c, sum);
                     visit((v * TILE + t) * n + i, h[i], decay);
                 }
                 y[v] = sum;

@@ -7,7 +7,7 @@ mod forward;
 use std::borrow::Cow;
 
 use super::Sizes;
-use crate::host::{SharedMut, batch_transposed};
+use crate::host::{SharedMut, transposed};
 use crate::layout::SequenceLayout;
 
 pub(super) use backward::backward;
@@ -46,8 +46,10 @@ pub(super) enum Coefficients<'a> {
 impl<'a> Coefficients<'a> {
     pub(super) fn new(x: &'a [f32], sizes: Sizes, groups: Option<usize>, layout: SequenceLayout) -> Self {
         let Some(groups) = groups else { return Self::Constant(x) };
-        let transpose = layout == SequenceLayout::ChannelsFirst;
-        let values = batch_transposed(x, transpose, groups * sizes.d_state, sizes.seqlen);
+        let values = match layout {
+            SequenceLayout::ChannelsFirst => Cow::Owned(transposed(x, groups * sizes.d_state, sizes.seqlen)),
+            SequenceLayout::ChannelsLast => Cow::Borrowed(x),
+        };
         Self::Varying { groups, values }
     }
 

@@ -5,10 +5,9 @@ use pulp::{Simd, WithSimd};
 
 use super::matrix::{Product, Strided, Zeros, copy, padded, transpose};
 use super::{Block, Chunk, Piece, Scan, Sizes, Steps, load_inputs, outputs, scale, scores};
-use crate::host::{SharedMut, parallel, uninit};
+use crate::host::{SharedMut, add_rows, parallel, uninit};
 use crate::simd::Isa;
-use crate::simd::math::{sigmoid, silu_with_derivative};
-use crate::simd::slice::{dot, map2, map3, sum};
+use crate::simd::slice::{dot, map2, map3, mul_sigmoid, mul_silu, mul_silu_derivative, sum};
 
 /// Gradients of the inputs, each laid out as its input.
 pub(in super::super) struct Grads {
@@ -76,15 +75,6 @@ pub(in super::super) fn backward(
         dt_bias: over_batch(dt_bias),
         initial_state,
     }
-}
-
-/// The sum of the rows of a matrix.
-fn add_rows(values: &[f32], columns: usize) -> Vec<f32> {
-    let mut out = vec![0.0; columns];
-    for row in values.chunks_exact(columns.max(1)) {
-        out.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
-    }
-    out
 }
 
 /// Adds the sums `(block, seqlen, d_state)` up by group.
@@ -345,12 +335,11 @@ impl BackwardBlock<'_> {
             if let Some(z) = scan.z {
                 let z = &z[at..][..headdim];
                 scan.add_skip(simd, piece.head, &scan.x[at..][..headdim], y);
-                map3(simd, y, grad, z, |y, grad, z| {
-                    simd.mul_f32s(simd.mul_f32s(grad, y), silu_with_derivative(simd, z).1)
-                });
+                map2(simd, y, grad, |y, grad| simd.mul_f32s(y, grad));
+                mul_silu_derivative(simd, y, z);
                 // SAFETY: each head writes its own channels.
                 unsafe { self.outputs.z.get(at, headdim) }.copy_from_slice(y);
-                map2(simd, grad, z, |grad, z| simd.mul_f32s(grad, silu_with_derivative(simd, z).0));
+                mul_silu(simd, grad, z);
             }
         }
     }
@@ -379,10 +368,10 @@ impl BackwardBlock<'_> {
                 &mut scratch.score_sums[row.clone()],
                 grads,
                 &scratch.decays[row.clone()],
-                |s, g, d| simd.mul_add_f32s(g, d, s),
+                |s, g, d| simd.mul_add_e_f32s(g, d, s),
             );
             map3(simd, &mut scratch.pairs[..k + 1], grads, &scratch.decayed[row], |s, g, m| {
-                simd.mul_add_f32s(g, m, s)
+                simd.mul_add_e_f32s(g, m, s)
             });
             scratch.through_pairs[k] = sum(simd, &scratch.pairs[..k]);
         }
@@ -461,7 +450,7 @@ impl BackwardBlock<'_> {
         for ((grad, c), sums) in rows.zip(scratch.c_sums.chunks_exact_mut(q)) {
             map2(simd, &mut sums[..tokens], grad, |sum, grad| simd.add_f32s(sum, grad));
             map3(simd, &mut scratch.through_start[..tokens], grad, c, |sum, grad, c| {
-                simd.mul_add_f32s(grad, c, sum)
+                simd.mul_add_e_f32s(grad, c, sum)
             });
         }
         let through_all = scratch.steps.total * dot(simd, &carry.state, &scratch.state);
@@ -514,7 +503,7 @@ impl BackwardBlock<'_> {
             grad_x.copy_from_slice(grad);
             scale(simd, dt, grad_x);
             scan.add_skip(simd, piece.head, grad_y, grad_x);
-            map3(simd, &mut carry.d, grad_y, x, |sum, grad, x| simd.mul_add_f32s(grad, x, sum));
+            map3(simd, &mut carry.d, grad_y, x, |sum, grad, x| simd.mul_add_e_f32s(grad, x, sum));
         }
         let grad_dt = &mut scratch.grad_dt[..tokens];
         let (low, high) = scan.dt_limit;
@@ -524,7 +513,7 @@ impl BackwardBlock<'_> {
             }
         }
         if scan.dt_softplus {
-            map2(simd, grad_dt, &scratch.steps.raw, |grad, raw| simd.mul_f32s(grad, sigmoid(simd, raw)));
+            mul_sigmoid(simd, grad_dt, &scratch.steps.raw[..tokens]);
         }
         for (k, &grad) in grad_dt.iter().enumerate() {
             carry.dt_bias += f64::from(grad);

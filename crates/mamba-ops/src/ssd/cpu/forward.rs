@@ -6,8 +6,7 @@ use super::matrix::{Product, Strided, Zeros, copy, padded, transpose};
 use super::{Block, Piece, Scan, Sizes, Steps, load_inputs, outputs, scale, scores};
 use crate::host::{SharedMut, parallel, uninit};
 use crate::simd::Isa;
-use crate::simd::math::silu;
-use crate::simd::slice::map2;
+use crate::simd::slice::mul_silu;
 
 /// What the forward pass leaves.
 pub(in super::super) struct Forward {
@@ -132,7 +131,7 @@ impl Scratch {
             out.copy_from_slice(&y[..headdim]);
             scan.add_skip(simd, head, &scan.x[at..][..headdim], out);
             if let Some(z) = scan.z {
-                map2(simd, out, &z[at..][..headdim], |y, z| simd.mul_f32s(y, silu(simd, z)));
+                mul_silu(simd, out, &z[at..][..headdim]);
             }
         }
         for (input, &decay) in self.inputs.chunks_exact_mut(p).zip(&self.steps.to_end).take(tokens) {

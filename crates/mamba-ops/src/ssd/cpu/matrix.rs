@@ -138,18 +138,26 @@ impl Product<'_> {
         let mut sums = [[simd.splat_f32s(0.0); V]; R];
         // SAFETY: by the contract all offsets below lie within the slices.
         unsafe {
-            let a = self.a.values.as_ptr().add(row * self.a.row);
-            let b = self.b.0.as_ptr().add(column);
-            for k in start..end {
-                let b = b.add(k * self.b.1);
-                let b: [S::f32s; V] =
-                    std::array::from_fn(|v| b.add(v * S::F32_LANES).cast::<S::f32s>().read_unaligned());
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let a = simd.splat_f32s(*a.add(r * self.a.row + k * self.a.column));
+            // One pointer a row, moved by one offset: few enough registers for nothing to spill.
+            let mut a = [self.a.values.as_ptr(); R];
+            for (r, a) in a.iter_mut().enumerate() {
+                *a = a.add((row + r) * self.a.row);
+            }
+            let mut at = start * self.a.column;
+            let mut b = self.b.0.as_ptr().wrapping_add(start * self.b.1 + column);
+            for _ in start..end {
+                let mut values = [simd.splat_f32s(0.0); V];
+                for (v, value) in values.iter_mut().enumerate() {
+                    *value = b.add(v * S::F32_LANES).cast::<S::f32s>().read_unaligned();
+                }
+                for r in 0..R {
+                    let a = simd.splat_f32s(*a[r].add(at));
                     for v in 0..V {
-                        sums[v] = simd.mul_add_f32s(a, b[v], sums[v]);
+                        sums[r][v] = simd.mul_add_e_f32s(a, values[v], sums[r][v]);
                     }
                 }
+                at = at.wrapping_add(self.a.column);
+                b = b.wrapping_add(self.b.1);
             }
             let keep = simd.splat_f32s(self.keep);
             for (r, sums) in sums.iter().enumerate() {
@@ -157,7 +165,7 @@ impl Product<'_> {
                 for (v, &sum) in sums.iter().enumerate() {
                     let out = out.add(v * S::F32_LANES).cast::<S::f32s>();
                     let kept = self.keep != 0.0;
-                    let value = if kept { simd.mul_add_f32s(keep, out.read_unaligned(), sum) } else { sum };
+                    let value = if kept { simd.mul_add_e_f32s(keep, out.read_unaligned(), sum) } else { sum };
                     out.write_unaligned(value);
                 }
             }

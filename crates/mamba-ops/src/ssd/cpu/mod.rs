@@ -13,8 +13,8 @@ use std::f64::consts::LOG2_E;
 use pulp::Simd;
 
 use super::Sizes;
-use crate::simd::math::{clamp, exp2, softplus};
-use crate::simd::slice::{map, map2, map3};
+use crate::simd::math::{clamp, exp2};
+use crate::simd::slice::{map, map2, map3, softplus};
 use matrix::{Product, Strided, Zeros, padded, transpose};
 
 pub(super) use backward::backward;
@@ -136,10 +136,10 @@ impl Scan<'_> {
         let Some(d) = self.d else { return };
         if self.d_per_channel {
             let d = &d[head * x.len()..][..x.len()];
-            map3(simd, y, d, x, |y, d, x| simd.mul_add_f32s(d, x, y));
+            map3(simd, y, d, x, |y, d, x| simd.mul_add_e_f32s(d, x, y));
         } else {
             let d = simd.splat_f32s(d[head]);
-            map2(simd, y, x, |y, x| simd.mul_add_f32s(d, x, y));
+            map2(simd, y, x, |y, x| simd.mul_add_e_f32s(d, x, y));
         }
     }
 }
@@ -196,11 +196,16 @@ impl Steps {
         }
         self.free.copy_from_slice(&self.raw);
         if scan.dt_softplus {
-            map(simd, &mut self.free, |x| softplus(simd, x));
+            softplus(simd, &mut self.free);
         }
         self.dt.copy_from_slice(&self.free);
         let (low, high) = scan.dt_limit;
-        map(simd, &mut self.dt, |x| clamp(simd, x, low, high));
+        map(
+            simd,
+            &mut self.dt,
+            #[inline(always)]
+            |x| clamp(simd, x, low, high),
+        );
         let (a, mut sum) = (f64::from(scan.a[head]) * LOG2_E, 0.0);
         for t in 0..q {
             sum += f64::from(self.dt[t]) * a;
@@ -208,27 +213,51 @@ impl Steps {
             self.low[t] = (sum - f64::from(self.high[t])) as f32;
         }
         self.from_start.copy_from_slice(&self.high);
-        map2(simd, &mut self.from_start, &self.low, |high, low| exp2(simd, simd.add_f32s(high, low)));
+        map2(
+            simd,
+            &mut self.from_start,
+            &self.low,
+            #[inline(always)]
+            |high, low| decay(simd, simd.add_f32s(high, low)),
+        );
         self.total = self.from_start[q - 1];
-        let (high, low) = (simd.splat_f32s(self.high[q - 1]), simd.splat_f32s(self.low[q - 1]));
-        self.to_end.copy_from_slice(&self.high);
-        map2(simd, &mut self.to_end, &self.low, |h, l| {
-            exp2(simd, simd.add_f32s(simd.sub_f32s(high, h), simd.sub_f32s(low, l)))
-        });
+        self.to_end.fill(1.0);
+        let Self { high, low, to_end, .. } = self;
+        mul_decays(simd, [high, low], q - 1, to_end);
     }
 
     /// `out[j] = scores[j] · (the decay from after token j to after token i)` for `j ≤ i`, then zeros.
     #[inline(always)]
     fn decay_row<S: Simd>(&self, simd: S, i: usize, scores: &[f32], out: &mut [f32]) {
-        let (high, low) = (simd.splat_f32s(self.high[i]), simd.splat_f32s(self.low[i]));
         let len = (i + 1).next_multiple_of(S::F32_LANES);
         out[..len].copy_from_slice(&scores[..len]);
-        map3(simd, &mut out[..len], &self.high, &self.low, |score, h, l| {
-            let exponent = simd.add_f32s(simd.sub_f32s(high, h), simd.sub_f32s(low, l));
-            simd.mul_f32s(score, exp2(simd, exponent))
-        });
+        mul_decays(simd, [&self.high, &self.low], i, &mut out[..len]);
         out[i + 1..].fill(0.0);
     }
+}
+
+/// `2^exponent`, but 0 below `2^-100`: products with subnormal numbers would take a hundred times as long.
+#[inline(always)]
+fn decay<S: Simd>(simd: S, exponent: S::f32s) -> S::f32s {
+    let vanishes = simd.less_than_f32s(exponent, simd.splat_f32s(-100.0));
+    exp2(simd, simd.select_f32s(vanishes, simd.splat_f32s(f32::NEG_INFINITY), exponent))
+}
+
+/// `y[j] *= 2^(s[i] - s[j])`, where `s = high + low`.
+#[inline(always)]
+fn mul_decays<S: Simd>(simd: S, [high, low]: [&[f32]; 2], i: usize, y: &mut [f32]) {
+    let (high_i, low_i) = (simd.splat_f32s(high[i]), simd.splat_f32s(low[i]));
+    map3(
+        simd,
+        y,
+        high,
+        low,
+        #[inline(always)]
+        |y, high, low| {
+            let exponent = simd.add_f32s(simd.sub_f32s(high_i, high), simd.sub_f32s(low_i, low));
+            simd.mul_f32s(y, decay(simd, exponent))
+        },
+    );
 }
 
 /// `out (q, q) = C · Bᵀ` at and below the diagonal; `b_columns` is `Bᵀ`, `(d_state, q)`.

@@ -1,0 +1,223 @@
+//! All of a Mamba block between its first and its last projection, as one node of the graph that keeps only its inputs.
+
+use candle_core::{Result, Tensor, bail};
+
+use crate::args::{Checker, Dim};
+use crate::causal_conv1d::{CausalConv1d, causal_conv1d};
+use crate::checkpoint;
+use crate::layout::SequenceLayout;
+use crate::projection::{channels, project};
+use crate::selective_scan::{SelectiveScan, selective_scan};
+
+const OP: &str = "mamba1_inner";
+
+/// Arguments of [`mamba1_inner`]; see there for shapes.
+#[derive(Debug, Clone, Copy)]
+pub struct Mamba1Inner<'a> {
+    /// What the first projection gives, `[x | z]`: `(batch, seqlen, 2 · dim)`.
+    pub xz: &'a Tensor,
+    /// One filter a channel, `(dim, width)`.
+    pub conv_weight: &'a Tensor,
+    /// `(dim,)`.
+    pub conv_bias: Option<&'a Tensor>,
+    /// From `x` to `[dt | B | C]`, `(dt_rank + 2 · d_state, dim)`.
+    pub x_proj: &'a Tensor,
+    /// From `dt` to the step size of each channel, `(dim, dt_rank)`.
+    pub dt_proj: &'a Tensor,
+    /// Added to the step size first, `(dim,)`: the bias of `dt_proj`.
+    pub delta_bias: Option<&'a Tensor>,
+    /// `(dim, d_state)`; negative in a stable system.
+    pub a: &'a Tensor,
+    /// The skip connection, `(dim,)`.
+    pub d: Option<&'a Tensor>,
+    /// The last projection, `(d_model, dim)`.
+    pub out_proj: Option<&'a Tensor>,
+    /// Whether the step size goes through a softplus.
+    pub delta_softplus: bool,
+    /// The `width - 1` inputs of the convolution before the first, `(batch, dim, width - 1)`; zeros if absent.
+    pub initial_conv_state: Option<&'a Tensor>,
+    /// The state before the first token, `(batch, dim, d_state)`; zeros if absent.
+    pub initial_ssm_state: Option<&'a Tensor>,
+}
+
+impl<'a> Mamba1Inner<'a> {
+    /// The required arguments; everything else absent, but the softplus.
+    pub fn new(
+        xz: &'a Tensor,
+        conv_weight: &'a Tensor,
+        x_proj: &'a Tensor,
+        dt_proj: &'a Tensor,
+        a: &'a Tensor,
+    ) -> Self {
+        Self {
+            xz,
+            conv_weight,
+            conv_bias: None,
+            x_proj,
+            dt_proj,
+            delta_bias: None,
+            a,
+            d: None,
+            out_proj: None,
+            delta_softplus: true,
+            initial_conv_state: None,
+            initial_ssm_state: None,
+        }
+    }
+
+    fn sizes(&self) -> Result<Sizes> {
+        let check = Checker::new(OP, "xz", self.xz)?;
+        let [batch, _, channels] = check.main_dims(["batch", "seqlen", "2 dim"])?;
+        check.require(channels.is_multiple_of(2), || {
+            format!("`xz` has shape {:?}, expected (batch, seqlen, 2 dim)", self.xz.dims())
+        })?;
+        let dim = channels / 2;
+        let last = |x: &Tensor| x.dims().last().copied().unwrap_or(0);
+        let (width, dt_rank, d_state) = (last(self.conv_weight), last(self.dt_proj), last(self.a));
+        let (b, d, n): (Dim, Dim, Dim) = (("batch", batch), ("dim", dim), ("d_state", d_state));
+        check.parameter("a", self.a, &[d, n])?;
+        check.parameter("conv_weight", self.conv_weight, &[d, ("width", width)])?;
+        check.require(width > 0, || "`conv_weight` has width 0, expected at least 1".into())?;
+        check.parameter("dt_proj", self.dt_proj, &[d, ("dt_rank", dt_rank)])?;
+        check.require(dt_rank > 0, || "`dt_proj` has rank 0, expected at least 1".into())?;
+        check.parameter("x_proj", self.x_proj, &[("dt_rank + 2 d_state", dt_rank + 2 * d_state), d])?;
+        for (name, x) in [("conv_bias", self.conv_bias), ("delta_bias", self.delta_bias), ("d", self.d)] {
+            if let Some(x) = x {
+                check.parameter(name, x, &[d])?;
+            }
+        }
+        if let Some(out_proj) = self.out_proj {
+            let d_model = out_proj.dims().first().copied().unwrap_or(0);
+            check.parameter("out_proj", out_proj, &[("d_model", d_model), d])?;
+        }
+        if let Some(state) = self.initial_conv_state {
+            check.state("initial_conv_state", state, &[b, d, ("width - 1", width - 1)])?;
+        }
+        if let Some(state) = self.initial_ssm_state {
+            check.state("initial_ssm_state", state, &[b, d, n])?;
+        }
+        Ok(Sizes { dim, d_state, dt_rank })
+    }
+}
+
+/// What [`mamba1_inner`] returns.
+#[derive(Debug, Clone)]
+pub struct Mamba1InnerOutput {
+    /// `(batch, seqlen, dim)`, or `(batch, seqlen, d_model)` with `out_proj`, in the dtype of `xz`.
+    pub y: Tensor,
+    /// The window of the convolution after the last token, `(batch, dim, width - 1)`, `f32`.
+    pub final_conv_state: Tensor,
+    /// The state after the last token, `(batch, dim, d_state)`, `f32`.
+    pub final_ssm_state: Tensor,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    dim: usize,
+    d_state: usize,
+    dt_rank: usize,
+}
+
+/// Runs a Mamba block from its first projection on: convolution, projections to `dt`, `B` and `C`, scan and gate, and
+/// the last projection if given.
+///
+/// `[x | z] = xz`; `x ← silu(conv(x))` as [`causal_conv1d`]; `[dt | B | C] = x · x_projᵀ`; `delta = dt · dt_projᵀ`; `y` is
+/// what [`selective_scan`] makes of them, gated by `silu(z)`, and `y ← y Wᵀ` with `out_proj`. The same as calling these
+/// ops one after another, but while training nothing in between is kept: `backward()` computes it again.
+///
+/// # Shapes
+/// `xz`: `(batch, seqlen, 2 · dim)`; f32, f16, bf16 or f64, which is the dtype of `y` and of the matrix products too ·
+/// `conv_weight`: `(dim, width)` · `x_proj`: `(dt_rank + 2 · d_state, dim)` · `dt_proj`: `(dim, dt_rank)` · `a`:
+/// `(dim, d_state)` · `conv_bias`, `delta_bias`, `d`: `(dim,)` · `out_proj`: `(d_model, dim)` · `initial_conv_state`,
+/// `final_conv_state`: `(batch, dim, width - 1)` · `initial_ssm_state`, `final_ssm_state`: `(batch, dim, d_state)`, both
+/// always `f32` (`f64` if `xz` is).
+/// # Gradients
+/// For every input, through every output, by [`checkpoint`](crate::checkpoint()).
+/// # Errors
+/// If a shape, dtype or device disagrees with `xz`.
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use mamba_ops::{Mamba1Inner, mamba1_inner};
+/// # fn main() -> candle_core::Result<()> {
+/// let (batch, seqlen, dim, d_state, dt_rank, width) = (2, 20, 8, 16, 2, 4);
+/// let xz = Var::randn(0f32, 1.0, (batch, seqlen, 2 * dim), &Device::Cpu)?;
+/// let conv_weight = Tensor::randn(0f32, 0.5, (dim, width), &Device::Cpu)?;
+/// let x_proj = Tensor::randn(0f32, 0.3, (dt_rank + 2 * d_state, dim), &Device::Cpu)?;
+/// let dt_proj = Var::randn(0f32, 0.3, (dim, dt_rank), &Device::Cpu)?;
+/// let a = Tensor::rand(-16f32, -1.0, (dim, d_state), &Device::Cpu)?;
+/// let output = mamba1_inner(&Mamba1Inner::new(&xz, &conv_weight, &x_proj, &dt_proj, &a))?;
+/// assert_eq!(output.y.dims(), [batch, seqlen, dim]);
+/// let grads = output.y.sqr()?.sum_all()?.backward()?;
+/// assert!(grads.get(&xz).is_some() && grads.get(&dt_proj).is_some());
+/// # Ok(()) }
+/// ```
+/// # Source
+/// `mamba_inner_fn` in state-spaces/mamba.
+pub fn mamba1_inner(args: &Mamba1Inner) -> Result<Mamba1InnerOutput> {
+    let sizes = args.sizes()?;
+    let delta_softplus = args.delta_softplus;
+    let inputs = [
+        Some(args.xz),
+        Some(args.conv_weight),
+        args.conv_bias,
+        Some(args.x_proj),
+        Some(args.dt_proj),
+        args.delta_bias,
+        Some(args.a),
+        args.d,
+        args.out_proj,
+        args.initial_conv_state,
+        args.initial_ssm_state,
+    ];
+    let outputs = checkpoint::with_slots(OP, &inputs, move |inputs| forward(sizes, delta_softplus, inputs))?;
+    match <[Tensor; 3]>::try_from(outputs) {
+        Ok([y, final_conv_state, final_ssm_state]) => {
+            Ok(Mamba1InnerOutput { y, final_conv_state, final_ssm_state })
+        }
+        Err(outputs) => bail!("{OP}: {} outputs, expected 3", outputs.len()),
+    }
+}
+
+fn forward(sizes: Sizes, delta_softplus: bool, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> {
+    let [xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, a, d, out_proj, conv_state, ssm_state] =
+        inputs
+    else {
+        bail!("{OP}: {} inputs, expected 11", inputs.len())
+    };
+    let (Some(xz), Some(conv_weight), Some(x_proj), Some(dt_proj), Some(a)) =
+        (xz, conv_weight, x_proj, dt_proj, a)
+    else {
+        bail!("{OP}: a required input is missing")
+    };
+    let Sizes { dim, d_state, dt_rank } = sizes;
+    let layout = SequenceLayout::ChannelsLast;
+    let conv = causal_conv1d(&CausalConv1d {
+        bias: conv_bias.as_ref(),
+        initial_state: conv_state.as_ref(),
+        layout,
+        ..CausalConv1d::new(&channels(xz, 0, dim)?, conv_weight)
+    })?;
+    let projected = project(&conv.y, x_proj)?;
+    let delta = project(&channels(&projected, 0, dt_rank)?, dt_proj)?;
+    let scan = selective_scan(&SelectiveScan {
+        d: d.as_ref(),
+        z: Some(&channels(xz, dim, dim)?),
+        delta_bias: delta_bias.as_ref(),
+        delta_softplus,
+        initial_state: ssm_state.as_ref(),
+        layout,
+        ..SelectiveScan::new(
+            &conv.y,
+            &delta,
+            a,
+            &channels(&projected, dt_rank, d_state)?,
+            &channels(&projected, dt_rank + d_state, d_state)?,
+        )
+    })?;
+    let y = match out_proj {
+        Some(weight) => project(&scan.y, weight)?,
+        None => scan.y,
+    };
+    Ok(vec![y, conv.final_state, scan.final_state])
+}

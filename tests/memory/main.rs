@@ -1,0 +1,182 @@
+//! What the graph of a fused block keeps alive while training, in bytes, counted by the allocator of this program.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use candle_core::{Device, Result, Tensor, Var};
+use mamba_ops::{
+    CausalConv1d, GatedRmsNorm, Mamba1Inner, Mamba2SplitConv1dScan, Norm, SelectiveScan, SequenceLayout,
+    SsdChunkScan, causal_conv1d, checkpoint, mamba1_inner, mamba2_split_conv1d_scan, norm, selective_scan,
+    ssd_chunk_scan,
+};
+
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn grow(by: usize) {
+    PEAK.fetch_max(LIVE.fetch_add(by, Relaxed) + by, Relaxed);
+}
+
+// SAFETY: every call is passed on to the system's allocator as it is; counting does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        // SAFETY: the caller's contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Bytes that are alive after `forward` beyond what was before, without the outputs' own; and the most that were alive
+/// at once during backward beyond what was before forward.
+fn graph(forward: impl Fn() -> Result<Vec<Tensor>>) -> (usize, usize) {
+    // Threads and tables that are made once are none of the graph's.
+    drop(forward().unwrap()[0].sum_all().unwrap().backward().unwrap());
+    let before = LIVE.load(Relaxed);
+    let outputs = forward().unwrap();
+    let own: usize = outputs.iter().map(|y| y.elem_count() * y.dtype().size_in_bytes()).sum();
+    let kept = LIVE.load(Relaxed) - before - own;
+    let loss = outputs[0].sum_all().unwrap();
+    PEAK.store(LIVE.load(Relaxed), Relaxed);
+    drop(loss.backward().unwrap());
+    (kept, PEAK.load(Relaxed) - before)
+}
+
+fn var(shape: &[usize]) -> Var {
+    Var::from_tensor(&Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()).unwrap()
+}
+
+fn report(name: &str, activation: usize, fused: (usize, usize), unfused: (usize, usize)) {
+    println!("{name}: the main input has {activation} bytes");
+    println!("  fused:   graph keeps {}, peak of backward {}", fused.0, fused.1);
+    println!("  unfused: graph keeps {}, peak of backward {}", unfused.0, unfused.1);
+}
+
+fn mamba2() {
+    let (batch, seqlen, nheads, headdim, d_state, width) = (2, 512, 8, 16, 32, 4);
+    let (d_ssm, conv_dim) = (nheads * headdim, nheads * headdim + 2 * d_state);
+    let zxbcdt = var(&[batch, seqlen, d_ssm + conv_dim + nheads]);
+    let (conv_weight, weight, d) = (var(&[conv_dim, width]), var(&[d_ssm]), var(&[nheads]));
+    let a = var(&[nheads]).exp().unwrap().neg().unwrap();
+    let fused = graph(|| {
+        let norm = GatedRmsNorm { weight: &weight, eps: 1e-5, group_size: None, norm_before_gate: false };
+        let output = mamba2_split_conv1d_scan(&Mamba2SplitConv1dScan {
+            norm: Some(norm),
+            d: Some(&d),
+            ..Mamba2SplitConv1dScan::new(&zxbcdt, &conv_weight, &a, headdim)
+        })?;
+        Ok(vec![output.y, output.final_conv_state, output.final_ssm_state])
+    });
+    let unfused = graph(|| {
+        let z = zxbcdt.narrow(2, 0, d_ssm)?;
+        let conv = causal_conv1d(&CausalConv1d {
+            layout: SequenceLayout::ChannelsLast,
+            ..CausalConv1d::new(&zxbcdt.narrow(2, d_ssm, conv_dim)?, &conv_weight)
+        })?;
+        let group = |start: usize| conv.y.narrow(2, start, d_state)?.reshape((batch, seqlen, 1, d_state));
+        let scan = ssd_chunk_scan(&SsdChunkScan {
+            d: Some(&d),
+            dt_softplus: true,
+            ..SsdChunkScan::new(
+                &conv.y.narrow(2, 0, d_ssm)?.reshape((batch, seqlen, nheads, headdim))?,
+                &zxbcdt.narrow(2, d_ssm + conv_dim, nheads)?,
+                &a,
+                &group(d_ssm)?,
+                &group(d_ssm + d_state)?,
+            )
+        })?;
+        let y = scan.y.reshape((batch, seqlen, d_ssm))?;
+        let y = norm(&Norm { z: Some(&z), ..Norm::rms(&y, &weight, 1e-5) })?.y;
+        Ok(vec![y, conv.final_state, scan.final_state])
+    });
+    let activation = zxbcdt.elem_count() * 4;
+    report("Mamba-2", activation, fused, unfused);
+    // Nothing that grows with the sequence: tokens, the table of inputs, and `a` as it was before.
+    assert!(fused.0 < 20_000, "the fused block keeps {} bytes", fused.0);
+    assert!(unfused.0 > activation, "the measure is wrong: unfused keeps {} bytes", unfused.0);
+    assert!(fused.1 < 12 * activation, "backward of the fused block takes {} bytes", fused.1);
+}
+
+fn mamba1() {
+    let (batch, seqlen, dim, d_state, dt_rank, width) = (2, 512, 128, 16, 8, 4);
+    let xz = var(&[batch, seqlen, 2 * dim]);
+    let (conv_weight, d) = (var(&[dim, width]), var(&[dim]));
+    let (x_proj, dt_proj) = (var(&[dt_rank + 2 * d_state, dim]), var(&[dim, dt_rank]));
+    let a = var(&[dim, d_state]).exp().unwrap().neg().unwrap();
+    let fused = graph(|| {
+        let output = mamba1_inner(&Mamba1Inner {
+            d: Some(&d),
+            ..Mamba1Inner::new(&xz, &conv_weight, &x_proj, &dt_proj, &a)
+        })?;
+        Ok(vec![output.y, output.final_conv_state, output.final_ssm_state])
+    });
+    let unfused = graph(|| {
+        let layout = SequenceLayout::ChannelsLast;
+        let conv = causal_conv1d(&CausalConv1d {
+            layout,
+            ..CausalConv1d::new(&xz.narrow(2, 0, dim)?, &conv_weight)
+        })?;
+        let project = |x: &Tensor, weight: &Tensor| {
+            let last = x.dim(2)?;
+            x.reshape((batch * seqlen, last))?.matmul(&weight.t()?)?.reshape((batch, seqlen, ()))
+        };
+        let projected = project(&conv.y, &x_proj)?;
+        let delta = project(&projected.narrow(2, 0, dt_rank)?, &dt_proj)?;
+        let scan = selective_scan(&SelectiveScan {
+            d: Some(&d),
+            z: Some(&xz.narrow(2, dim, dim)?),
+            delta_softplus: true,
+            layout,
+            ..SelectiveScan::new(
+                &conv.y,
+                &delta,
+                &a,
+                &projected.narrow(2, dt_rank, d_state)?,
+                &projected.narrow(2, dt_rank + d_state, d_state)?,
+            )
+        })?;
+        Ok(vec![scan.y, conv.final_state, scan.final_state])
+    });
+    let activation = xz.elem_count() * 4;
+    report("Mamba", activation, fused, unfused);
+    assert!(fused.0 < 20_000, "the fused block keeps {} bytes", fused.0);
+    assert!(unfused.0 > activation, "the measure is wrong: unfused keeps {} bytes", unfused.0);
+    assert!(fused.1 < 12 * activation, "backward of the fused block takes {} bytes", fused.1);
+}
+
+/// A checkpoint keeps its inputs and outputs; a variable among the inputs is not copied in backward.
+fn generic_checkpoint() {
+    let (x, weight) = (var(&[64, 1000]), var(&[1000, 1000]));
+    let layer = |x: &[Tensor]| {
+        let mut hidden = x[0].clone();
+        for _ in 0..4 {
+            hidden = hidden.matmul(&x[1])?.tanh()?;
+        }
+        Ok(vec![hidden.sum(1)?])
+    };
+    let fused = graph(|| checkpoint("layer", &[&x, &weight], layer));
+    let unfused = graph(|| layer(&[x.as_tensor().clone(), weight.as_tensor().clone()]));
+    report("4 layers", x.elem_count() * 4, fused, unfused);
+    assert!(fused.0 < 20_000, "the checkpoint keeps {} bytes", fused.0);
+    // The gradients of the weight, as they are formed and summed, are the same for both.
+    assert!(fused.1 < unfused.1 + weight.elem_count() * 4 / 2, "backward takes {} bytes", fused.1);
+}
+
+/// One test alone, so that nothing else allocates meanwhile.
+#[test]
+fn fused_blocks_keep_their_inputs_only() {
+    mamba2();
+    mamba1();
+    generic_checkpoint();
+}
