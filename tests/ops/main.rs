@@ -8,6 +8,7 @@ mod blocks;
 mod causal_conv1d;
 mod grid;
 mod laws;
+mod linear;
 mod misuse;
 mod norm;
 mod oracle;

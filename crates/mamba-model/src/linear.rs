@@ -1,6 +1,7 @@
 //! A matrix product with a weight as checkpoints store it.
 
 use candle_core::Tensor;
+use mamba_ops::linear;
 
 use crate::Result;
 use crate::params::Params;
@@ -24,17 +25,10 @@ impl Linear {
 
     /// `x`: `(.., in)` to `(.., out)`, in the dtype of the weight.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (d_out, d_in) = self.weight.dims2()?;
-        let mut shape = x.dims().to_vec();
-        let rows = x.elem_count() / d_in;
-        let y = x.to_dtype(self.weight.dtype())?.reshape((rows, d_in))?.matmul(&self.weight.t()?)?;
-        let y = match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        };
-        if let Some(last) = shape.last_mut() {
-            *last = d_out;
-        }
-        Ok(y.reshape(shape)?)
+        let x = x.to_dtype(self.weight.dtype())?;
+        Ok(linear(&mamba_ops::Linear {
+            bias: self.bias.as_ref(),
+            ..mamba_ops::Linear::new(&x, &self.weight)
+        })?)
     }
 }

@@ -6,6 +6,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::autograd::Output;
@@ -67,6 +68,42 @@ impl Deref for HostSlice<'_> {
                 Storage::Cpu(CpuStorage::F32(values)) => &values[*start..*end],
                 _ => &[], // `read` borrows f32 in CPU memory only
             },
+        }
+    }
+}
+
+/// The elements of a contiguous CPU tensor in the dtype in which they are stored, borrowed.
+pub(crate) struct Stored<'a> {
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    start: usize,
+    end: usize,
+}
+
+/// A slice of one of the dtypes that kernels read.
+#[derive(Clone, Copy)]
+pub(crate) enum Values<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+}
+
+/// Borrows the elements of a tensor; nothing if they are not contiguous, not in CPU memory, or of another dtype.
+pub(crate) fn stored(x: &Tensor) -> Option<Stored<'_>> {
+    let (storage, layout) = x.storage_and_layout();
+    let (start, end) = layout.contiguous_offsets()?;
+    let stored = Stored { storage: Box::new(storage), start, end };
+    stored.values().is_some().then_some(stored)
+}
+
+impl Stored<'_> {
+    /// The elements; there are some of whatever [`stored`] gave.
+    pub(crate) fn values(&self) -> Option<Values<'_>> {
+        let range = self.start..self.end;
+        match &**self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => values.get(range).map(Values::F32),
+            Storage::Cpu(CpuStorage::F16(values)) => values.get(range).map(Values::F16),
+            Storage::Cpu(CpuStorage::BF16(values)) => values.get(range).map(Values::BF16),
+            _ => None,
         }
     }
 }

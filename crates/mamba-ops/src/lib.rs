@@ -6,6 +6,7 @@
 //! | [`selective_scan`](fn@selective_scan) | the recurrence of Mamba: `h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t`, `y_t = C_t h_t + D u_t` |
 //! | [`ssd_chunk_scan`] | that of Mamba-2, one decay a head, by chunks of matrix products |
 //! | [`norm`](fn@norm) | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
+//! | [`linear`](fn@linear) | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
 //! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
 //! | [`mamba1_inner`], [`mamba2_split_conv1d_scan`] | a block between its projections, which keeps only its inputs for `backward()` |
 //! | [`checkpoint()`] | the same for any function, a layer of a model for one |
@@ -65,6 +66,7 @@ pub mod causal_conv1d;
 mod checkpoint;
 mod host;
 mod layout;
+pub mod linear;
 mod mamba1_inner;
 mod mamba2_split_conv1d_scan;
 pub mod norm;
@@ -80,6 +82,7 @@ pub use causal_conv1d::{
 };
 pub use checkpoint::checkpoint;
 pub use layout::{Activation, SequenceLayout};
+pub use linear::{Linear, linear};
 pub use mamba1_inner::{Mamba1Inner, Mamba1InnerOutput, mamba1_inner};
 pub use mamba2_split_conv1d_scan::{
     GatedRmsNorm, Mamba2SplitConv1dScan, Mamba2SplitConv1dScanOutput, mamba2_split_conv1d_scan,

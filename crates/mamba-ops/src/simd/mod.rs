@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 pub use pulp::{Simd, WithSimd};
 
+pub(crate) mod half;
 pub(crate) mod math;
 pub(crate) mod slice;
 

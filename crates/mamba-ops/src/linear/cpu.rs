@@ -1,0 +1,379 @@
+//! The product on slices, by sums over `d_in`: the weight is not packed or copied, but read as it is stored.
+//!
+//! For few rows the time is that of reading the weight. A task has neighbouring outputs, whose weights it reads in
+//! [`STREAMS`] places at once: the sums hide the latency of each other, every vector of `x` that is loaded serves all of them,
+//! and what the processor fetches ahead is not cut off at the end of each row. A tile of `R` streams by `M` rows of `x` stays
+//! in registers over a block of `d_in`. More rows come in bands, during which the weights of a task stay in cache.
+//! Each sum is in one order, whatever the tile: a row of `x` gives the same bits alone as among others.
+//!
+//! Two `bf16` in a word of 32 bits are two `f32` after a shift and a mask. So a vector of words gives the even elements
+//! and the odd ones, and `x` is arranged likewise beforehand. `f16` goes through a buffer, a block at a time.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use pulp::{Simd, WithSimd, bytemuck};
+
+use super::Sizes;
+use crate::host::{SharedMut, Values, parallel, uninit};
+use crate::simd::{Isa, half::widen, slice::map2};
+
+/// The most rows of `x` for which this is faster than a general product, which packs the weight: with AVX2 they meet at
+/// about 40, with AVX-512 at about 120.
+pub(super) const FEW_ROWS: usize = 64;
+
+/// Rows of `x` that go through the weights of a task at once.
+const BAND: usize = 16;
+
+/// How many rows of the weight are read at once.
+const STREAMS: usize = 4;
+
+/// About how many elements of the weight one task reads for one band.
+const ELEMENTS: usize = 1 << 16;
+
+/// Elements of a row that are read before the next group of rows of `x` has its turn: the block of `x` stays in cache.
+const BLOCK: usize = 512;
+
+/// The inputs as slices.
+pub(super) struct Product<'a> {
+    pub sizes: Sizes,
+    pub x: &'a [f32],
+    pub weight: Values<'a>,
+    pub bias: Option<&'a [f32]>,
+}
+
+/// `x Wᵀ + bias`, `(rows, d_out)`, where none of the three extents is 0.
+pub(super) fn forward(product: &Product, isa: Isa) -> Vec<f32> {
+    let Sizes { rows, d_in, d_out } = product.sizes;
+    let x = isa.dispatch(Arrange { product });
+    let mut y = uninit(rows * d_out);
+    {
+        let y = SharedMut::new(&mut y);
+        let bands = rows.div_ceil(BAND);
+        let columns = (ELEMENTS / (d_in * bands)).next_multiple_of(STREAMS).max(STREAMS);
+        parallel(d_out.div_ceil(columns), rows * d_in * d_out, |task| {
+            let first = task * columns;
+            let columns = (first, columns.min(d_out - first));
+            for band in 0..bands {
+                let rows = (band * BAND, BAND.min(rows - band * BAND));
+                isa.dispatch(Piece { product, x: &x, y: &y, rows, columns });
+            }
+        });
+    }
+    y
+}
+
+/// An element of the weight as it is stored.
+trait Element: Copy + 'static {
+    /// As it comes into registers.
+    type Read: Widen;
+
+    /// The elements of a block, by way of the buffer if need be.
+    fn block<'a>(block: &'a [Self], buffer: &'a mut [f32]) -> &'a [Self::Read];
+}
+
+/// An element that is widened in registers.
+trait Widen: Copy + 'static {
+    /// As many elements as are widened at once.
+    type Vector<S: Simd>: Copy;
+
+    const ZERO: Self;
+
+    /// Whole vectors.
+    fn vectors<S: Simd>(row: &[Self]) -> &[Self::Vector<S>];
+
+    fn widen<S: Simd>(simd: S, vector: Self::Vector<S>) -> [S::f32s; 2];
+
+    /// Where in the two vectors an element goes.
+    fn place(index: usize, lanes: usize) -> usize;
+
+    /// How many elements are widened at once, a power of two of at most 32.
+    #[inline(always)]
+    fn per_vector<S: Simd>() -> usize {
+        size_of::<Self::Vector<S>>() / size_of::<Self>()
+    }
+}
+
+impl Widen for f32 {
+    type Vector<S: Simd> = [S::f32s; 2];
+
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn vectors<S: Simd>(row: &[Self]) -> &[Self::Vector<S>] {
+        S::as_simd_f32s(row).0.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn widen<S: Simd>(_: S, vector: Self::Vector<S>) -> [S::f32s; 2] {
+        vector
+    }
+
+    #[inline(always)]
+    fn place(index: usize, _: usize) -> usize {
+        index
+    }
+}
+
+impl Widen for bf16 {
+    /// One element if the vectors are scalars: the second `f32` is 0 then.
+    type Vector<S: Simd> = S::u16s;
+
+    const ZERO: Self = bf16::ZERO;
+
+    #[inline(always)]
+    fn vectors<S: Simd>(row: &[Self]) -> &[Self::Vector<S>] {
+        S::as_simd_u16s(row.reinterpret_cast()).0
+    }
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, vector: Self::Vector<S>) -> [S::f32s; 2] {
+        if S::IS_SCALAR {
+            let bits: u16 = bytemuck::cast(vector);
+            return [simd.splat_f32s(bf16::from_bits(bits).to_f32()), simd.splat_f32s(0.0)];
+        }
+        let words: S::u32s = bytemuck::cast(vector);
+        let low = simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16));
+        let high = simd.and_u32s(words, simd.splat_u32s(0xffff_0000));
+        let (even, odd) = if cfg!(target_endian = "little") { (low, high) } else { (high, low) };
+        [simd.transmute_f32s_u32s(even), simd.transmute_f32s_u32s(odd)]
+    }
+
+    #[inline(always)]
+    fn place(index: usize, lanes: usize) -> usize {
+        index % 2 * lanes + index / 2
+    }
+}
+
+impl Element for f32 {
+    type Read = f32;
+
+    #[inline(always)]
+    fn block<'a>(block: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        block
+    }
+}
+
+impl Element for bf16 {
+    type Read = bf16;
+
+    #[inline(always)]
+    fn block<'a>(block: &'a [Self], _: &'a mut [f32]) -> &'a [bf16] {
+        block
+    }
+}
+
+impl Element for f16 {
+    type Read = f32;
+
+    #[inline(always)]
+    fn block<'a>(block: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32] {
+        let buffer = &mut buffer[..block.len()];
+        widen(block, buffer);
+        buffer
+    }
+}
+
+/// `x` as pairs of vectors, in the order in which the weight is widened, with zeros past the end: band by band, and in each
+/// one [`BLOCK`] of all rows, then the next, so that what is read over and over lies together.
+struct Arrange<'a> {
+    product: &'a Product<'a>,
+}
+
+impl WithSimd for Arrange<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
+        let Product { sizes, x, weight, .. } = self.product;
+        match weight {
+            Values::F32(_) | Values::F16(_) => arrange::<S, f32>(x, *sizes),
+            Values::BF16(_) => arrange::<S, bf16>(x, *sizes),
+        }
+    }
+}
+
+#[inline(always)]
+fn arrange<S: Simd, E: Widen>(x: &[f32], sizes: Sizes) -> Vec<f32> {
+    let Sizes { rows, d_in, .. } = sizes;
+    let mut out = vec![0.0; rows * arranged::<S, E>(d_in)];
+    let mut pairs = out.chunks_exact_mut(2 * S::F32_LANES);
+    for band in x.chunks(BAND * d_in) {
+        for at in (0..d_in).step_by(BLOCK) {
+            for row in band.chunks_exact(d_in) {
+                let block = &row[at..d_in.min(at + BLOCK)];
+                for (x, pair) in block.chunks(E::per_vector::<S>()).zip(&mut pairs) {
+                    for (i, x) in x.iter().enumerate() {
+                        pair[E::place(i, S::F32_LANES)] = *x;
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+/// How many `f32` as many elements of `x` are when arranged.
+#[inline(always)]
+fn arranged<S: Simd, E: Widen>(elements: usize) -> usize {
+    elements.div_ceil(E::per_vector::<S>()) * 2 * S::F32_LANES
+}
+
+/// A part of `y`: some rows of one band, some columns.
+struct Piece<'a> {
+    product: &'a Product<'a>,
+    /// Arranged.
+    x: &'a [f32],
+    y: &'a SharedMut<'a>,
+    /// The first, and how many.
+    rows: (usize, usize),
+    /// The first, and how many.
+    columns: (usize, usize),
+}
+
+impl WithSimd for Piece<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let d_in = self.product.sizes.d_in;
+        let (first, count) = self.columns;
+        let range = first * d_in..(first + count) * d_in;
+        match self.product.weight {
+            Values::F32(weight) => self.multiply(simd, &weight[range]),
+            Values::F16(weight) => self.multiply(simd, &weight[range]),
+            Values::BF16(weight) => self.multiply(simd, &weight[range]),
+        }
+    }
+}
+
+impl Piece<'_> {
+    #[inline(always)]
+    fn multiply<S: Simd, E: Element>(&self, simd: S, weight: &[E]) {
+        let (first, count) = self.columns;
+        let (first_row, rows) = self.rows;
+        let mut out = uninit(rows * count);
+        // What a tile keeps in registers must fit.
+        let done = if S::REGISTER_COUNT >= 32 || rows <= 2 {
+            self.streams::<S, E, STREAMS>(simd, weight, 0, &mut out)
+        } else {
+            self.streams::<S, E, 2>(simd, weight, 0, &mut out)
+        };
+        self.streams::<S, E, 1>(simd, weight, done, &mut out);
+        for (row, out) in out.chunks_exact(count).enumerate() {
+            // SAFETY: each task has its own rows and columns.
+            let y = unsafe { self.y.get((first_row + row) * self.product.sizes.d_out + first, count) };
+            y.copy_from_slice(out);
+            if let Some(bias) = self.product.bias {
+                map2(simd, y, &bias[first..][..count], |y, bias| simd.add_f32s(y, bias));
+            }
+        }
+    }
+
+    /// The columns from `start` in `R` streams, as many as come out even; returns where the rest starts.
+    #[inline(always)]
+    fn streams<S: Simd, E: Element, const R: usize>(
+        &self,
+        simd: S,
+        weight: &[E],
+        start: usize,
+        out: &mut [f32],
+    ) -> usize {
+        let d_in = self.product.sizes.d_in;
+        let ((_, rows), (_, count)) = (self.rows, self.columns);
+        let each = (count - start) / R;
+        let mut sums = [[simd.splat_f32s(0.0); R]; BAND];
+        let mut buffer = [[0.0; BLOCK]; R];
+        for i in start..start + each {
+            let mut at = 0;
+            while at < d_in {
+                let len = BLOCK.min(d_in - at);
+                let mut blocks: [&[E::Read]; R] = [&[]; R];
+                for (r, buffer) in buffer.iter_mut().enumerate() {
+                    blocks[r] = E::block(&weight[(i + r * each) * d_in + at..][..len], buffer);
+                }
+                let mut row = 0;
+                while row < rows {
+                    // Groups of nearly one size.
+                    let left = rows - row;
+                    let taken = left.div_ceil(left.div_ceil(4));
+                    match taken {
+                        1 => self.tile::<S, E::Read, R, 1>(simd, blocks, at, row, &mut sums),
+                        2 => self.tile::<S, E::Read, R, 2>(simd, blocks, at, row, &mut sums),
+                        3 => self.tile::<S, E::Read, R, 3>(simd, blocks, at, row, &mut sums),
+                        _ => self.tile::<S, E::Read, R, 4>(simd, blocks, at, row, &mut sums),
+                    }
+                    row += taken;
+                }
+                at += len;
+            }
+            for (sums, out) in sums.iter_mut().zip(out.chunks_exact_mut(count)) {
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    out[i + r * each] = simd.reduce_sum_f32s(*sum);
+                    *sum = simd.splat_f32s(0.0);
+                }
+            }
+        }
+        start + each * R
+    }
+
+    /// Adds the products of blocks of `R` rows of the weight, which start at `at`, with `M` rows of `x`.
+    #[inline(always)]
+    fn tile<S: Simd, E: Widen, const R: usize, const M: usize>(
+        &self,
+        simd: S,
+        blocks: [&[E]; R],
+        at: usize,
+        row: usize,
+        sums: &mut [[S::f32s; R]; BAND],
+    ) {
+        let len = blocks[0].len();
+        let count = len / E::per_vector::<S>();
+        let mut weights: [&[E::Vector<S>]; R] = [&[]; R];
+        for r in 0..R {
+            weights[r] = &E::vectors::<S>(blocks[r])[..count];
+        }
+        let mut x: [&[[S::f32s; 2]]; M] = [&[]; M];
+        let (first, rows) = self.rows;
+        let start = first * arranged::<S, E>(self.product.sizes.d_in) + rows * arranged::<S, E>(at);
+        let stride = arranged::<S, E>(len);
+        for m in 0..M {
+            x[m] = S::as_simd_f32s(&self.x[start + (row + m) * stride..][..stride]).0.as_chunks().0;
+        }
+        let mut tile = [[simd.splat_f32s(0.0); R]; M];
+        tile.copy_from_slice(&sums[row..][..M]);
+        {
+            let mut x = x;
+            for m in 0..M {
+                x[m] = &x[m][..count];
+            }
+            for i in 0..count {
+                let mut wide = [[simd.splat_f32s(0.0); 2]; R];
+                for r in 0..R {
+                    wide[r] = E::widen(simd, weights[r][i]);
+                }
+                for half in 0..2 {
+                    for m in 0..M {
+                        let x = x[m][i][half];
+                        for r in 0..R {
+                            tile[m][r] = simd.mul_add_f32s(wide[r][half], x, tile[m][r]);
+                        }
+                    }
+                }
+            }
+        }
+        let done = count * E::per_vector::<S>();
+        if done < len {
+            for r in 0..R {
+                let mut last = [E::ZERO; 32];
+                last[..len - done].copy_from_slice(&blocks[r][done..]);
+                let wide = E::widen(simd, E::vectors::<S>(&last)[0]);
+                for m in 0..M {
+                    let x = x[m][count];
+                    tile[m][r] = simd.mul_add_f32s(wide[0], x[0], tile[m][r]);
+                    tile[m][r] = simd.mul_add_f32s(wide[1], x[1], tile[m][r]);
+                }
+            }
+        }
+        sums[row..][..M].copy_from_slice(&tile);
+    }
+}
