@@ -336,16 +336,13 @@ impl Piece<'_> {
         let (first, rows) = self.rows;
         let start = first * arranged::<S, E>(self.product.sizes.d_in) + rows * arranged::<S, E>(at);
         let stride = arranged::<S, E>(len);
-        for m in 0..M {
-            x[m] = S::as_simd_f32s(&self.x[start + (row + m) * stride..][..stride]).0.as_chunks().0;
+        for (m, x) in x.iter_mut().enumerate() {
+            *x = S::as_simd_f32s(&self.x[start + (row + m) * stride..][..stride]).0.as_chunks().0;
         }
         let mut tile = [[simd.splat_f32s(0.0); R]; M];
         tile.copy_from_slice(&sums[row..][..M]);
         {
-            let mut x = x;
-            for m in 0..M {
-                x[m] = &x[m][..count];
-            }
+            let x = x.map(|x| &x[..count]);
             for i in 0..count {
                 let mut wide = [[simd.splat_f32s(0.0); 2]; R];
                 for r in 0..R {
