@@ -2,6 +2,8 @@
 
 mod autograd;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{DType, Result, Tensor};
@@ -39,6 +41,15 @@ impl<'a> CausalConv1d<'a> {
     pub fn new(x: &'a Tensor, weight: &'a Tensor) -> Self {
         let (activation, layout) = (Activation::default(), SequenceLayout::default());
         Self { x, weight, bias: None, initial_state: None, activation, layout, packing: None }
+    }
+
+    /// Whether there are fused kernels; those for GPUs take filters that are not wide, and sequences that are not packed.
+    fn fused(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if self.x.device().is_cuda() && (self.weight.dims()[1] > cuda::WIDEST || self.packing.is_some()) {
+            return false;
+        }
+        args::fused(self.x)
     }
 
     /// Checks the arguments; `op` and `state_name` are the names in errors.
@@ -119,7 +130,7 @@ struct Sizes {
 /// `causal_conv1d_ref` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let sizes = args.sizes(OP, "initial_state")?;
-    if args::fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if args.fused() { autograd::apply(args, sizes) } else { reference::forward(args) }
 }
 
 /// Arguments of [`causal_conv1d_update`]; see there for shapes.
@@ -174,10 +185,14 @@ pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
     let sizes = forward.sizes(UPDATE_OP, "state")?;
     let check = Checker::new(UPDATE_OP, "x", x)?;
     check.in_place(state, &[("x", Some(x)), ("weight", Some(weight)), ("bias", bias)])?;
-    if !args::fused(x) {
+    if !forward.fused() {
         let CausalConv1dOutput { y, final_state } = reference::forward(&forward)?;
         state.slice_set(&final_state.contiguous()?, 0, 0)?;
         return Ok(y);
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::update(args, sizes);
     }
     let (x, weight) = (host::read("x", x)?, host::read("weight", weight)?);
     let (bias, packing) = (host::read_opt("bias", bias)?, Packing::rows(sizes.batch, sizes.seqlen));
