@@ -33,6 +33,11 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// An object that was found elsewhere than in JSON, such as the part of a GGUF file's keys below `prefix`.
+    pub(crate) fn from_object(object: Map<String, Value>, file: Option<&'a Path>, prefix: String) -> Self {
+        Self { file, prefix, object }
+    }
+
     /// An error about one field.
     pub fn error(&self, field: &str, message: impl Into<String>) -> Error {
         let field = format!("{}{field}", self.prefix);
