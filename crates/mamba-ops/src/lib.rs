@@ -66,6 +66,8 @@ mod args;
 pub mod autograd;
 pub mod causal_conv1d;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod device;
 pub mod embedding;
 mod host;
 mod layout;

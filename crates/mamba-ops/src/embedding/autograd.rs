@@ -37,7 +37,7 @@ impl FusedFn<SLOTS, 1> for Node {
         let (ids, weight) = (host::slot(OP, inputs, IDS)?, host::slot(OP, inputs, WEIGHT)?);
         let (rows, dim) = weight.dims2()?;
         let [Some(grad)] = grads else { return Ok([None, Some(weight.zeros_like()?)]) };
-        let of_weight = if args::fused(weight) {
+        let of_weight = if args::fused_on_cpu(weight) {
             let ids = ids.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
             if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
                 bail!("{OP}: `ids` has {id}, expected 0 to {}", rows - 1)

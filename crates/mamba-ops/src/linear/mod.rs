@@ -98,7 +98,7 @@ pub fn linear(args: &Linear) -> Result<Tensor> {
     if args.tracked() && !empty {
         return autograd::apply(args, sizes);
     }
-    if !args::fused(args.x) || empty {
+    if !args::fused_on_cpu(args.x) || empty {
         return reference::forward(args);
     }
     if sizes.rows <= cpu::FEW_ROWS
