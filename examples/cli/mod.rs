@@ -83,7 +83,7 @@ pub fn load(args: &ModelArgs) -> Result<(Model, Box<dyn ModelSource>)> {
 }
 
 /// A folder or file if there is one of that name, else a repository on the Hub.
-fn source(name: &str, revision: &str) -> Result<Box<dyn ModelSource>> {
+pub fn source(name: &str, revision: &str) -> Result<Box<dyn ModelSource>> {
     let path = Path::new(name);
     let repository = name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']);
     if path.exists() || !repository {
@@ -130,7 +130,7 @@ fn tokenizer_file(source: &dyn ModelSource) -> Result<std::path::PathBuf> {
 }
 
 /// Turns `auto`, `cpu`, `cuda` or `cuda:N` into a device.
-fn device(name: &str) -> Result<Device> {
+pub fn device(name: &str) -> Result<Device> {
     let cuda = |index: usize| {
         ensure!(
             candle_core::utils::cuda_is_available(),

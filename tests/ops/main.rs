@@ -6,9 +6,11 @@ mod support;
 
 mod blocks;
 mod causal_conv1d;
+mod embedding;
 mod grid;
 mod laws;
 mod linear;
+mod linear_cross_entropy;
 mod misuse;
 mod norm;
 mod oracle;

@@ -6,6 +6,7 @@ use candle_nn::var_builder::SimpleBackend;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
+use crate::adapter::is_adapter;
 use crate::config::ModelConfig;
 
 /// Bounds of the initial step size, and its floor.
@@ -101,8 +102,9 @@ impl SimpleBackend for Initializer {
         candle_core::bail!("init: the shape of `{name}` must be given")
     }
 
-    fn contains_tensor(&self, _: &str) -> bool {
-        true
+    /// Whatever is asked for, but no adapters.
+    fn contains_tensor(&self, name: &str) -> bool {
+        !is_adapter(name)
     }
 }
 
@@ -128,11 +130,23 @@ mod tests {
         assert!(a.iter().all(|a| (0.999..=16.001).contains(a)));
         let mean = a.iter().sum::<f64>() / 4000.0;
         assert!((8.2..8.8).contains(&mean), "{mean}");
+        // The floor counts for tiny ranges only; every value goes through softplus to a step size again.
+        assert!((softplus(inverse_softplus(DT_FLOOR)) / DT_FLOOR - 1.0).abs() < 1e-9);
         assert_eq!(make("layers.0.0.mamba1.A_log", &[2, 3])[3..], [1f64.ln(), 2f64.ln(), 3f64.ln()]);
         assert_eq!(make("layers.0.0.mamba1.D", &[3]), [1.0; 3]);
         let bound = |values: Vec<f64>| values.into_iter().fold(0.0f64, |m, v| m.max(v.abs()));
         assert!((0.09..=0.1).contains(&bound(make("layers.0.0.mamba1.in_proj.weight", &[50, 100]))));
+        // Four layers write into the residual stream: half the bound.
         assert!((0.045..=0.05).contains(&bound(make("layers.0.0.mamba1.out_proj.weight", &[50, 100]))));
+        // A filter of a depthwise convolution sees its width alone.
+        for name in ["layers.0.0.mamba2.conv1d.weight", "layers.0.0.mamba2.conv1d.bias"] {
+            let values = make(name, if name.ends_with("bias") { &[300] } else { &[300, 1, 4] });
+            let variance = values.iter().map(|v| v * v).sum::<f64>() / values.len() as f64;
+            assert!((0.47..=0.5).contains(&bound(values)) && (0.075..0.092).contains(&variance), "{name}");
+        }
+        let embedding = make("embedding.weight", &[100, 40]);
+        let variance = embedding.iter().map(|v| v * v).sum::<f64>() / 4000.0;
+        assert!((0.019..0.021).contains(&variance.sqrt()), "{variance}");
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! A layer: branches that add to the residual stream.
 
-use candle_core::Tensor;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use candle_nn::VarBuilder;
 use mamba_ops::{Norm, NormKind};
 
 use crate::Result;
@@ -50,19 +54,83 @@ impl StreamNorm {
     }
 }
 
+/// What a model that is trained computes a second time in `backward()`, to remember less in between.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing: the fastest, with the most memory.
+    #[default]
+    Nothing,
+    /// Each branch of each layer as a whole: of a layer only its input is kept, for one more forward pass.
+    Layers,
+}
+
 /// `x + Σ mixer(norm(x))`.
 pub(crate) struct Branch {
     norm: StreamNorm,
     mixers: Vec<Box<dyn Mixer>>,
+    recipe: Arc<Recipe>,
+    parameters: Vec<Tensor>,
+}
+
+/// How to build a branch again over other tensors.
+struct Recipe {
+    spec: BranchSpec,
+    config: Arc<ModelConfig>,
+    dtype: DType,
+    /// Where the branch stands.
+    prefix: String,
+    /// The full names of its parameters.
+    names: Vec<String>,
+}
+
+impl Recipe {
+    /// Update and stream after a branch of the given parameters.
+    fn run(&self, stream: Stream, parameters: &[Tensor]) -> Result<Vec<Tensor>> {
+        let device = stream.update.device().clone();
+        let tensors: HashMap<String, Tensor> =
+            self.names.iter().cloned().zip(parameters.iter().cloned()).collect();
+        let params = Params::new(VarBuilder::from_tensors(tensors, self.dtype, &device)).at(&self.prefix);
+        let branch = Branch::new(&self.spec, &self.config, &params)?;
+        let Stream { update, residual } = branch.forward(stream, &mut std::iter::empty())?;
+        Ok([Some(update), residual].into_iter().flatten().collect())
+    }
 }
 
 impl Branch {
-    pub(crate) fn new(spec: &BranchSpec, config: &ModelConfig, params: &Params) -> Result<Self> {
+    pub(crate) fn new(spec: &BranchSpec, config: &Arc<ModelConfig>, params: &Params) -> Result<Self> {
+        let before = params.count();
         let mixers = spec.mixers.iter().map(|mixer| build(mixer, config.d_model, params));
-        Ok(Self {
-            norm: StreamNorm::new(config, &params.at("norm"))?,
-            mixers: mixers.collect::<Result<_>>()?,
-        })
+        let (norm, mixers) = (StreamNorm::new(config, &params.at("norm"))?, mixers.collect::<Result<_>>()?);
+        let (names, parameters) = params.noted().into_iter().skip(before).unzip();
+        let recipe = Recipe {
+            spec: spec.clone(),
+            config: config.clone(),
+            dtype: params.dtype(),
+            prefix: params.prefix(),
+            names,
+        };
+        Ok(Self { norm, mixers, recipe: Arc::new(recipe), parameters })
+    }
+
+    /// As [`forward`](Self::forward) without states, as one node of the graph that keeps only its inputs.
+    pub(crate) fn forward_checkpointed(&self, stream: &Stream) -> Result<Stream> {
+        let recipe = self.recipe.clone();
+        let streams = 1 + usize::from(stream.residual.is_some());
+        let inputs: Vec<&Tensor> = [Some(&stream.update), stream.residual.as_ref()]
+            .into_iter()
+            .flatten()
+            .chain(&self.parameters)
+            .collect();
+        let outputs = mamba_ops::checkpoint("layer", &inputs, move |inputs| {
+            let (stream, parameters) = inputs.split_at(streams);
+            let stream = Stream { update: stream[0].clone(), residual: stream.get(1).cloned() };
+            Ok(recipe.run(stream, parameters)?)
+        })?;
+        let mut outputs = outputs.into_iter();
+        match outputs.next() {
+            Some(update) => Ok(Stream { update, residual: outputs.next() }),
+            None => Err(crate::Error::Input("a layer gave nothing".into())),
+        }
     }
 
     pub(crate) fn forward<'c>(

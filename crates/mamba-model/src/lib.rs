@@ -59,6 +59,7 @@
 //! # Ok::<_, mamba_model::Error>(())
 //! ```
 
+mod adapter;
 mod cache;
 pub mod checkpoint;
 pub mod config;
@@ -77,5 +78,6 @@ mod save_gguf;
 pub use cache::InferenceCache;
 pub use error::{Error, Result};
 pub use init::Initializer;
+pub use layer::Recompute;
 pub use model::Model;
 pub use save::write_atomically;

@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use mamba_ops::Embedding;
 
+use crate::adapter::LowRank;
 use crate::cache::InferenceCache;
 use crate::checkpoint::{Checkpoint, Form, Forms, ModelSource, NameMap};
 use crate::config::ModelConfig;
 use crate::init::Initializer;
-use crate::layer::{Branch, Stream, StreamNorm};
+use crate::layer::{Branch, Recompute, Stream, StreamNorm};
 use crate::linear::Linear;
 use crate::params::Params;
 use crate::{Error, Result, families};
@@ -38,8 +40,10 @@ use crate::{Error, Result, families};
 /// # Ok::<_, mamba_model::Error>(())
 /// ```
 pub struct Model {
-    config: ModelConfig,
+    config: Arc<ModelConfig>,
     embedding: Tensor,
+    embedding_adapter: Option<LowRank>,
+    recompute: Recompute,
     branches: Vec<Branch>,
     norm_f: StreamNorm,
     lm_head: Linear,
@@ -64,24 +68,30 @@ impl Model {
     /// If the configuration cannot be, or a parameter is missing or has another shape.
     pub fn new(config: &ModelConfig, weights: VarBuilder) -> Result<Self> {
         config.validate()?;
+        let config = Arc::new(config.clone());
         let params = Params::new(weights);
         let vocabulary = (config.padded_vocab_size, config.d_model);
         let embedding = params.at("embedding").get(vocabulary, "weight")?;
+        let embedding_adapter =
+            LowRank::of_embedding(&params.at("embedding"), config.padded_vocab_size, config.d_model)?;
         let mut branches = vec![];
         for (l, layer) in config.layers.iter().enumerate() {
             for (b, branch) in layer.branches.iter().enumerate() {
-                branches.push(Branch::new(branch, config, &params.at("layers").at(l).at(b))?);
+                branches.push(Branch::new(branch, &config, &params.at("layers").at(l).at(b))?);
             }
         }
-        let norm_f = StreamNorm::new(config, &params.at("norm_f"))?;
+        let norm_f = StreamNorm::new(&config, &params.at("norm_f"))?;
         let head = match config.tie_embeddings {
             true => embedding.clone(),
             false => params.at("lm_head").get(vocabulary, "weight")?,
         };
         // Ids past the vocabulary exist for alignment only: they get no logits.
-        let lm_head = Linear::from_weight(head.narrow(0, 0, config.vocab_size)?);
+        let adapter = LowRank::find(&params.at("lm_head"), config.padded_vocab_size, config.d_model)?;
+        let adapter = adapter.map(|adapter| adapter.narrowed(config.vocab_size)).transpose()?;
+        let lm_head = Linear::from_weight(head.narrow(0, 0, config.vocab_size)?, adapter);
         let parameters = params.noted();
-        Ok(Self { config: config.clone(), embedding, branches, norm_f, lm_head, parameters })
+        let recompute = Recompute::default();
+        Ok(Self { config, embedding, embedding_adapter, recompute, branches, norm_f, lm_head, parameters })
     }
 
     /// Loads a published checkpoint: `config.json` says which family it is of, and the weights are safetensors or
@@ -146,6 +156,11 @@ impl Model {
         Self::new(config, VarBuilder::from_backend(Box::new(initializer), DType::F32, device.clone()))
     }
 
+    /// The same model, which computes a part of itself again in `backward()`: see [`Recompute`]. Numbers do not change.
+    pub fn with_recompute(self, recompute: Recompute) -> Self {
+        Self { recompute, ..self }
+    }
+
     /// What the model is made of.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -164,6 +179,15 @@ impl Model {
     /// Every parameter by canonical name, in the order of the model. A tied head is not listed again.
     pub fn parameters(&self) -> &[(String, Tensor)] {
         &self.parameters
+    }
+
+    /// The matrix that [`forward`](Self::forward) multiplies the [`hidden_states`](Self::hidden_states) with,
+    /// `(vocab_size, d_model)`: for losses that never form the logits of a whole batch.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub fn head_weight(&self) -> Result<Tensor> {
+        self.lm_head.weight()
     }
 
     /// An empty cache for `batch` sequences.
@@ -199,12 +223,18 @@ impl Model {
             let cache = advance.insert(cache);
             states.extend(cache.states_mut());
         }
-        let embedded = self.embedding.index_select(&ids.flatten_all()?, 0)?;
-        let update = embedded.reshape((batch, seqlen, self.config.d_model))?;
+        let mut update = mamba_ops::embedding(&Embedding::new(ids, &self.embedding))?;
+        if let Some(adapter) = &self.embedding_adapter {
+            update = adapter.embed(ids, update)?;
+        }
         let mut stream = Stream { update, residual: None };
+        let checkpointed = self.recompute == Recompute::Layers && states.is_empty();
         let mut states = states.into_iter().map(Some);
         for branch in &self.branches {
-            stream = branch.forward(stream, &mut states)?;
+            stream = match checkpointed {
+                true => branch.forward_checkpointed(&stream)?,
+                false => branch.forward(stream, &mut states)?,
+            };
         }
         drop(states);
         if let Some(cache) = advance {

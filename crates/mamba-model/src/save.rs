@@ -20,7 +20,7 @@ impl Model {
     /// under its name or not there.
     ///
     /// # Errors
-    /// If no family can express the configuration, or a file cannot be written.
+    /// If no family can express the configuration, the model has adapters, or a file cannot be written.
     ///
     /// # Example
     /// ```
@@ -37,6 +37,9 @@ impl Model {
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
     pub fn save_pretrained(&self, folder: impl AsRef<Path>, dtype: DType) -> Result<()> {
+        if self.has_adapters() {
+            return Err(Error::Input("the model has adapters: save what `merged` gives".into()));
+        }
         let folder = folder.as_ref();
         let written = FAMILIES.iter().find_map(|family| Some((family, (family.write)(self.config())?)));
         let (family, config) = written.ok_or_else(|| Error::Config {

@@ -7,6 +7,8 @@
 //! | [`ssd_chunk_scan`] | that of Mamba-2, one decay a head, by chunks of matrix products |
 //! | [`norm`](fn@norm) | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
 //! | [`linear`](fn@linear) | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
+//! | [`embedding`](fn@embedding) | the rows of a table, with gradients added up in one order |
+//! | [`linear_cross_entropy`](fn@linear_cross_entropy) | the loss of a language model from its hidden states, without the logits of all tokens |
 //! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
 //! | [`mamba1_inner`], [`mamba2_split_conv1d_scan`] | a block between its projections, which keeps only its inputs for `backward()` |
 //! | [`checkpoint()`] | the same for any function, a layer of a model for one |
@@ -67,9 +69,11 @@ pub mod causal_conv1d;
 mod checkpoint;
 #[cfg(feature = "cuda")]
 mod device;
+pub mod embedding;
 mod host;
 mod layout;
 pub mod linear;
+pub mod linear_cross_entropy;
 mod mamba1_inner;
 mod mamba2_split_conv1d_scan;
 pub mod norm;
@@ -85,8 +89,10 @@ pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
 };
 pub use checkpoint::checkpoint;
+pub use embedding::{Embedding, embedding};
 pub use layout::{Activation, SequenceLayout};
 pub use linear::{Linear, linear};
+pub use linear_cross_entropy::{LinearCrossEntropy, linear_cross_entropy};
 pub use mamba1_inner::{Mamba1Inner, Mamba1InnerOutput, mamba1_inner};
 pub use mamba2_split_conv1d_scan::{
     GatedRmsNorm, Mamba2SplitConv1dScan, Mamba2SplitConv1dScanOutput, mamba2_split_conv1d_scan,

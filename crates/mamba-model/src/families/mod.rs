@@ -29,6 +29,12 @@ pub struct Family {
 /// Every family; to save a model, the first that has words for it is used.
 pub static FAMILIES: [&Family; 3] = [&mamba::MAMBA, &mamba2::MAMBA2, &state_spaces::STATE_SPACES];
 
+/// The family that [`Model::save_pretrained`](crate::Model::save_pretrained) writes a configuration in: the first that has
+/// words for it.
+pub fn of(config: &ModelConfig) -> Option<&'static Family> {
+    FAMILIES.into_iter().find(|family| (family.write)(config).is_some())
+}
+
 /// Finds the family of a configuration and reads it.
 pub(crate) fn parse(text: &str, file: Option<&Path>) -> Result<(ModelConfig, &'static Family)> {
     let fields = Fields::parse(text, file)?;

@@ -7,6 +7,7 @@ mod mlp;
 use candle_core::Tensor;
 
 use crate::Result;
+use crate::adapter::LowRank;
 use crate::cache::MixerState;
 use crate::config::MixerSpec;
 use crate::params::Params;
@@ -52,18 +53,29 @@ impl NegativeExp {
 struct CausalConv {
     weight: Tensor,
     bias: Option<Tensor>,
+    adapter: Option<LowRank>,
 }
 
 impl CausalConv {
     fn new(params: &Params, channels: usize, width: usize, bias: bool) -> Result<Self> {
         let weight = params.get((channels, 1, width), "weight")?;
-        Ok(Self { weight, bias: params.get_if(bias, channels, "bias")? })
+        let bias = params.get_if(bias, channels, "bias")?;
+        Ok(Self { weight, bias, adapter: LowRank::find(params, channels, width)? })
+    }
+
+    /// One filter a channel, `(channels, width)`.
+    fn filters(&self) -> Result<Tensor> {
+        let weight = self.weight.squeeze(1)?;
+        match &self.adapter {
+            Some(adapter) => adapter.merged(&weight),
+            None => Ok(weight),
+        }
     }
 
     /// `x`: `(batch, seqlen, channels)`, through SiLU; moves the window in `state` on.
     fn forward(&self, x: &Tensor, state: Option<&mut Tensor>) -> Result<Tensor> {
         use mamba_ops::{Activation, CausalConv1d, CausalConv1dUpdate, SequenceLayout};
-        let (weight, bias) = (self.weight.squeeze(1)?, self.bias.as_ref());
+        let (weight, bias) = (self.filters()?, self.bias.as_ref());
         let (activation, layout) = (Activation::Silu, SequenceLayout::ChannelsLast);
         if let (Some(state), 1) = (&state, x.dim(1)?) {
             let args = CausalConv1dUpdate { x, state, weight: &weight, bias, activation, layout };
