@@ -227,6 +227,14 @@ pub(crate) fn modify<T>(
     pending.result.take().map_or_else(|| bail!("{op}: the state was not visited"), Ok)
 }
 
+/// Overwrites a state by another tensor; every clone of it sees that.
+pub(crate) fn replace(state: &Tensor, next: &Tensor) -> Result<()> {
+    if state.elem_count() == 0 {
+        return Ok(());
+    }
+    state.slice_set(&next.contiguous()?, 0, 0)
+}
+
 struct Modify<F, T> {
     op: &'static str,
     f: Cell<Option<F>>,

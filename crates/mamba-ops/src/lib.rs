@@ -57,7 +57,8 @@
 //!   runs its reference: plain tensor operations, right and slow.
 //! - The gradient of every input exists, through every output. An op without a backward refuses inputs that track.
 //! - A state that comes out may go in again: a sequence can be cut anywhere.
-//! - Sequences of different lengths may share a batch: [`Packing`] says where each of them lies.
+//! - Sequences of different lengths may share a batch: [`Packing`] says where each of them lies. Decoding steps may take
+//!   their states from a pool: [`StateIndices`] says which.
 //! - The same inputs give the same bits, whatever the number of threads. [`simd::Isa`] says which instructions run.
 //! - Inputs may be strided. Wrong ones are errors that name op, argument, what came and what was expected.
 //!
@@ -84,6 +85,7 @@ pub mod selective_scan;
 pub mod selective_state_update;
 pub mod simd;
 pub mod ssd;
+mod state_indices;
 
 pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
@@ -102,3 +104,4 @@ pub use packing::{PackedSequence, Packing};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
 pub use selective_state_update::{SelectiveStateUpdate, selective_state_update};
 pub use ssd::{SsdChunkScan, SsdChunkScanOutput, ssd_chunk_scan};
+pub use state_indices::StateIndices;

@@ -78,7 +78,8 @@ impl CausalConv {
         let (weight, bias) = (self.filters()?, self.bias.as_ref());
         let (activation, layout) = (Activation::Silu, SequenceLayout::ChannelsLast);
         if let (Some(state), 1) = (&state, x.dim(1)?) {
-            let args = CausalConv1dUpdate { x, state, weight: &weight, bias, activation, layout };
+            let step = CausalConv1dUpdate::new(x, state, &weight);
+            let args = CausalConv1dUpdate { bias, activation, layout, ..step };
             return Ok(mamba_ops::causal_conv1d_update(&args)?);
         }
         let output = mamba_ops::causal_conv1d(&CausalConv1d {
