@@ -7,6 +7,7 @@
 //! | [`ssd_chunk_scan`] | that of Mamba-2, one decay a head, by chunks of matrix products |
 //! | [`norm`](fn@norm) | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
 //! | [`linear`](fn@linear) | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
+//! | [`attention`](fn@attention) | softmax attention over keys and values in blocks, never holding a matrix of scores |
 //! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
 //! | [`mamba1_inner`], [`mamba2_split_conv1d_scan`] | a block between its projections, which keeps only its inputs for `backward()` |
 //! | [`checkpoint()`] | the same for any function, a layer of a model for one |
@@ -61,6 +62,7 @@
 //! A new op follows the others: see `CONTRIBUTING.md`; [`autograd::FusedFn`] is what it implements.
 
 mod args;
+pub mod attention;
 pub mod autograd;
 pub mod causal_conv1d;
 mod checkpoint;
@@ -77,6 +79,7 @@ pub mod selective_state_update;
 pub mod simd;
 pub mod ssd;
 
+pub use attention::{Attention, attention};
 pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
 };
