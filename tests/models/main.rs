@@ -4,7 +4,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod heads;
 mod laws;
+mod options;
 mod parity;
 mod saving;
 

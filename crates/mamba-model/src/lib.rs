@@ -59,8 +59,10 @@
 //! # Ok::<_, mamba_model::Error>(())
 //! ```
 
+mod batch;
 mod cache;
 pub mod checkpoint;
+mod classifier;
 pub mod config;
 pub mod error;
 pub mod families;
@@ -71,8 +73,11 @@ mod mixers;
 mod model;
 mod params;
 mod save;
+mod shared_block;
 
+pub use batch::Batch;
 pub use cache::InferenceCache;
+pub use classifier::{Pooling, SequenceClassifier};
 pub use error::{Error, Result};
 pub use init::Initializer;
 pub use model::Model;

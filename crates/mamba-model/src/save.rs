@@ -36,7 +36,7 @@ impl Model {
     /// ```
     pub fn save_pretrained(&self, folder: impl AsRef<Path>, dtype: DType) -> Result<()> {
         let folder = folder.as_ref();
-        let written = FAMILIES.iter().find_map(|family| Some((family, (family.write)(self.config())?)));
+        let written = FAMILIES.iter().find_map(|family| Some((family, family.words(self.config())?)));
         let (family, config) = written.ok_or_else(|| Error::Config {
             file: None,
             field: "layers".into(),
@@ -69,9 +69,11 @@ impl Model {
     }
 }
 
-/// Parameters that the state depends on exponentially.
+/// Parameters that the state depends on exponentially, or that decide between experts.
 fn is_sensitive(name: &str) -> bool {
-    ["A_log", "D", "dt_bias", "dt_proj.bias"].iter().any(|leaf| name.ends_with(&format!(".{leaf}")))
+    ["A_log", "D", "dt_bias", "dt_proj.bias", "init_states", "correction_bias"]
+        .iter()
+        .any(|leaf| name.ends_with(&format!(".{leaf}")))
 }
 
 /// Writes tensors in safetensors format.
