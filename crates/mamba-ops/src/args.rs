@@ -2,6 +2,8 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
+use crate::packing::Packing;
+
 /// A named extent, as in `("batch", 2)`.
 pub(crate) type Dim = (&'static str, usize);
 
@@ -84,6 +86,19 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
+    /// Whether the packing fits; what stands for the batch in the shapes of states.
+    pub(crate) fn packing(&self, packing: Option<&Packing>, batch: usize, seqlen: usize) -> Result<Dim> {
+        let Some(packing) = packing else { return Ok(("batch", batch)) };
+        self.require((packing.batch(), packing.seqlen()) == (batch, seqlen), || {
+            format!(
+                "`packing` is of (batch {}, seqlen {}), expected (batch {batch}, seqlen {seqlen})",
+                packing.batch(),
+                packing.seqlen()
+            )
+        })?;
+        Ok(("sequences", packing.len()))
+    }
+
     /// The bounds of a step size.
     pub(crate) fn dt_limit(&self, (low, high): (f64, f64)) -> Result<()> {
         let makes_sense = low <= high && low < f64::INFINITY && high > f64::NEG_INFINITY;
@@ -114,9 +129,15 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// Whether the fused kernels take this activation; else the reference runs, on any device and dtype.
+/// Whether there are fused kernels for this activation; else the reference runs, on any device and dtype.
 pub(crate) fn fused(x: &Tensor) -> bool {
-    x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+    (x.device().is_cpu() || x.device().is_cuda())
+        && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// As [`fused`], for ops that have kernels for CPUs alone.
+pub(crate) fn fused_on_cpu(x: &Tensor) -> bool {
+    fused(x) && x.device().is_cpu()
 }
 
 /// Whether two tensors share storage, as views of one buffer do.
