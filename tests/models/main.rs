@@ -5,7 +5,9 @@
 mod support;
 
 mod gguf;
+mod heads;
 mod laws;
+mod options;
 mod parity;
 mod saving;
 

@@ -45,8 +45,8 @@ impl Initializer {
         let (parent, leaf) = name.rsplit_once('.').unwrap_or(("", name));
         let module = parent.rsplit('.').next().unwrap_or_default();
         match (module, leaf) {
-            (_, "A_log") if shape.len() == 2 => {
-                (0..count).map(|i| ((i % shape[1] + 1) as f64).ln()).collect()
+            (_, "A_log") if shape.len() > 1 => {
+                (0..count).map(|i| ((i % shape[shape.len() - 1] + 1) as f64).ln()).collect()
             }
             (_, "A_log") => (0..count).map(|_| draw(A_RANGE.0, A_RANGE.1).ln()).collect(),
             (_, "D") => vec![1.0; count],
@@ -54,7 +54,7 @@ impl Initializer {
                 let step = || draw(DT_MIN.ln(), DT_MAX.ln()).exp().max(DT_FLOOR);
                 std::iter::repeat_with(step).take(count).map(inverse_softplus).collect()
             }
-            ("norm" | "norm_f", "weight") => vec![1.0; count],
+            (norm, "weight") if norm.contains("norm") => vec![1.0; count],
             ("embedding", _) => {
                 let mut normal = || {
                     let (u, v) = (draw(f64::MIN_POSITIVE, 1.0), draw(0.0, std::f64::consts::TAU));
@@ -63,10 +63,16 @@ impl Initializer {
                 (0..count).map(|_| normal()).collect()
             }
             ("conv1d", "bias") => (0..count).map(|_| draw(-0.5, 0.5)).collect(),
-            (_, "bias") => vec![0.0; count],
+            (_, "bias" | "correction_bias" | "init_states") => vec![0.0; count],
             _ => {
-                let fan_in = shape[1..].iter().product::<usize>().max(1) as f64;
-                let residual = matches!(module, "out_proj" | "fc2");
+                // Matrices of several experts or heads stand behind each other.
+                let fan_in = match shape {
+                    [_, _, columns] if module != "conv1d" => *columns,
+                    [_, rest @ ..] => rest.iter().product(),
+                    [] => 1,
+                };
+                let fan_in = fan_in.max(1) as f64;
+                let residual = matches!(module, "out_proj" | "o_proj" | "down_proj" | "latent_out");
                 let scale = if residual { (self.branches.max(1) as f64).sqrt() } else { 1.0 };
                 let bound = 1.0 / (fan_in.sqrt() * scale);
                 (0..count).map(|_| draw(-bound, bound)).collect()

@@ -60,8 +60,10 @@
 //! ```
 
 mod adapter;
+mod batch;
 mod cache;
 pub mod checkpoint;
+mod classifier;
 pub mod config;
 pub mod error;
 pub mod families;
@@ -74,8 +76,11 @@ mod model;
 mod params;
 mod save;
 mod save_gguf;
+mod shared_block;
 
+pub use batch::Batch;
 pub use cache::InferenceCache;
+pub use classifier::{Pooling, SequenceClassifier};
 pub use error::{Error, Result};
 pub use init::Initializer;
 pub use layer::Recompute;

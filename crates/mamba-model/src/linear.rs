@@ -25,8 +25,12 @@ impl Linear {
         })
     }
 
-    pub(crate) fn from_weight(weight: Tensor, adapter: Option<LowRank>) -> Self {
-        Self { weight, bias: None, adapter }
+    pub(crate) fn from_weight(weight: Tensor) -> Self {
+        Self { weight, bias: None, adapter: None }
+    }
+
+    pub(crate) fn with_adapter(self, adapter: Option<LowRank>) -> Self {
+        Self { adapter, ..self }
     }
 
     /// The weight that is multiplied with, `(out, in)`.

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use candle_core::{DType, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::Result;
@@ -23,6 +23,11 @@ impl<'a> Params<'a> {
     /// The place below this one.
     pub(crate) fn at(&self, name: impl ToString) -> Self {
         Self { weights: self.weights.pp(name), noted: self.noted.clone() }
+    }
+
+    /// Where the parameters are.
+    pub(crate) fn device(&self) -> &Device {
+        self.weights.device()
     }
 
     /// The parameter `name`, in the dtype of the model.

@@ -9,6 +9,7 @@
 //! | [`linear`](fn@linear) | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
 //! | [`embedding`](fn@embedding) | the rows of a table, with gradients added up in one order |
 //! | [`linear_cross_entropy`](fn@linear_cross_entropy) | the loss of a language model from its hidden states, without the logits of all tokens |
+//! | [`attention`](fn@attention) | softmax attention over keys and values in blocks, never holding a matrix of scores |
 //! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
 //! | [`mamba1_inner`], [`mamba2_split_conv1d_scan`] | a block between its projections, which keeps only its inputs for `backward()` |
 //! | [`checkpoint()`] | the same for any function, a layer of a model for one |
@@ -65,6 +66,7 @@
 //! A new op follows the others: see `CONTRIBUTING.md`; [`autograd::FusedFn`] is what it implements.
 
 mod args;
+pub mod attention;
 pub mod autograd;
 pub mod causal_conv1d;
 mod checkpoint;
@@ -87,6 +89,7 @@ pub mod simd;
 pub mod ssd;
 mod state_indices;
 
+pub use attention::{Attention, attention};
 pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
 };

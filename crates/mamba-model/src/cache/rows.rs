@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{InferenceCache, MixerState};
+use super::{InferenceCache, KvCache, MixerState};
 use crate::{Error, Result};
 
 impl InferenceCache {
@@ -30,8 +30,8 @@ impl InferenceCache {
     /// # Ok::<_, mamba_model::Error>(())
     /// ```
     pub fn select(&self, rows: &[usize]) -> Result<Self> {
-        if let Some(row) = rows.iter().find(|&&row| row >= self.batch) {
-            return Err(Error::Cache(format!("holds {} sequences, row {row} was asked for", self.batch)));
+        if let Some(row) = rows.iter().find(|&&row| row >= self.batch()) {
+            return Err(Error::Cache(format!("holds {} sequences, row {row} was asked for", self.batch())));
         }
         if rows.is_empty() {
             return Err(Error::Cache("at least one row must be selected".into()));
@@ -41,22 +41,21 @@ impl InferenceCache {
             Ok(x.index_select(&Tensor::from_slice(&ids, ids.len(), x.device())?, 0)?)
         };
         let states = self.states.iter().map(|state| {
-            Ok(match state {
-                MixerState::None => MixerState::None,
-                MixerState::Recurrent { conv, ssm } => {
-                    MixerState::Recurrent { conv: take(conv)?, ssm: take(ssm)? }
-                }
+            let kv = |all: &Vec<KvCache>| rows.iter().map(|&row| all[row].fork()).collect::<Result<_>>();
+            Ok(MixerState {
+                conv: state.conv.as_ref().map(take).transpose()?,
+                ssm: state.ssm.as_ref().map(take).transpose()?,
+                kv: state.kv.as_ref().map(kv).transpose()?,
             })
         });
         Ok(Self {
             states: states.collect::<Result<_>>()?,
-            batch: rows.len(),
-            position: self.position,
+            positions: rows.iter().map(|&row| self.positions[row]).collect(),
             fingerprint: self.fingerprint.clone(),
         })
     }
 
-    /// One batch of the rows of several, which may have read different numbers of tokens; its position is the largest.
+    /// One batch of the rows of several, which may have read different numbers of tokens.
     ///
     /// # Errors
     /// If there is none, or they belong to models of different sizes.
@@ -68,25 +67,27 @@ impl InferenceCache {
             return Err(Error::Cache("those to concatenate belong to models of different sizes".into()));
         }
         let mut states = vec![];
-        for (i, state) in first.states.iter().enumerate() {
-            states.push(match state {
-                MixerState::None => MixerState::None,
-                MixerState::Recurrent { .. } => {
-                    let (mut convs, mut ssms) = (vec![], vec![]);
-                    for cache in caches {
-                        if let Some(MixerState::Recurrent { conv, ssm }) = cache.states.get(i) {
-                            convs.push(conv);
-                            ssms.push(ssm);
-                        }
-                    }
-                    MixerState::Recurrent { conv: Tensor::cat(&convs, 0)?, ssm: Tensor::cat(&ssms, 0)? }
+        for i in 0..first.states.len() {
+            let each = || caches.iter().filter_map(|cache| cache.states.get(i));
+            let join = |rows: Vec<&Tensor>| match rows.is_empty() {
+                true => Ok(None),
+                false => Tensor::cat(&rows, 0).map(Some),
+            };
+            let mut kv: Option<Vec<KvCache>> = None;
+            for rows in each().filter_map(|state| state.kv.as_ref()) {
+                for row in rows {
+                    kv.get_or_insert_default().push(row.fork()?);
                 }
+            }
+            states.push(MixerState {
+                conv: join(each().filter_map(|state| state.conv.as_ref()).collect())?,
+                ssm: join(each().filter_map(|state| state.ssm.as_ref()).collect())?,
+                kv,
             });
         }
         Ok(Self {
             states,
-            batch: caches.iter().map(|cache| cache.batch).sum(),
-            position: caches.iter().map(|cache| cache.position).max().unwrap_or_default(),
+            positions: caches.iter().flat_map(|cache| cache.positions.iter().copied()).collect(),
             fingerprint: first.fingerprint.clone(),
         })
     }

@@ -6,7 +6,6 @@
 
 mod backward;
 mod forward;
-mod matrix;
 
 use std::f64::consts::LOG2_E;
 
@@ -15,8 +14,8 @@ use pulp::Simd;
 use super::Sizes;
 use crate::packing::Packing;
 use crate::simd::math::{clamp, exp2};
+use crate::simd::matrix::{Product, Strided, Zeros, padded, transpose};
 use crate::simd::slice::{map, map2, map3, softplus};
-use matrix::{Product, Strided, Zeros, padded, transpose};
 
 pub(super) use backward::backward;
 pub(super) use forward::{Forward, forward};
