@@ -80,6 +80,14 @@ pub enum Error {
         /// The model's error.
         source: BoxError,
     },
+    /// The tokenizer of a GGUF file cannot be used.
+    #[error("gguf: `{key}` {message}")]
+    Gguf {
+        /// The key of the file.
+        key: String,
+        /// What is wrong with its value, to be read behind the key.
+        message: String,
+    },
     /// The tokenizer could not decode; its own error is the source.
     #[error("the tokenizer failed to decode")]
     Tokenizer(#[source] BoxError),
