@@ -188,5 +188,5 @@ impl Sizes {
 /// Gu and Dao, 2023, Algorithm 2; `selective_scan_ref` in state-spaces/mamba.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let sizes = args.sizes()?;
-    if args::fused(args.u) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if args::fused_on_cpu(args.u) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

@@ -158,5 +158,5 @@ impl Sizes {
 /// folder's `README.md`.
 pub fn ssd_chunk_scan(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     let sizes = args.sizes()?;
-    if args::fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if args::fused_on_cpu(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }
