@@ -63,7 +63,9 @@ def write(name, keys, answers, producer):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (FOLDER / f"{name}.json").write_text(json.dumps({"producer": f"{producer}, gguf", "producer_version": VERSION, "seed": "none", "texts": answers}, indent=1) + "\n")
+    head = {"producer": f"{producer}, gguf", "producer_version": VERSION, "seed": "none"}
+    lines = ",\n".join(json.dumps(answer) for answer in answers)
+    (FOLDER / f"{name}.json").write_text(f'{json.dumps(head)[:-1]}, "texts": [\n{lines}\n]}}\n')
     lengths = [len(answer["ids"]) for answer in answers]
     print(f"{name}: {(FOLDER / f'{name}.gguf').stat().st_size} bytes, {lengths} ids")
 
