@@ -88,6 +88,17 @@ pub enum Error {
         /// What is wrong with its value, to be read behind the key.
         message: String,
     },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A saved generation cannot be used.
+    #[error("saved generation: {0}")]
+    State(String),
     /// The tokenizer could not decode; its own error is the source.
     #[error("the tokenizer failed to decode")]
     Tokenizer(#[source] BoxError),
@@ -101,5 +112,10 @@ impl Error {
         expected: &'static str,
     ) -> Self {
         Self::InvalidArgument { op, argument, got: got.to_string(), expected }
+    }
+
+    /// Says what a model was asked for when it failed, and after how many tokens.
+    pub(crate) fn model(during: &'static str, position: usize) -> impl FnOnce(BoxError) -> Self {
+        move |source| Self::Model { during, position, source }
     }
 }
