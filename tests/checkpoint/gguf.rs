@@ -77,6 +77,13 @@ impl File {
         out
     }
 
+    /// The same in two files, the keys in the first.
+    pub fn split(self) -> (Vec<u8>, Vec<u8>) {
+        let (mut first, mut second) = (self.clone(), Self { keys: vec![], ..self });
+        (first.rows, second.rows) = (vec![first.rows.remove(0)], vec![second.rows.remove(1)]);
+        (first.bytes(), second.bytes())
+    }
+
     fn key(mut self, key: &str, kind: u32, value: impl Into<Vec<u8>>) -> Self {
         self.keys.push((key.into(), kind, value.into()));
         self

@@ -11,3 +11,6 @@ mod gguf;
 mod hostile;
 mod hub;
 mod mock_hub;
+
+#[global_allocator]
+static ALLOCATOR: support::alloc::Counting = support::alloc::Counting;

@@ -128,17 +128,19 @@ impl Model {
             let (config, architecture) = families::gguf::parse(&checkpoint, metadata)?;
             let described = config.clone();
             let forms = Box::new(move |name: &str| (architecture.form)(&described, name));
-            return Self::load(config, &checkpoint, architecture.names, forms, dtype, device);
+            return Self::load(config, "its own keys", &checkpoint, architecture.names, forms, dtype, device);
         }
         let path = source.require("config.json")?;
         let text = std::fs::read_to_string(&path).map_err(|e| Error::Io { path: path.clone(), source: e })?;
         let (config, family) = families::parse(&text, Some(&path))?;
-        Self::load(config, &checkpoint, family.names, Box::new(|_| Form::Same), dtype, device)
+        let described = path.display().to_string();
+        Self::load(config, &described, &checkpoint, family.names, Box::new(|_| Form::Same), dtype, device)
     }
 
     /// Builds the model from a checkpoint, each tensor of which must be a part of it.
     fn load(
         mut config: ModelConfig,
+        described: &str,
         checkpoint: &Arc<Checkpoint>,
         mut names: NameMap,
         forms: Forms,
@@ -154,7 +156,7 @@ impl Model {
         let model = Self::new(&config, checkpoint.clone().var_builder_with(names, forms, dtype, device))?;
         let coverage = checkpoint.coverage(&names);
         if !coverage.is_complete() {
-            let message = format!("does not fit its configuration: {coverage}");
+            let message = format!("does not fit {described}: {coverage}");
             return Err(Error::Checkpoint { file: checkpoint.origin().into(), message });
         }
         Ok(model)

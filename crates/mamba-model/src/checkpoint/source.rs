@@ -72,7 +72,7 @@ impl LocalDir {
         if std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_dir() {
             return Ok(Self { folder: path.to_path_buf(), weights: None });
         }
-        if standard_name(path).is_none() && !is_gguf(path) {
+        if !is_weights(path) {
             let message = "is neither a folder nor a file of weights (.safetensors, .gguf, .bin, .pt, .pth)";
             return Err(Error::io(path, std::io::Error::new(std::io::ErrorKind::InvalidInput, message)));
         }
@@ -82,7 +82,7 @@ impl LocalDir {
 }
 
 /// The name under which a checkpoint looks for weights of this kind.
-fn standard_name(weights: &Path) -> Option<&'static str> {
+pub(super) fn standard_name(weights: &Path) -> Option<&'static str> {
     match weights.extension()?.to_str()? {
         "safetensors" => Some("model.safetensors"),
         "bin" | "pt" | "pth" => Some("pytorch_model.bin"),
@@ -90,8 +90,9 @@ fn standard_name(weights: &Path) -> Option<&'static str> {
     }
 }
 
-fn is_gguf(weights: &Path) -> bool {
-    weights.extension().is_some_and(|extension| extension == "gguf")
+/// Whether a file of this name can hold weights.
+pub(super) fn is_weights(path: &Path) -> bool {
+    standard_name(path).is_some() || path.extension().is_some_and(|extension| extension == "gguf")
 }
 
 impl ModelSource for LocalDir {

@@ -85,6 +85,19 @@ impl<'a> Fields<'a> {
         self.read(field, "a whole number from 0 to 2^31", |v| Some(v.as_u64().filter(small)? as usize))
     }
 
+    /// A number of layers that must be there.
+    ///
+    /// # Errors
+    /// If the field is missing, or more than any model has: a layer takes memory before its weights are looked for.
+    pub fn layers(&self, field: &str) -> Result<usize> {
+        const MOST: usize = 1 << 12;
+        let count = self.usize(field)?;
+        if count > MOST {
+            return Err(self.error(field, format!("is {count}, expected at most {MOST} layers")));
+        }
+        Ok(count)
+    }
+
     /// A truth value, or the given one.
     ///
     /// # Errors

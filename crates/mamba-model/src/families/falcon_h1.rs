@@ -67,7 +67,7 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         ..ModelConfig::of_layers(
             fields.usize("vocab_size")?,
             d_model,
-            vec![layer; fields.usize("num_hidden_layers")?],
+            vec![layer; fields.layers("num_hidden_layers")?],
         )
     })
 }

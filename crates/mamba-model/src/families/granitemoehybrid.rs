@@ -37,7 +37,7 @@ pub(super) static GRANITE_MOE_HYBRID: Family = Family {
 fn parse(fields: &Fields) -> Result<ModelConfig> {
     require_silu(fields, "hidden_act")?; // the convolutions have it too
     let d_model = fields.usize("hidden_size")?;
-    let n_layer = fields.usize("num_hidden_layers")?;
+    let n_layer = fields.layers("num_hidden_layers")?;
     let norm_eps = fields.f64_or("rms_norm_eps", 1e-6)?;
     let mamba = mamba2_fields::mamba2(fields, d_model, None, norm_eps)?;
     let mut attention = transformer::attention(fields, d_model, None)?;

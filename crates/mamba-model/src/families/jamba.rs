@@ -90,7 +90,7 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         ..ModelConfig::of_layers(
             fields.usize("vocab_size")?,
             d_model,
-            (0..fields.usize("num_hidden_layers")?).map(layer),
+            (0..fields.layers("num_hidden_layers")?).map(layer),
         )
     })
 }

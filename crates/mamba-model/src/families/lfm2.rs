@@ -33,7 +33,7 @@ pub(super) static LFM2: Family = Family {
 
 fn parse(fields: &Fields) -> Result<ModelConfig> {
     let d_model = fields.usize("hidden_size")?;
-    let n_layer = fields.usize("num_hidden_layers")?;
+    let n_layer = fields.layers("num_hidden_layers")?;
     let norm_eps = fields.f64_or("norm_eps", 1e-5)?;
     let conv = ShortConvConfig {
         d_conv: fields.usize_or("conv_L_cache", 3)?,

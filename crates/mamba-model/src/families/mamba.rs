@@ -45,7 +45,7 @@ pub(super) fn parse(fields: &Fields) -> Result<ModelConfig> {
         dt_bc_norm: None,
         nheads: None,
     };
-    let n_layer = fields.usize("num_hidden_layers")?;
+    let n_layer = fields.layers("num_hidden_layers")?;
     Ok(ModelConfig {
         norm_eps: fields.f64_or("layer_norm_epsilon", 1e-5)?,
         residual_in_f32: fields.bool_or("residual_in_fp32", true)?,

@@ -68,7 +68,7 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         residual_in_f32: fields.bool_or("residual_in_fp32", true)?,
         tie_embeddings: fields.bool_or("tie_embeddings", true)?,
         eos_token_ids: fields.ids("eos_token_id")?,
-        ..ModelConfig::of_layers(vocab_size, d_model, (0..fields.usize("n_layer")?).map(layer))
+        ..ModelConfig::of_layers(vocab_size, d_model, (0..fields.layers("n_layer")?).map(layer))
     })
 }
 

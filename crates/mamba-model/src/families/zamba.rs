@@ -66,7 +66,7 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         attention_adapter_rank: None,
         mlp_adapter_rank: None,
     };
-    let n_layer = fields.usize("num_hidden_layers")?;
+    let n_layer = fields.layers("num_hidden_layers")?;
     let types = match layer_types::read_all(fields, n_layer)? {
         Some(types) => types,
         None => default_types(fields, n_layer)?,

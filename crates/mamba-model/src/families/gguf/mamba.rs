@@ -1,6 +1,6 @@
 //! llama.cpp's `mamba`.
 
-use super::{Architecture, Described, count, write_common};
+use super::{Architecture, Described, Keys, count, write_common};
 use crate::Result;
 use crate::checkpoint::gguf::Value;
 use crate::checkpoint::{Form, NameMap};
@@ -37,13 +37,12 @@ fn parse(file: &Described, config: &mut ModelConfig) -> Result<()> {
         dt_rank: file.fields.usize("ssm.time_step_rank")?,
         conv_bias: file.has("blk.0.ssm_conv1d.bias"),
         proj_bias: file.has("blk.0.ssm_in.bias"),
-        ..Mamba1Config::new(config.d_model)
     };
     config.layers.fill(LayerSpec::new([MixerSpec::Mamba1(mixer)]));
     Ok(())
 }
 
-fn write(config: &ModelConfig) -> Option<Vec<(&'static str, Value)>> {
+fn write(config: &ModelConfig) -> Option<Keys> {
     let layer = config.layers.first()?;
     let [branch] = layer.branches.as_slice() else { return None };
     let [(1.0, MixerSpec::Mamba1(c))] = branch.mixers.as_slice() else { return None };

@@ -1,6 +1,6 @@
 //! llama.cpp's `mamba2`.
 
-use super::{Architecture, Described, count, write_common};
+use super::{Architecture, Described, Keys, count, write_common};
 use crate::Result;
 use crate::checkpoint::gguf::Value;
 use crate::checkpoint::{Form, NameMap};
@@ -60,7 +60,7 @@ pub(super) fn mixer(file: &Described, config: &ModelConfig, layer: usize) -> Res
     })
 }
 
-fn write(config: &ModelConfig) -> Option<Vec<(&'static str, Value)>> {
+fn write(config: &ModelConfig) -> Option<Keys> {
     let layer = config.layers.first()?;
     let [branch] = layer.branches.as_slice() else { return None };
     let [(1.0, MixerSpec::Mamba2(c))] = branch.mixers.as_slice() else { return None };
@@ -74,7 +74,7 @@ fn write(config: &ModelConfig) -> Option<Vec<(&'static str, Value)>> {
 }
 
 /// The keys `ssm.*` of a mixer with the usual norm.
-pub(super) fn write_mixer(config: &ModelConfig, c: &Mamba2Config) -> Option<Vec<(&'static str, Value)>> {
+pub(super) fn write_mixer(config: &ModelConfig, c: &Mamba2Config) -> Option<Keys> {
     let expressible = c.norm == Some(GatedNorm { eps: config.norm_eps, before_gate: false })
         && (c.d_ssm, c.d_has_headdim) == (c.d_inner, false)
         && c.dt_limit == (0.0, f64::INFINITY)

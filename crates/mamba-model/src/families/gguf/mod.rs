@@ -12,6 +12,9 @@ use crate::checkpoint::{Checkpoint, Form, NameMap};
 use crate::config::{Fields, LayerSpec, MixerSpec, MlpConfig, ModelConfig};
 use crate::{Error, Result};
 
+/// Keys below the name of an architecture.
+type Keys = Vec<(&'static str, Value)>;
+
 /// An architecture of GGUF files, as data.
 #[derive(Debug)]
 pub(crate) struct Architecture {
@@ -22,7 +25,7 @@ pub(crate) struct Architecture {
     /// Reads the layers, and what else is particular, into a configuration with the rest.
     parse: fn(&Described, &mut ModelConfig) -> Result<()>,
     /// The keys below the name for a configuration, if the architecture has words for it.
-    write: fn(&ModelConfig) -> Option<Vec<(&'static str, Value)>>,
+    write: fn(&ModelConfig) -> Option<Keys>,
     /// How files keep a tensor, by its canonical name.
     pub form: fn(&ModelConfig, &str) -> Form,
 }
@@ -83,11 +86,7 @@ fn common(described: &Described, metadata: &Metadata) -> Result<ModelConfig> {
     };
     let said = fields.usize_opt("vocab_size")?.unwrap_or(rows);
     let vocab_size = known_tokens(metadata).unwrap_or(rows).min(said).min(rows);
-    // No more layers are made room for than the file can have.
-    let layers = fields.usize("block_count")?;
-    if layers > checkpoint.names().count() {
-        return Err(fields.error("block_count", format!("is {layers}, more than the file has tensors")));
-    }
+    let layers = fields.layers("block_count")?;
     let eos = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"];
     let mut eos: Vec<u32> = eos.iter().filter_map(|key| metadata.u64(key)?.try_into().ok()).collect();
     eos.dedup();
@@ -164,7 +163,7 @@ fn count(n: usize) -> Option<Value> {
 }
 
 /// The keys that all architectures have.
-fn write_common(config: &ModelConfig) -> Option<Vec<(&'static str, Value)>> {
+fn write_common(config: &ModelConfig) -> Option<Keys> {
     if (config.embedding_scale, config.logits_scale) != (1.0, 1.0) {
         return None;
     }
