@@ -1,7 +1,8 @@
 //! What a model remembers of the tokens it has read: per mixer a window of inputs, a state in `f32`, keys and values.
 
-mod file;
+mod bytes;
 mod kv;
+mod rows;
 mod state;
 
 use candle_core::{DType, Device};

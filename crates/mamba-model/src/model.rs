@@ -47,7 +47,7 @@ pub struct Model {
     lm_head: Linear,
     parameters: Vec<(String, Tensor)>,
     /// The sizes that a cache must have.
-    fingerprint: String,
+    cache_sizes: String,
 }
 
 impl std::fmt::Debug for Model {
@@ -84,8 +84,8 @@ impl Model {
         // Ids past the vocabulary exist for alignment only: they get no logits.
         let lm_head = Linear::from_weight(head.narrow(0, 0, config.vocab_size)?);
         let parameters = params.noted();
-        let fingerprint = cache::fingerprint(config);
-        Ok(Self { config: config.clone(), embedding, layers, norm_f, lm_head, parameters, fingerprint })
+        let cache_sizes = cache::fingerprint(config);
+        Ok(Self { config: config.clone(), embedding, layers, norm_f, lm_head, parameters, cache_sizes })
     }
 
     /// Loads a published checkpoint: `config.json` says which family it is of, and the weights are safetensors or
@@ -226,7 +226,7 @@ impl Model {
         let (ids, mut sequences) = batch.tokens()?;
         self.check_ids(&ids)?;
         if let Some(cache) = &cache {
-            cache.check(&self.fingerprint, &mut sequences)?;
+            cache.check(&self.cache_sizes, &mut sequences)?;
         }
         let (rows, seqlen) = sequences.shape();
         if rows * seqlen == 0 {
