@@ -74,6 +74,37 @@ fn rows_do_not_see_each_other() {
     }
 }
 
+/// Half precision runs everywhere, in one forward and in pieces alike, with errors of its own size; a router may choose
+/// another expert where two are about as good, so models with experts are compared with themselves alone.
+#[test]
+fn half_precision() {
+    for name in MODELS {
+        let exact = open(name, DType::F32);
+        let input = ids(2, 12, exact.config().vocab_size);
+        let want = exact.forward(&input, None).unwrap();
+        let experts = exact.parameters().iter().any(|(name, _)| name.contains(".experts."));
+        for (dtype, bound) in [(DType::F16, 3e-2), (DType::BF16, 2e-1)] {
+            let model = open(name, dtype);
+            let whole = model.forward(&input, None).unwrap();
+            assert_eq!(whole.dtype(), dtype, "{name}");
+            if experts {
+                assert!(max_error(&whole, &want).is_finite(), "{name}");
+                continue;
+            }
+            let context = |how: &str| format!("{name} in {} {how}", dtype.as_str());
+            close(&whole, &want, bound, &context("at once"));
+            close(&in_pieces(&model, &input, &[7, 1, 1, 3]), &want, bound, &context("in pieces"));
+            let padded = model.forward(Batch::left_padded(&input, &[12, 5]).unwrap(), None).unwrap();
+            close(
+                &padded.narrow(0, 0, 1).unwrap(),
+                &want.narrow(0, 0, 1).unwrap(),
+                bound,
+                &context("padded"),
+            );
+        }
+    }
+}
+
 /// Rows of unequal lengths, padded on either side or packed, then more of them, then steps: each as if it were alone.
 #[test]
 fn padding_is_not_seen() {
@@ -155,6 +186,32 @@ fn padding_is_not_seen() {
                     &format!("{name} {how} row {row} stepping"),
                 );
             }
+        }
+    }
+}
+
+/// Rows that leave and join a batch take their state with them, however much each has read.
+#[test]
+fn rows_come_and_go() {
+    for name in MODELS {
+        let model = open(name, DType::F32);
+        let input = ids(3, 9, model.config().vocab_size);
+        let lengths = [9, 4, 6];
+        let batch = || Batch::right_padded(&input, &lengths).unwrap();
+        let mut three = model.new_cache(3).unwrap();
+        model.prefill(batch(), &mut three).unwrap();
+        let one = three.select(&[1]).unwrap();
+        let mut mixed = InferenceCache::concat(&[&three.select(&[2, 0]).unwrap(), &one, &three]).unwrap();
+        assert_eq!(mixed.positions(), [6, 9, 4, 9, 4, 6], "{name}");
+        let step = |cache: &mut InferenceCache| {
+            let tokens = Tensor::new(vec![3u32; cache.batch()], &Device::Cpu).unwrap();
+            model.step(&tokens, cache).unwrap()
+        };
+        let got = step(&mut mixed);
+        let want = step(&mut three);
+        for (row, from) in [2, 0, 1, 0, 1, 2].into_iter().enumerate() {
+            let want = want.narrow(0, from, 1).unwrap();
+            close(&got.narrow(0, row, 1).unwrap(), &want, 1e-6, &format!("{name} row {row}"));
         }
     }
 }

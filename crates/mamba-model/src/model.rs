@@ -51,7 +51,7 @@ pub struct Model {
     lm_head: Linear,
     parameters: Vec<(String, Tensor)>,
     /// The sizes that a cache must have.
-    fingerprint: String,
+    cache_sizes: String,
 }
 
 impl std::fmt::Debug for Model {
@@ -93,7 +93,7 @@ impl Model {
         let adapter = adapter.map(|adapter| adapter.narrowed(config.vocab_size)).transpose()?;
         let lm_head = Linear::from_weight(head.narrow(0, 0, config.vocab_size)?).with_adapter(adapter);
         let parameters = params.noted();
-        let fingerprint = cache::fingerprint(&config);
+        let cache_sizes = cache::fingerprint(&config);
         Ok(Self {
             config,
             embedding,
@@ -103,7 +103,7 @@ impl Model {
             norm_f,
             lm_head,
             parameters,
-            fingerprint,
+            cache_sizes,
         })
     }
 
@@ -277,7 +277,7 @@ impl Model {
         let (ids, mut sequences) = batch.tokens()?;
         self.check_ids(&ids)?;
         if let Some(cache) = &cache {
-            cache.check(&self.fingerprint, &mut sequences)?;
+            cache.check(&self.cache_sizes, &mut sequences)?;
         }
         let (rows, seqlen) = sequences.shape();
         if rows * seqlen == 0 {

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{InferenceCache, KvCache, MixerState, StateShape, fingerprint, shapes};
+use super::state::StateShape;
+use super::{InferenceCache, KvCache, MixerState, fingerprint, shapes};
 use crate::config::ModelConfig;
 use crate::{Error, Result};
 
@@ -77,9 +78,9 @@ impl InferenceCache {
         let positions = note("positions").unwrap_or_default().split_whitespace().map(|n| n.parse().ok());
         let positions: Option<Vec<usize>> = positions.collect();
         let positions = positions.ok_or_else(|| bad("says no positions".into()))?;
-        let mut saved = Saved { tensors: candle_core::safetensors::load_buffer(bytes, device)? };
+        let mut tensors = Tensors(candle_core::safetensors::load_buffer(bytes, device)?);
         let states = shapes(config).into_iter().enumerate();
-        let states = states.map(|(i, shape)| saved.state(i, &shape, &positions));
+        let states = states.map(|(i, shape)| tensors.state(i, &shape, &positions));
         Ok(Self { states: states.collect::<Result<_>>()?, positions, fingerprint: fingerprint(config) })
     }
 
@@ -107,48 +108,46 @@ impl InferenceCache {
     }
 }
 
-/// The tensors of a saved cache that were not read yet.
-struct Saved {
-    tensors: HashMap<String, Tensor>,
-}
+/// What was read, by name.
+struct Tensors(HashMap<String, Tensor>);
 
-impl Saved {
+impl Tensors {
     fn state(&mut self, i: usize, shape: &StateShape, positions: &[usize]) -> Result<MixerState> {
         let batch = positions.len();
-        let mut state = |name: &str, shape: Vec<usize>| {
-            self.take(&format!("{i}.{name}"), &shape, &[DType::F32, DType::F64])
-        };
+        let mut state = |name: &str, shape: Vec<usize>| self.read(&format!("{i}.{name}"), &shape, true);
         let conv = shape.conv.map(|(dim, window)| state(CONV, vec![batch, dim, window])).transpose()?;
         let ssm =
             shape.ssm.as_ref().map(|shape| state(SSM, [&[batch], shape.as_slice()].concat())).transpose()?;
         let Some((nheads_kv, headdim, window)) = shape.kv else {
             return Ok(MixerState { conv, ssm, kv: None });
         };
-        let floats = [DType::F32, DType::F64, DType::F16, DType::BF16];
-        let mut row = |(row, position): (usize, &usize)| {
+        let mut rows = vec![];
+        for (row, position) in positions.iter().enumerate() {
             let mut kv = KvCache::new(window);
-            let names = [KEYS, VALUES].map(|name| format!("{i}.{name}.{row}"));
+            let [keys, values] = [KEYS, VALUES].map(|name| format!("{i}.{name}.{row}"));
             if *position > 0 {
                 // With a window, what is out of sight may be missing.
-                let kept = self.tensors.get(&names[0]).and_then(|x| x.dims().get(1).copied()).unwrap_or(0);
-                let enough =
-                    kept <= *position && kept >= window.map_or(*position, |w| w.min(*position + 1) - 1);
-                if !enough {
-                    return Err(Error::Cache(format!("`{}` has {kept} tokens of {position}", names[0])));
+                let kept = self.0.get(&keys).and_then(|x| x.dims().get(1)).copied().unwrap_or(0);
+                let needed = window.map_or(*position, |window| window.min(*position + 1) - 1);
+                if !(needed..=*position).contains(&kept) {
+                    return Err(Error::Cache(format!("`{keys}` has {kept} tokens of {position}")));
                 }
                 let shape = [1, kept, nheads_kv, headdim];
-                kv.append(&self.take(&names[0], &shape, &floats)?, &self.take(&names[1], &shape, &floats)?)?;
+                kv.append(&self.read(&keys, &shape, false)?, &self.read(&values, &shape, false)?)?;
             }
-            Ok(kv)
-        };
-        let kv = positions.iter().enumerate().map(&mut row).collect::<Result<_>>()?;
-        Ok(MixerState { conv, ssm, kv: Some(kv) })
+            rows.push(kv);
+        }
+        Ok(MixerState { conv, ssm, kv: Some(rows) })
     }
 
-    fn take(&mut self, name: &str, shape: &[usize], dtypes: &[DType]) -> Result<Tensor> {
-        let tensor = self.tensors.remove(name);
-        let tensor = tensor.ok_or_else(|| Error::Cache(format!("holds no `{name}`")))?;
-        match tensor.dims() == shape && dtypes.contains(&tensor.dtype()) {
+    /// The tensor of this name and shape; states are never rounded, keys and values have the dtype of the model.
+    fn read(&mut self, name: &str, shape: &[usize], exact: bool) -> Result<Tensor> {
+        let Some(tensor) = self.0.remove(name) else {
+            return Err(Error::Cache(format!("holds no `{name}`")));
+        };
+        let dtypes = [DType::F32, DType::F64, DType::F16, DType::BF16];
+        let allowed = if exact { &dtypes[..2] } else { &dtypes[..] };
+        match tensor.dims() == shape && allowed.contains(&tensor.dtype()) {
             true => Ok(tensor),
             false => Err(Error::Cache(format!("`{name}` has shape {:?}, expected {shape:?}", tensor.dims()))),
         }

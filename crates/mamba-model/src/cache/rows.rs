@@ -37,16 +37,14 @@ impl InferenceCache {
             return Err(Error::Cache("at least one row must be selected".into()));
         }
         let ids: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-        let take = |x: &Tensor| -> Result<Tensor> {
-            Ok(x.index_select(&Tensor::from_slice(&ids, ids.len(), x.device())?, 0)?)
+        let take = |x: &Option<Tensor>| -> Result<Option<Tensor>> {
+            let take = |x: &Tensor| x.index_select(&Tensor::from_slice(&ids, ids.len(), x.device())?, 0);
+            Ok(x.as_ref().map(take).transpose()?)
         };
         let states = self.states.iter().map(|state| {
-            let kv = |all: &Vec<KvCache>| rows.iter().map(|&row| all[row].fork()).collect::<Result<_>>();
-            Ok(MixerState {
-                conv: state.conv.as_ref().map(take).transpose()?,
-                ssm: state.ssm.as_ref().map(take).transpose()?,
-                kv: state.kv.as_ref().map(kv).transpose()?,
-            })
+            let kv =
+                state.kv.as_ref().map(|kv| rows.iter().map(|&row| kv[row].fork()).collect::<Result<_>>());
+            Ok(MixerState { conv: take(&state.conv)?, ssm: take(&state.ssm)?, kv: kv.transpose()? })
         });
         Ok(Self {
             states: states.collect::<Result<_>>()?,
@@ -66,28 +64,22 @@ impl InferenceCache {
         if rest.iter().any(|cache| cache.fingerprint != first.fingerprint) {
             return Err(Error::Cache("those to concatenate belong to models of different sizes".into()));
         }
+        let join =
+            |rows: Vec<&Tensor>| if rows.is_empty() { Ok(None) } else { Tensor::cat(&rows, 0).map(Some) };
         let mut states = vec![];
-        for i in 0..first.states.len() {
-            let each = || caches.iter().filter_map(|cache| cache.states.get(i));
-            let join = |rows: Vec<&Tensor>| match rows.is_empty() {
-                true => Ok(None),
-                false => Tensor::cat(&rows, 0).map(Some),
-            };
-            let mut kv: Option<Vec<KvCache>> = None;
-            for rows in each().filter_map(|state| state.kv.as_ref()) {
-                for row in rows {
-                    kv.get_or_insert_default().push(row.fork()?);
-                }
-            }
+        for (i, state) in first.states.iter().enumerate() {
+            let of_all = || caches.iter().filter_map(|cache| cache.states.get(i));
+            let kv = of_all().filter_map(|state| state.kv.as_ref()).flatten().map(KvCache::fork);
+            let kv = kv.collect::<Result<Vec<_>>>()?;
             states.push(MixerState {
-                conv: join(each().filter_map(|state| state.conv.as_ref()).collect())?,
-                ssm: join(each().filter_map(|state| state.ssm.as_ref()).collect())?,
-                kv,
+                conv: join(of_all().filter_map(|state| state.conv.as_ref()).collect())?,
+                ssm: join(of_all().filter_map(|state| state.ssm.as_ref()).collect())?,
+                kv: state.kv.is_some().then_some(kv),
             });
         }
         Ok(Self {
             states,
-            positions: caches.iter().flat_map(|cache| cache.positions.iter().copied()).collect(),
+            positions: caches.iter().flat_map(|cache| cache.positions.clone()).collect(),
             fingerprint: first.fingerprint.clone(),
         })
     }
