@@ -37,6 +37,7 @@ fn parse(file: &Described, config: &mut ModelConfig) -> Result<()> {
         dt_rank: file.fields.usize("ssm.time_step_rank")?,
         conv_bias: file.has("blk.0.ssm_conv1d.bias"),
         proj_bias: file.has("blk.0.ssm_in.bias"),
+        ..Mamba1Config::new(config.d_model)
     };
     config.layers.fill(LayerSpec::new([MixerSpec::Mamba1(mixer)]));
     Ok(())
