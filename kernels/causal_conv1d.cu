@@ -138,7 +138,7 @@ __device__ void backward_first(const ConvBackward& args) {
 
     constexpr int BEFORE = TAPS, AFTER = TAPS;
     float sums[TAPS + 1] = {};  // dw, then dbias
-    const int pieces = (conv.seqlen + STEPS - 1) / STEPS;
+    const int pieces = max((conv.seqlen + STEPS - 1) / STEPS, 1);  // an empty sequence has a window
     for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < conv.batch * pieces; i += gridDim.y * blockDim.x) {
         const int64_t row = static_cast<int64_t>(i / pieces) * conv.dim + c;
         const int t0 = i % pieces * STEPS;
@@ -439,24 +439,24 @@ __device__ void update(const ConvUpdate& args) {
 }
 
 #define KERNEL(symbol, bound, Args, function)                                                          \
-    extern "C" __global__ void __launch_bounds__(bound) symbol(const __grid_constant__ Args args) { \
+    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { \
         function(args);                                                                             \
     }
 #define COMMA ,
 #define INSTANTIATE(T, name)                                                                                           \
-    KERNEL(causal_conv1d_fwd_first4v_##name, 128, ConvForward, (forward_first<T COMMA 4 COMMA true>))                  \
-    KERNEL(causal_conv1d_fwd_first4_##name, 128, ConvForward, (forward_first<T COMMA 4 COMMA false>))                  \
-    KERNEL(causal_conv1d_fwd_first8_##name, 128, ConvForward, (forward_first<T COMMA 8 COMMA false>))                  \
-    KERNEL(causal_conv1d_bwd_first4v_##name, 128, ConvBackward, (backward_first<T COMMA 4 COMMA true>))                \
-    KERNEL(causal_conv1d_bwd_first4_##name, 128, ConvBackward, (backward_first<T COMMA 4 COMMA false>))                \
-    KERNEL(causal_conv1d_bwd_first8_##name, 128, ConvBackward, (backward_first<T COMMA 8 COMMA false>))                \
-    KERNEL(causal_conv1d_fwd_last4v_##name, 128, ConvForward, (forward_last<T COMMA 4 COMMA(sizeof(T) == 4 ? 4 : 8)>)) \
-    KERNEL(causal_conv1d_fwd_last4_##name, 128, ConvForward, (forward_last<T COMMA 4 COMMA 1>))                        \
-    KERNEL(causal_conv1d_fwd_last8_##name, 128, ConvForward, (forward_last<T COMMA 8 COMMA 1>))                        \
-    KERNEL(causal_conv1d_bwd_last4v_##name, 256, ConvBackward, (backward_last<T COMMA 4 COMMA 4>))                     \
-    KERNEL(causal_conv1d_bwd_last4_##name, 256, ConvBackward, (backward_last<T COMMA 4 COMMA 1>))                      \
-    KERNEL(causal_conv1d_bwd_last8_##name, 256, ConvBackward, (backward_last<T COMMA 8 COMMA 1>))                      \
-    KERNEL(causal_conv1d_update4_##name, 128, ConvUpdate, (update<T COMMA 4>))                                         \
-    KERNEL(causal_conv1d_update8_##name, 128, ConvUpdate, (update<T COMMA 8>))
+    KERNEL(causal_conv1d_fwd_first4v_##name, (128), ConvForward, (forward_first<T COMMA 4 COMMA true>))                  \
+    KERNEL(causal_conv1d_fwd_first4_##name, (128), ConvForward, (forward_first<T COMMA 4 COMMA false>))                  \
+    KERNEL(causal_conv1d_fwd_first8_##name, (128), ConvForward, (forward_first<T COMMA 8 COMMA false>))                  \
+    KERNEL(causal_conv1d_bwd_first4v_##name, (128), ConvBackward, (backward_first<T COMMA 4 COMMA true>))                \
+    KERNEL(causal_conv1d_bwd_first4_##name, (128), ConvBackward, (backward_first<T COMMA 4 COMMA false>))                \
+    KERNEL(causal_conv1d_bwd_first8_##name, (128), ConvBackward, (backward_first<T COMMA 8 COMMA false>))                \
+    KERNEL(causal_conv1d_fwd_last4v_##name, (128), ConvForward, (forward_last<T COMMA 4 COMMA(sizeof(T) == 4 ? 4 : 8)>)) \
+    KERNEL(causal_conv1d_fwd_last4_##name, (128), ConvForward, (forward_last<T COMMA 4 COMMA 1>))                        \
+    KERNEL(causal_conv1d_fwd_last8_##name, (128), ConvForward, (forward_last<T COMMA 8 COMMA 1>))                        \
+    KERNEL(causal_conv1d_bwd_last4v_##name, (256, 2), ConvBackward, (backward_last<T COMMA 4 COMMA 4>))                     \
+    KERNEL(causal_conv1d_bwd_last4_##name, (256, 2), ConvBackward, (backward_last<T COMMA 4 COMMA 1>))                      \
+    KERNEL(causal_conv1d_bwd_last8_##name, (256, 2), ConvBackward, (backward_last<T COMMA 8 COMMA 1>))                      \
+    KERNEL(causal_conv1d_update4_##name, (128), ConvUpdate, (update<T COMMA 4>))                                         \
+    KERNEL(causal_conv1d_update8_##name, (128), ConvUpdate, (update<T COMMA 8>))
 
 FOR_EACH_DTYPE(INSTANTIATE)

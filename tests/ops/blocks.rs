@@ -467,7 +467,7 @@ impl<B: Block, const ITSELF: bool> Op for Subject<B, ITSELF> {
         None
     }
 
-    fn fused(case: &B, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &B, inputs: &Tensors) -> Result<Tensors> {
         case.run(inputs)
     }
 

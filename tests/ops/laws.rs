@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use candle_core::{DType, Result, Tensor, Var};
-use mamba_ops::simd::Isa;
 
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target::{self, Target};
 use crate::support::tolerance::{self, max_error, of_rounding, relative_rms};
 
 /// Tensors by argument name.
@@ -41,7 +41,12 @@ pub trait Op {
     fn role(name: &str) -> Role;
     /// The axis of time of an input or output, if it has one; `initial_state` and `final_state` have none.
     fn time_axis(case: &Self::Case, name: &str) -> Option<usize>;
-    fn fused(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
+    /// The op itself, on the device of its inputs.
+    fn run(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
+    /// The op on the device under test, from and to CPU memory.
+    fn fused(case: &Self::Case, inputs: &Tensors) -> Result<Tensors> {
+        target::back(Self::run(case, &target::place(&format!("{case:?}"), inputs)?)?)
+    }
     fn reference(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
     /// The case of a golden file, with its tensors by our names; an error says why it does not apply.
     fn golden(golden: &Golden) -> std::result::Result<(Self::Case, GoldenTensors), String>;
@@ -95,6 +100,7 @@ pub fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result
             let gradient = match store.get(var.as_tensor()) {
                 Some(gradient) => gradient.detach(),
                 None if var.dtype() == DType::F64 => var.zeros_like()?,
+                None if target::is_cuda() && var.elem_count() == 0 => var.zeros_like()?, // not moved, see `target`
                 None => panic!("no gradient reached `{name}`"),
             };
             gradients.insert((*name).clone(), gradient);
@@ -151,7 +157,7 @@ pub fn reference<O: Op>(cases: &[O::Case]) {
             } else {
                 differentiate(&|x| O::reference(case, x), &exact, &cotangents).unwrap()
             };
-            for isa in Isa::available() {
+            for isa in Target::available() {
                 let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
                 isa.scope(|| {
                     // Inference takes another path than training: no graph, nothing kept.
@@ -299,6 +305,23 @@ pub fn threads<O: Op>(case: &O::Case) {
         for (got, want) in [(&many.0, &one.0), (&many.1, &one.1)] {
             for (name, want) in want {
                 assert_eq!(relative_rms(&got[name], want), 0.0, "{case:?}: `{name}` with {count} threads");
+            }
+        }
+    }
+}
+
+/// The same inputs give the same bits again, outputs and gradients.
+pub fn repeats<O: Op>(case: &O::Case) {
+    let inputs = cast::<O>(&O::inputs(case, &mut Random::new(5)), DType::F32).unwrap();
+    let outputs = O::fused(case, &inputs).unwrap();
+    let cotangents = cotangents(&outputs, &mut Random::new(6)).unwrap();
+    let run = || differentiate(&|x| O::fused(case, x), &inputs, &cotangents).unwrap();
+    let once = run();
+    for _ in 0..3 {
+        let again = run();
+        for (got, want) in [(&again.0, &once.0), (&again.1, &once.1)] {
+            for (name, want) in want {
+                assert_eq!(relative_rms(&got[name], want), 0.0, "{case:?}: `{name}` differs");
             }
         }
     }

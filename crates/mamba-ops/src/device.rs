@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::mem::size_of;
+use std::path::Path;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use candle_core::backend::BackendStorage;
@@ -43,6 +44,16 @@ macro_rules! module {
     };
 }
 pub(crate) use module;
+
+impl Module {
+    /// The image; for work on kernels, that of the folder `MAMBA_KERNELS`, so that nothing but the kernels is built anew.
+    fn read(&self) -> Result<Vec<u8>> {
+        match std::env::var_os("MAMBA_KERNELS") {
+            Some(folder) => Ok(std::fs::read(Path::new(&folder).join(self.name).with_extension("fatbin"))?),
+            None => Ok(self.image.to_vec()),
+        }
+    }
+}
 
 /// A kernel of a module: `name` and, where it is compiled for several, the dtype of its activations, as in `name_bf16`.
 #[derive(Clone, Copy)]
@@ -118,9 +129,10 @@ pub(crate) fn pointers<const N: usize, R>(
 ) -> Result<R> {
     let mut contiguous = [const { None }; N];
     for (slot, x) in contiguous.iter_mut().zip(tensors) {
-        *slot = x.map(Tensor::contiguous).transpose()?;
+        // Of an empty tensor nothing is read.
+        *slot = x.filter(|x| x.elem_count() > 0).map(Tensor::contiguous).transpose()?;
     }
-    let device = contiguous.iter().flatten().find_map(|x| match x.device() {
+    let device = tensors.iter().flatten().find_map(|x| match x.device() {
         Device::Cuda(device) => Some(device.clone()),
         _ => None,
     });
@@ -209,6 +221,14 @@ impl Gpu {
         count.map_or(1, |count| count.max(1) as usize)
     }
 
+    /// How many blocks of a kernel the GPU runs at once.
+    pub(crate) fn blocks_at_once(&self, kernel: Kernel, threads: [usize; 2], shared: usize) -> Result<usize> {
+        let function = self.function(kernel, shared)?;
+        let threads = (threads[0] * threads[1]) as u32;
+        let blocks = function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None).w()?;
+        Ok(self.multiprocessors() * (blocks as usize).max(1))
+    }
+
     /// Enqueues a kernel; nothing if the grid is empty.
     ///
     /// # Safety
@@ -249,7 +269,7 @@ impl Gpu {
             None => {
                 drop(known);
                 let mut known = FUNCTIONS.write().unwrap_or_else(PoisonError::into_inner);
-                let module = context.load_module(Ptx::from_binary(kernel.module.image.to_vec()));
+                let module = context.load_module(Ptx::from_binary(kernel.module.read()?));
                 let module = module.or_else(|e| self.does_not_run(kernel.module, e))?;
                 let function = module.load_function(&kernel.symbol()).w()?;
                 known.get_or_insert_default().insert(key, function.clone());

@@ -101,7 +101,7 @@ impl Shape {
         };
         let aligned = pointers.iter().all(|pointer| pointer.address.is_multiple_of(16));
         let taps = if sizes.width <= 4 { 4 } else { WIDEST };
-        Self { taps, packs: taps == 4 && aligned && neighbours.is_multiple_of(8) }
+        Self { taps, packs: taps == 4 && aligned && neighbours > 0 && neighbours.is_multiple_of(8) }
     }
 }
 
@@ -218,7 +218,7 @@ pub(super) fn backward(
         // `partial` blocks each sum over some of the tokens of a channel.
         let (launch, run, partial) = match node.layout {
             SequenceLayout::ChannelsFirst => {
-                let pieces = batch * seqlen.div_ceil(STEPS);
+                let pieces = batch * seqlen.div_ceil(STEPS).max(1);
                 int(OP, pieces)?;
                 let threads = threads(pieces);
                 let blocks = (gpu.multiprocessors() * 16).div_ceil(dim.max(1));
@@ -229,7 +229,7 @@ pub(super) fn backward(
                 let channels = if shape.packs { 4 } else { 1 };
                 let packs = dim.div_ceil(channels);
                 let run = run(gpu, node.sizes, packs, 64);
-                let splits = (batch * seqlen.div_ceil(run).max(1)).div_ceil(RUNS);
+                let splits = (batch * seqlen.div_ceil(run).max(1)).div_ceil(RUNS).max(1);
                 (
                     Launch { blocks: [splits, packs.div_ceil(32), 1], threads: [32, RUNS], shared: 0 },
                     run,
