@@ -27,6 +27,7 @@ use candle_core::{
 use half::{bf16, f16};
 
 use crate::autograd::Output;
+use crate::packing::Packing;
 
 /// The compiled kernels of an op: what `build.rs` made of its `.cu` file.
 pub(crate) struct Module {
@@ -112,6 +113,12 @@ impl Pointer {
         };
         Ok(Self { address, dtype })
     }
+
+    /// The pointer to an element of this dtype further on; of no tensor, none.
+    pub(crate) fn offset(self, elements: usize, dtype: DType) -> Self {
+        let bytes = (elements * dtype.size_in_bytes()) as u64;
+        Self { address: if self.address == 0 { 0 } else { self.address + bytes }, ..self }
+    }
 }
 
 /// The GPU that an op runs on, and candle's stream there.
@@ -195,6 +202,21 @@ impl Gpu {
         let (address, _) = address(&storage, &self.stream)?;
         let pointer = Pointer::new(address, dtype)?;
         Ok(Buffer { storage, pointer, stream: self.stream.clone() })
+    }
+
+    /// A buffer of zeros.
+    pub(crate) fn zeros(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        let mut buffer = self.buffer(dtype, len)?;
+        let (address, _write) = address_mut(&mut buffer.storage, &self.stream)?;
+        // SAFETY: within the buffer.
+        unsafe { result::memset_d8_async(address, 0, len * dtype.size_in_bytes(), self.stream.cu_stream()) }
+            .w()?;
+        Ok(buffer)
+    }
+
+    /// Room for an output with an axis of tokens, of which kernels write all but the padding.
+    pub(crate) fn room(&self, dtype: DType, len: usize, packing: &Packing) -> Result<Buffer> {
+        if packing.has_padding() { self.zeros(dtype, len) } else { self.buffer(dtype, len) }
     }
 
     /// A buffer in the dtype of `like` with room for its elements, if `needed`.
