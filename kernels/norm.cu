@@ -53,6 +53,8 @@ struct Place {
     int size;
 
     __device__ int offset(int k) const { return (k * blockDim.x + threadIdx.x) * V; }
+    // Of a pack in x; of one beyond the end, the start of the group.
+    __device__ int64_t element(int k) const { return start + (offset(k) < size ? offset(k) : 0); }
     __device__ int count(int k) const { return max(0, min(V, size - offset(k))); }
 };
 
@@ -69,21 +71,28 @@ struct Group {
     float rho;
 
     __device__ void load_sum(const Norm& norm, const Place<PACKS>& at) {
+        // All loads before the first use: threads beyond the end read the start of the group, and take 0.
+        float residual[PACKS][V];
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) load<V, VECTOR>(r[k], static_cast<const T*>(norm.x) + at.element(k), at.count(k));
+        if (norm.gate != WITHOUT) {
+#pragma unroll
+            for (int k = 0; k < PACKS; k++)
+                load<V, VECTOR>(z[k], static_cast<const T*>(norm.z) + at.element(k), at.count(k));
+        }
+        if (norm.residual) {
+#pragma unroll
+            for (int k = 0; k < PACKS; k++) norm.residual.get<V, VECTOR>(residual[k], at.element(k), at.count(k));
+        }
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
-            const int count = at.count(k);
-            const int64_t i = at.start + at.offset(k);
+            const bool inside = at.count(k) > 0;
 #pragma unroll
-            for (int v = 0; v < V; v++) r[k][v] = z[k][v] = 0.0f;
-            if (count == 0) continue;
-            load<V, VECTOR>(r[k], static_cast<const T*>(norm.x) + i, count);
-            if (norm.residual) {
-                float residual[V];
-                norm.residual.get<V, VECTOR>(residual, i, count);
-#pragma unroll
-                for (int v = 0; v < V; v++) r[k][v] += residual[v];
+            for (int v = 0; v < V; v++) {
+                if (norm.residual) r[k][v] += residual[k][v];
+                if (!inside) r[k][v] = 0.0f;
+                if (!inside || norm.gate == WITHOUT) z[k][v] = 0.0f;
             }
-            if (norm.gate != WITHOUT) load<V, VECTOR>(z[k], static_cast<const T*>(norm.z) + i, count);
         }
     }
 
@@ -184,8 +193,12 @@ __device__ void backward(const NormBackward& args) {
         for (int k = 0; k < PACKS; k++) {
 #pragma unroll
             for (int v = 0; v < V; v++) g[k][v] = 0.0f;
-            if (args.grad_y && at.count(k) > 0)
-                load<V, VECTOR>(g[k], static_cast<const T*>(args.grad_y) + at.start + at.offset(k), at.count(k));
+            if (args.grad_y)
+                load<V, VECTOR>(g[k], static_cast<const T*>(args.grad_y) + at.element(k), at.count(k));
+            if (at.count(k) == 0) {
+#pragma unroll
+                for (int v = 0; v < V; v++) g[k][v] = 0.0f;
+            }
         }
         if (args.grad_y) {
             group.normalise(norm, at, scratch);
