@@ -4,8 +4,14 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod batches;
+mod beams;
+mod chats;
 mod models;
+mod prefixes;
 mod rules;
 mod sampling;
+mod speculation;
 mod states;
 mod streaming;
+mod upstream;
