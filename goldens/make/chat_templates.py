@@ -70,7 +70,7 @@ CHATS = [
     [("user", "/skip this"), ("assistant", "äöü 🐍 <b>&amp;</b>"), ("user", "a banana\n")],
     [("user", "one"), ("user", "two")],
 ]
-TOOLS = [{"name": "look_up", "parameters": {"type": "object", "z": 1, "a": ["é", None, False, 1e-3]}}]
+TOOLS = [{"name": "look_up", "parameters": {"a": ["é", None, False, 1e-3], "type": "object", "z": 1}}]
 
 
 def main():

@@ -544,6 +544,7 @@ mod tests {
     use super::*;
     use crate::error::BoxError;
     use crate::fake::Fake;
+    use crate::filter::History;
     use crate::sampling::SamplingConfig;
 
     fn ids(generator: impl Iterator<Item = Result<Token>>) -> Vec<u32> {
