@@ -7,6 +7,7 @@ mod support;
 mod batches;
 mod beams;
 mod chats;
+mod gguf_tokenizers;
 mod models;
 mod prefixes;
 mod rules;

@@ -212,6 +212,6 @@ mod tests {
         let messages = serde_json::json!([{"role": "assistant", "tool_calls": [{"name": "look"}]}]);
         let variables = serde_json::json!({"tools": [{"name": "look", "n": 1}]});
         let text = template.render_with(&messages, false, &variables).unwrap();
-        assert_eq!(text, r#"[{"name": "look", "n": 1}]look"#);
+        assert_eq!(text, r#"[{"n": 1, "name": "look"}]look"#);
     }
 }

@@ -709,7 +709,7 @@ mod tests {
         generator.prefill().unwrap();
         assert_eq!(
             (generator.cache().len(), generator.pending(), generator.size_hint()),
-            (2, None, (1, Some(2)))
+            (2, None, (0, Some(2)))
         );
         assert_eq!(ids(&mut generator), [5, 6]);
         generator.prefill().unwrap();

@@ -97,6 +97,7 @@ mod fake;
 mod filter;
 mod generate;
 mod generator;
+mod gguf;
 mod lm;
 mod logprobs;
 mod mirostat;
@@ -130,6 +131,7 @@ pub use filter::{
 };
 pub use generate::{GenerateOptions, Generated, Streamer, generate};
 pub use generator::{FinishReason, Generator, GeneratorBuilder, Token, Tokens};
+pub use gguf::{tokenizer_from_gguf, tokenizer_to_gguf};
 pub use lm::{BatchLm, CausalLm, StateLm};
 pub use logprobs::{Logprobs, TokenLogprob};
 pub use mirostat::Mirostat;

@@ -52,9 +52,10 @@ impl Sequence {
         &self.tokens[self.prompt.1..]
     }
 
-    /// The last token, if it was generated and not read.
+    /// The last token, if it was generated and not read; none after an error, when nobody knows what was read.
     pub(crate) fn pending(&self) -> Option<u32> {
-        self.generated().last().copied().filter(|_| self.read < self.tokens.len())
+        let known = self.read < self.tokens.len() && self.state != State::Done(None);
+        self.generated().last().copied().filter(|_| known)
     }
 
     pub(crate) fn finish_reason(&self) -> Option<FinishReason> {
