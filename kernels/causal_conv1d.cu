@@ -2,7 +2,7 @@
 //
 // With `m`, the distance of a tap into the past: pre_t = bias + Σ_m w_m x_{t-m}, y = activation(pre); backward, with
 // g = grad_y · activation'(pre): dx_t = Σ_m w_m g_{t+m}, dw_m = Σ_t g_t x_{t-m}, dbias = Σ_t g_t, where x_{-1}, x_{-2}, …
-// are the window. Kernels are compiled for at most TAPS taps, 4 or 8; of narrower filters the last taps are skipped.
+// are the window. Kernels are compiled for at most TAPS taps, 4 or 8; of narrower filters (not ALL) the last taps are skipped.
 
 #include "elem.cuh"
 #include "reduce.cuh"
@@ -12,18 +12,19 @@ struct Conv {
     Any weight;                  // (d, width)
     Any bias;                    // (d), or absent
     const float* initial_state;  // (b, d, width - 1), or null
+    int64_t row_stride;          // channels first: from one row of x, y and their gradients to the next
     int batch, dim, seqlen, width;
     int silu;
     int run;  // channels last: tokens of a thread
 };
-static_assert(sizeof(Conv) == 72, "as in cuda.rs");
+static_assert(sizeof(Conv) == 80, "as in cuda.rs");
 
 struct ConvForward {
     Conv conv;
     void* y;
     float* final_state;  // (b, d, width - 1)
 };
-static_assert(sizeof(ConvForward) == 88, "as in cuda.rs");
+static_assert(sizeof(ConvForward) == 96, "as in cuda.rs");
 
 struct ConvBackward {
     Conv conv;
@@ -33,7 +34,7 @@ struct ConvBackward {
     float* dinitial;          // or null
     Any dweight, dbias;       // one partial sum a block along the grid's reduced axis, or absent
 };
-static_assert(sizeof(ConvBackward) == 136, "as in cuda.rs");
+static_assert(sizeof(ConvBackward) == 144, "as in cuda.rs");
 
 struct ConvUpdate {
     const void* x;
@@ -62,12 +63,12 @@ __device__ inline float before(const Conv& conv, int64_t row, int m) {
 __device__ inline int final_entry(const Conv& conv, int t) { return t - (conv.seqlen - (conv.width - 1)); }
 
 // bias + Σ_m w_m x_{-m} over the values that end at x[last].
-template <int TAPS>
+template <int TAPS, bool ALL>
 __device__ inline float sum_taps(const float* w, float bias, const float* x, int width) {
     float sum = bias;
 #pragma unroll
     for (int m = 0; m < TAPS; m++)
-        if (m < width) sum = fmaf(w[m], x[-m], sum);
+        if (ALL || m < width) sum = fmaf(w[m], x[-m], sum);
     return sum;
 }
 
@@ -96,13 +97,13 @@ __device__ inline void load_times(float* x, const Conv& conv, const T* row_x, in
     for (int i = 0; i < STEPS; i++) x[BEFORE + i] = own[i];
 }
 
-template <typename T, int TAPS, bool VECTOR>
+template <typename T, int TAPS, bool VECTOR, bool ALL>
 __device__ void forward_first(const ConvForward& args) {
     const Conv& conv = args.conv;
     const int64_t row = blockIdx.x;
     const int c = row % conv.dim;
-    const T* x = static_cast<const T*>(conv.x) + row * conv.seqlen;
-    T* y = static_cast<T*>(args.y) + row * conv.seqlen;
+    const T* x = static_cast<const T*>(conv.x) + row * conv.row_stride;
+    T* y = static_cast<T*>(args.y) + row * conv.row_stride;
     float w[TAPS];
 #pragma unroll
     for (int m = 0; m < TAPS; m++) w[m] = tap(conv, c, m);
@@ -115,7 +116,7 @@ __device__ void forward_first(const ConvForward& args) {
         load_times<BEFORE, VECTOR>(window, conv, x, row, t0);
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
-            out[i] = activate(sum_taps<TAPS>(w, bias, window + BEFORE + i, conv.width), conv.silu);
+            out[i] = activate(sum_taps<TAPS, ALL>(w, bias, window + BEFORE + i, conv.width), conv.silu);
         store<STEPS, VECTOR>(y + t0, out, conv.seqlen - t0);
     }
     const int window = conv.width - 1;
@@ -125,7 +126,7 @@ __device__ void forward_first(const ConvForward& args) {
     }
 }
 
-template <typename T, int TAPS, bool VECTOR>
+template <typename T, int TAPS, bool VECTOR, bool ALL>
 __device__ void backward_first(const ConvBackward& args) {
     __shared__ float scratch[32 * (TAPS + 1)];
     const Conv& conv = args.conv;
@@ -138,11 +139,11 @@ __device__ void backward_first(const ConvBackward& args) {
 
     constexpr int BEFORE = TAPS, AFTER = TAPS;
     float sums[TAPS + 1] = {};  // dw, then dbias
-    const int pieces = (conv.seqlen + STEPS - 1) / STEPS;
+    const int pieces = max((conv.seqlen + STEPS - 1) / STEPS, 1);  // an empty sequence has a window
     for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < conv.batch * pieces; i += gridDim.y * blockDim.x) {
         const int64_t row = static_cast<int64_t>(i / pieces) * conv.dim + c;
         const int t0 = i % pieces * STEPS;
-        const T* x = static_cast<const T*>(conv.x) + row * conv.seqlen;
+        const T* x = static_cast<const T*>(conv.x) + row * conv.row_stride;
         float inputs[BEFORE + STEPS + AFTER], g[STEPS + AFTER];
         load_times<BEFORE, VECTOR>(inputs, conv, x, row, t0);
         const int left = conv.seqlen - t0 - STEPS;  // tokens after these
@@ -153,13 +154,13 @@ __device__ void backward_first(const ConvBackward& args) {
 #pragma unroll
         for (int i = 0; i < STEPS + AFTER; i++) g[i] = 0.0f;
         if (args.grad_y) {
-            const T* grad = static_cast<const T*>(args.grad_y) + row * conv.seqlen + t0;
+            const T* grad = static_cast<const T*>(args.grad_y) + row * conv.row_stride + t0;
             float own[STEPS], next[AFTER] = {};
             load<STEPS, VECTOR>(own, grad, conv.seqlen - t0);
             if (left > 0) load<AFTER, VECTOR>(next, grad + STEPS, left);
 #pragma unroll
             for (int i = 0; i < STEPS + TAPS - 1; i++) {
-                const float pre = sum_taps<TAPS>(w, bias, inputs + BEFORE + i, conv.width);
+                const float pre = sum_taps<TAPS, ALL>(w, bias, inputs + BEFORE + i, conv.width);
                 g[i] = (i < STEPS ? own[i] : next[i - STEPS]) * slope(pre, conv.silu);
                 if (t0 + i >= conv.seqlen) g[i] = 0.0f;
             }
@@ -177,12 +178,12 @@ __device__ void backward_first(const ConvBackward& args) {
                 dx[i] = 0.0f;
 #pragma unroll
                 for (int m = 0; m < TAPS; m++)
-                    if (m < conv.width) dx[i] = fmaf(w[m], g[i + m], dx[i]);
+                    if (ALL || m < conv.width) dx[i] = fmaf(w[m], g[i + m], dx[i]);
                 const int entry = final_entry(conv, t0 + i);
                 if (args.grad_state && entry >= 0 && t0 + i < conv.seqlen)
                     dx[i] += args.grad_state[row * window + entry];
             }
-            store<STEPS, VECTOR>(static_cast<T*>(args.dx) + row * conv.seqlen + t0, dx, conv.seqlen - t0);
+            store<STEPS, VECTOR>(static_cast<T*>(args.dx) + row * conv.row_stride + t0, dx, conv.seqlen - t0);
         }
         if (args.dinitial && t0 == 0) {
 #pragma unroll
@@ -236,7 +237,7 @@ __device__ inline void load_taps(float (&w)[V][TAPS], float (&bias)[V], const Co
     }
 }
 
-template <typename T, int TAPS, int V>
+template <typename T, int TAPS, int V, bool ALL>
 __device__ void forward_last(const ConvForward& args) {
     const Conv& conv = args.conv;
     const int runs = (conv.seqlen + conv.run - 1) / conv.run;
@@ -256,21 +257,26 @@ __device__ void forward_last(const ConvForward& args) {
 #pragma unroll
         for (int v = 0; v < V; v++) x[v][i] = token[v];
     }
+    const int64_t first = (static_cast<int64_t>(b) * conv.seqlen + start) * conv.dim + c;
+    const T* next = static_cast<const T*>(conv.x) + first;
+    T* out = static_cast<T*>(args.y) + first;
     for (int t = start; t < end; t += UNROLL) {
         float tokens[UNROLL][V];
+        const int left = end - t;
 #pragma unroll
-        for (int i = 0; i < UNROLL; i++) load_token<V, T>(tokens[i], conv, b, t + i, c);
+        for (int i = 0; i < UNROLL; i++)
+            load<V, true>(tokens[i], next + static_cast<int64_t>(i < left ? i : 0) * conv.dim);
+        next += static_cast<int64_t>(UNROLL) * conv.dim;
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
-            float out[V];
+            float y[V];
 #pragma unroll
             for (int v = 0; v < V; v++) {
                 x[v][TAPS - 1 + i] = tokens[i][v];
-                out[v] = activate(sum_taps<TAPS>(w[v], bias[v], x[v] + TAPS - 1 + i, conv.width), conv.silu);
+                y[v] = activate(sum_taps<TAPS, ALL>(w[v], bias[v], x[v] + TAPS - 1 + i, conv.width), conv.silu);
             }
-            if (t + i < end)
-                store<V, true>(
-                    static_cast<T*>(args.y) + (static_cast<int64_t>(b) * conv.seqlen + t + i) * conv.dim + c, out);
+            if (i < left) store<V, true>(out, y);
+            out += conv.dim;
         }
 #pragma unroll
         for (int v = 0; v < V; v++)
@@ -292,7 +298,7 @@ __device__ void forward_last(const ConvForward& args) {
 // Rows of a block of the backward: each a run, whose sums are added before they are written.
 constexpr int RUNS = 8;
 
-template <typename T, int TAPS, int V>
+template <typename T, int TAPS, int V, bool ALL>
 __device__ void backward_last(const ConvBackward& args) {
     __shared__ float scratch[RUNS][(TAPS + 1) * V][33];
     const Conv& conv = args.conv;
@@ -340,7 +346,7 @@ __device__ void backward_last(const ConvBackward& args) {
                     x[v][TAPS - 1 + i] = tokens[i][v];
                     const float* newest = x[v] + TAPS - 1 + i;
                     const float value =
-                        grads[i][v] * slope(sum_taps<TAPS>(w[v], bias[v], newest, conv.width), conv.silu);
+                        grads[i][v] * slope(sum_taps<TAPS, ALL>(w[v], bias[v], newest, conv.width), conv.silu);
                     g[v][TAPS - 1 + i] = s + i >= 0 && s + i < conv.seqlen ? value : 0.0f;
                     if (inside) {
                         db[v] += value;
@@ -359,7 +365,7 @@ __device__ void backward_last(const ConvBackward& args) {
                                 : 0.0f;
 #pragma unroll
                     for (int m = 0; m < TAPS; m++)
-                        if (m < conv.width) dx[v] = fmaf(w[v][m], g[v][i + m], dx[v]);
+                        if (ALL || m < conv.width) dx[v] = fmaf(w[v][m], g[v][i + m], dx[v]);
                 }
                 if (t >= 0) {
                     if (args.dx)
@@ -438,25 +444,32 @@ __device__ void update(const ConvUpdate& args) {
         if (m < window) state[window - 1 - m] = x[m];
 }
 
-#define KERNEL(symbol, bound, Args, function)                                                          \
-    extern "C" __global__ void __launch_bounds__(bound) symbol(const __grid_constant__ Args args) { \
-        function(args);                                                                             \
+// A filter of exactly TAPS taps has a body of its own.
+#define SEQUENCE_KERNEL(symbol, bound, Args, body, T, taps, packs)                                  \
+    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { \
+        if (args.conv.width == taps)                                                               \
+            body<T, taps, packs, true>(args);                                                      \
+        else                                                                                       \
+            body<T, taps, packs, false>(args);                                                     \
     }
-#define COMMA ,
-#define INSTANTIATE(T, name)                                                                                           \
-    KERNEL(causal_conv1d_fwd_first4v_##name, 128, ConvForward, (forward_first<T COMMA 4 COMMA true>))                  \
-    KERNEL(causal_conv1d_fwd_first4_##name, 128, ConvForward, (forward_first<T COMMA 4 COMMA false>))                  \
-    KERNEL(causal_conv1d_fwd_first8_##name, 128, ConvForward, (forward_first<T COMMA 8 COMMA false>))                  \
-    KERNEL(causal_conv1d_bwd_first4v_##name, 128, ConvBackward, (backward_first<T COMMA 4 COMMA true>))                \
-    KERNEL(causal_conv1d_bwd_first4_##name, 128, ConvBackward, (backward_first<T COMMA 4 COMMA false>))                \
-    KERNEL(causal_conv1d_bwd_first8_##name, 128, ConvBackward, (backward_first<T COMMA 8 COMMA false>))                \
-    KERNEL(causal_conv1d_fwd_last4v_##name, 128, ConvForward, (forward_last<T COMMA 4 COMMA(sizeof(T) == 4 ? 4 : 8)>)) \
-    KERNEL(causal_conv1d_fwd_last4_##name, 128, ConvForward, (forward_last<T COMMA 4 COMMA 1>))                        \
-    KERNEL(causal_conv1d_fwd_last8_##name, 128, ConvForward, (forward_last<T COMMA 8 COMMA 1>))                        \
-    KERNEL(causal_conv1d_bwd_last4v_##name, 256, ConvBackward, (backward_last<T COMMA 4 COMMA 4>))                     \
-    KERNEL(causal_conv1d_bwd_last4_##name, 256, ConvBackward, (backward_last<T COMMA 4 COMMA 1>))                      \
-    KERNEL(causal_conv1d_bwd_last8_##name, 256, ConvBackward, (backward_last<T COMMA 8 COMMA 1>))                      \
-    KERNEL(causal_conv1d_update4_##name, 128, ConvUpdate, (update<T COMMA 4>))                                         \
-    KERNEL(causal_conv1d_update8_##name, 128, ConvUpdate, (update<T COMMA 8>))
+#define UPDATE_KERNEL(symbol, T, taps)                                                                \
+    extern "C" __global__ void __launch_bounds__(128) symbol(const __grid_constant__ ConvUpdate args) { \
+        update<T, taps>(args);                                                                        \
+    }
+#define INSTANTIATE(T, name)                                                                                              \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_first4v_##name, (128), ConvForward, forward_first, T, 4, true)                      \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_first4_##name, (128), ConvForward, forward_first, T, 4, false)                      \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_first8_##name, (128), ConvForward, forward_first, T, 8, false)                      \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_first4v_##name, (128), ConvBackward, backward_first, T, 4, true)                    \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_first4_##name, (128), ConvBackward, backward_first, T, 4, false)                    \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_first8_##name, (128), ConvBackward, backward_first, T, 8, false)                    \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_last4v_##name, (128), ConvForward, forward_last, T, 4, (sizeof(T) == 4 ? 4 : 8))    \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_last4_##name, (128), ConvForward, forward_last, T, 4, 1)                            \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_last8_##name, (128), ConvForward, forward_last, T, 8, 1)                            \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_last4v_##name, (256, 2), ConvBackward, backward_last, T, 4, 4)                      \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_last4_##name, (256, 2), ConvBackward, backward_last, T, 4, 1)                       \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_last8_##name, (256, 2), ConvBackward, backward_last, T, 8, 1)                       \
+    UPDATE_KERNEL(causal_conv1d_update4_##name, T, 4)                                                                     \
+    UPDATE_KERNEL(causal_conv1d_update8_##name, T, 8)
 
 FOR_EACH_DTYPE(INSTANTIATE)

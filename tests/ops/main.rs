@@ -7,6 +7,8 @@ mod support;
 mod attention;
 mod blocks;
 mod causal_conv1d;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod embedding;
 mod grid;
 mod laws;
@@ -34,7 +36,10 @@ fn instruction_sets() {
             false => println!("instruction set {name}: skipped, this processor does not have it"),
         }
     }
-    println!("CUDA: skipped, no kernels yet");
+    match support::target::cuda() {
+        Ok(_) => println!("a CUDA device: tested"),
+        Err(why) => println!("a CUDA device: skipped, {why}"),
+    }
     if let Ok(required) = std::env::var("MAMBA_REQUIRE_ISA") {
         assert!(available.contains(&required.as_str()), "{required} is required but not available");
     }

@@ -6,6 +6,7 @@ use mamba_ops::{Packing, SelectiveScan, SequenceLayout, selective_scan};
 use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target::Target;
 use crate::support::tolerance::{self, relative_rms, values};
 
 use SequenceLayout::{ChannelsFirst, ChannelsLast};
@@ -128,7 +129,7 @@ impl Op for Scan {
         }
     }
 
-    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &Case, inputs: &Tensors) -> Result<Tensors> {
         let output = selective_scan(&arguments(case, inputs))?;
         Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
     }
@@ -289,7 +290,7 @@ fn extreme_decays() {
     let single: Tensors = inputs.iter().map(|(n, x)| (n.clone(), x.to_dtype(DType::F32).unwrap())).collect();
     let exact: Tensors = single.iter().map(|(n, x)| (n.clone(), x.to_dtype(DType::F64).unwrap())).collect();
     let want = Scan::reference(&case, &exact).unwrap();
-    for isa in mamba_ops::simd::Isa::available() {
+    for isa in Target::available() {
         let got = isa.scope(|| Scan::fused(&case, &single)).unwrap();
         for (name, want) in &want {
             assert!(values(&got[name]).iter().all(|v| v.is_finite()), "{} `{name}`", isa.name());

@@ -1,12 +1,12 @@
 //! Cases of `ssd_chunk_scan`.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use mamba_ops::simd::Isa;
 use mamba_ops::{Packing, SsdChunkScan, ssd_chunk_scan};
 
 use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target::Target;
 use crate::support::tolerance::{self, relative_rms, values};
 
 #[derive(Debug, Clone)]
@@ -111,7 +111,7 @@ impl Op for Ssd {
         matches!(name, "x" | "dt" | "b" | "c" | "z" | "y").then_some(1)
     }
 
-    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &Case, inputs: &Tensors) -> Result<Tensors> {
         let output = ssd_chunk_scan(&arguments(case, inputs))?;
         Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
     }
@@ -256,7 +256,7 @@ fn extreme_decays() {
     inputs.insert("dt".into(), Tensor::from_vec(dt, (1, seqlen, nheads), &Device::Cpu).unwrap());
     let single = cast(&inputs, DType::F32);
     let want = Ssd::reference(&case, &cast(&single, DType::F64)).unwrap();
-    for isa in Isa::available() {
+    for isa in Target::available() {
         let got = isa.scope(|| Ssd::fused(&case, &single)).unwrap();
         for (name, want) in &want {
             let axis = if name == "y" { 2 } else { 1 };

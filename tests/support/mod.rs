@@ -4,4 +4,5 @@
 pub mod alloc;
 pub mod golden;
 pub mod random;
+pub mod target;
 pub mod tolerance;

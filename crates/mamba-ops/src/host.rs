@@ -9,6 +9,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::args::share_storage;
 use crate::autograd::Output;
 
 /// The elements of a CPU tensor as a contiguous `f32` slice: borrowed if that is what they are, else converted.
@@ -229,8 +230,8 @@ pub(crate) fn modify<T>(
 
 /// Overwrites a state by another tensor; every clone of it sees that.
 pub(crate) fn replace(state: &Tensor, next: &Tensor) -> Result<()> {
-    if state.elem_count() == 0 {
-        return Ok(());
+    if state.elem_count() == 0 || share_storage(state, next) {
+        return Ok(()); // nothing to change: without tokens, the next state is the state
     }
     state.slice_set(&next.contiguous()?, 0, 0)
 }

@@ -1,6 +1,8 @@
 //! Decoding steps of Mamba-1 or Mamba-2: move the state of each channel on by a token or several, in place.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Result, Tensor};
@@ -198,10 +200,16 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
         ("dt_bias", dt_bias),
     ];
     Checker::new(OP, "x", x)?.in_place(state, &inputs)?;
-    if !args::fused_on_cpu(x) {
+    // The kernels for GPUs take one token of each state.
+    let several = x.rank() == state.rank() || state_indices.is_some();
+    if !args::fused(x) || (x.device().is_cuda() && several) {
         let (y, next) = reference::forward(args)?;
         host::replace(state, &next)?;
         return Ok(y);
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::update(args, sizes);
     }
     let per_head = |x: &Tensor| sizes.has_heads && x.rank() == 1;
     let (d_per_head, bias_per_head) = (d.is_some_and(per_head), dt_bias.is_some_and(per_head));
