@@ -77,7 +77,7 @@ impl Op for Subject {
         None
     }
 
-    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &Case, inputs: &Tensors) -> Result<Tensors> {
         run(case, inputs, attention)
     }
 

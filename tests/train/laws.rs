@@ -17,7 +17,7 @@ fn config() -> ModelConfig {
     let mamba1 = MixerSpec::Mamba1(Mamba1Config { d_state: 4, ..Mamba1Config::new(16) });
     let mamba2 =
         MixerSpec::Mamba2(Mamba2Config { d_state: 8, headdim: 8, ngroups: 2, ..Mamba2Config::new(16) });
-    let mlp = MixerSpec::Mlp(MlpConfig { d_hidden: 128, bias: false });
+    let mlp = MixerSpec::Mlp(MlpConfig { bias: false, ..MlpConfig::new(128) });
     let layers = vec![LayerSpec::new([mamba1, mlp.clone()]), LayerSpec::new([mamba2, mlp])];
     ModelConfig { layers, ..ModelConfig::uniform(40, 16, 2, MixerSpec::Mamba1(Mamba1Config::new(16))) }
 }
@@ -56,7 +56,7 @@ fn every_parameter_has_a_gradient_and_recomputing_layers_does_not_change_it() {
         let plain = gradients(&trainable(dtype), &batch);
         let model = trainable(dtype).with_recompute(Recompute::Layers);
         let recomputed = gradients(&model, &batch);
-        assert_eq!(model.parameters().len(), 4 + 9 + 8 + 6);
+        assert_eq!(model.parameters().len(), 4 + 9 + 8 + 8);
         for parameter in model.parameters() {
             let name = parameter.name();
             let (got, want) = (recomputed.get(name).unwrap(), plain.get(name).unwrap());

@@ -16,7 +16,7 @@ use crate::{bits, open};
 fn base() -> Model {
     let mamba1 = MixerSpec::Mamba1(Mamba1Config { d_state: 4, ..Mamba1Config::new(16) });
     let mamba2 = MixerSpec::Mamba2(Mamba2Config { d_state: 8, headdim: 8, ..Mamba2Config::new(16) });
-    let mlp = MixerSpec::Mlp(MlpConfig { d_hidden: 128, bias: false });
+    let mlp = MixerSpec::Mlp(MlpConfig { bias: false, ..MlpConfig::new(128) });
     let layers = vec![LayerSpec::new([mamba1.clone(), mlp]), LayerSpec::new([mamba2])];
     let config = ModelConfig { layers, ..ModelConfig::uniform(37, 16, 2, mamba1) };
     // An embedding with rows that are never given out.
@@ -52,7 +52,17 @@ fn train(model: TrainableModel, steps: usize) -> Trainer {
 fn merged_equals_unmerged() {
     let base = base();
     let before = logits(&base);
-    let all = ["in_proj", "x_proj", "dt_proj", "out_proj", "conv1d", "fc1", "fc2", "embedding", "lm_head"];
+    let all = [
+        "in_proj",
+        "x_proj",
+        "dt_proj",
+        "out_proj",
+        "conv1d",
+        "up_proj",
+        "down_proj",
+        "embedding",
+        "lm_head",
+    ];
     let mut cases: Vec<(Vec<String>, Vec<String>)> =
         all.iter().map(|target| (strings(&[target]), vec![])).collect();
     cases.push((strings(&all), strings(&["A_log", "D", "dt_bias", "norm_f.weight"])));
@@ -126,8 +136,8 @@ fn wrong_targets_are_errors() {
     let error = fails(with(&["in_proj", "q_proj"], &[]));
     assert_eq!(
         error,
-        "adapter: the target `q_proj` matches nothing; there are conv1d, dt_proj, embedding, fc1, fc2, in_proj, lm_head, \
-         out_proj, x_proj"
+        "adapter: the target `q_proj` matches nothing; there are conv1d, down_proj, dt_proj, embedding, gate_proj, \
+         in_proj, lm_head, out_proj, up_proj, x_proj"
     );
     assert!(
         fails(with(&["in_proj"], &["A"])).starts_with("adapter: the parameter to train `A` matches nothing")

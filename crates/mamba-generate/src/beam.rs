@@ -87,7 +87,7 @@ struct Beam {
 /// let found = beam_search(&model, &[3, 1, 4], &options)?;
 /// assert_eq!((found.len(), found[0].ids.len()), (3, 8));
 /// assert!(found[0].score >= found[1].score);
-/// # Ok::<(), mamba_generate::Error>(())
+/// # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 /// ```
 ///
 /// # Source

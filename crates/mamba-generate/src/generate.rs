@@ -103,7 +103,7 @@ pub struct Generated {
 /// let model = Model::random(&config, 0, &Device::Cpu)?;
 /// let output = generate(&model, &[vec![3, 1, 4], vec![1, 5, 9]], GenerateOptions::new(8))?;
 /// assert!(output.sequences.iter().all(|row| row.len() == 8));
-/// # Ok::<(), mamba_generate::Error>(())
+/// # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 /// ```
 ///
 /// # Source
