@@ -1,13 +1,17 @@
 //! The loop: prompt, choose, step, choose, until a reason to stop.
 
 use std::iter::FusedIterator;
+use std::ops::ControlFlow;
 use std::time::Instant;
 
+use crate::cancel::CancelToken;
 use crate::error::{Error, Result};
-use crate::filter::{History, MinNewTokens};
+use crate::filter::MinNewTokens;
 use crate::lm::{CausalLm, StateLm};
 use crate::logprobs::Logprobs;
+use crate::prefix_cache::{PrefixCache, Reuse};
 use crate::sampling::Sampling;
+use crate::sequence::{Sequence, State};
 use crate::state::GenerationState;
 use crate::timings::Timings;
 
@@ -31,15 +35,18 @@ pub enum FinishReason {
     StopString,
     /// As many tokens were generated as were allowed.
     Length,
+    /// Someone [asked](CancelToken::cancel) it to stop.
+    Cancelled,
 }
 
 impl FinishReason {
-    /// The name in snake case, for machines to read: `stop_token`, `stop_string` or `length`.
+    /// The name in snake case, for machines to read: `stop_token`, `stop_string`, `length` or `cancelled`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::StopToken => "stop_token",
             Self::StopString => "stop_string",
             Self::Length => "length",
+            Self::Cancelled => "cancelled",
         }
     }
 }
@@ -47,6 +54,33 @@ impl FinishReason {
 impl std::fmt::Display for FinishReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// An iterator of generated tokens that knows what came before: [`Generator`], or
+/// [`Speculative`](crate::Speculative).
+pub trait Tokens: Iterator<Item = Result<Token>> {
+    /// The tokens of the prompt.
+    fn prompt(&self) -> &[u32];
+
+    /// The tokens that were generated so far.
+    fn generated(&self) -> &[u32];
+
+    /// Why the generation ended, if it did.
+    fn finish_reason(&self) -> Option<FinishReason>;
+}
+
+impl<M: CausalLm + ?Sized> Tokens for Generator<'_, M> {
+    fn prompt(&self) -> &[u32] {
+        self.sequence.prompt()
+    }
+
+    fn generated(&self) -> &[u32] {
+        self.sequence.generated()
+    }
+
+    fn finish_reason(&self) -> Option<FinishReason> {
+        self.sequence.finish_reason()
     }
 }
 
@@ -87,6 +121,7 @@ pub struct GeneratorBuilder<'a, M: CausalLm + ?Sized> {
     ignore_eos: bool,
     min_new_tokens: usize,
     logprobs: Option<usize>,
+    cancel: CancelToken,
 }
 
 impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
@@ -168,6 +203,12 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
         self
     }
 
+    /// Lets whoever has a copy of `token` stop the generation, also from another thread.
+    pub fn cancel_token(mut self, token: &CancelToken) -> Self {
+        self.cancel = token.clone();
+        self
+    }
+
     /// Makes the generator. The model is not evaluated before the first token is asked for.
     ///
     /// # Errors
@@ -192,21 +233,20 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
             sampling.push_front(MinNewTokens::new(self.min_new_tokens, &stop_tokens));
         }
         let full = start.tokens.len() - start.prompt.1 >= self.max_new_tokens;
-        Ok(Generator {
-            model: self.model,
-            cache: start.cache,
+        let sequence = Sequence {
             sampling,
             logprobs: self.logprobs,
             stop_tokens,
             max_new_tokens: self.max_new_tokens,
+            cancel: self.cancel,
             read: start.read,
             prompt: start.prompt,
             tokens: start.tokens,
             logits: start.logits,
-            pending: start.pending,
             state: if full { State::Done(Some(FinishReason::Length)) } else { start.state },
             timings: Timings::default(),
-        })
+        };
+        Ok(Generator { model: self.model, cache: start.cache, sequence })
     }
 }
 
@@ -228,7 +268,6 @@ struct Start<'a, C> {
     read: usize,
     prompt: (usize, usize),
     logits: Vec<f32>,
-    pending: Option<u32>,
     state: State,
 }
 
@@ -252,7 +291,7 @@ impl<'a, C> Start<'a, C> {
     fn at(cache: Cache<'a, C>, mut tokens: Vec<u32>, read: usize, prompt: &[u32]) -> Self {
         tokens.extend(prompt);
         let prompt = (read, tokens.len());
-        Self { cache, tokens, read, prompt, logits: Vec::new(), pending: None, state: State::Prompt }
+        Self { cache, tokens, read, prompt, logits: Vec::new(), state: State::Prompt }
     }
 
     fn resume(saved: GenerationState<C>, prompt: &[u32], sampling: &mut Sampling) -> Result<Self> {
@@ -264,26 +303,14 @@ impl<'a, C> Start<'a, C> {
         if !prompt.is_empty() {
             return Ok(Self::at(cache, tokens, read, prompt));
         }
-        let pending = tokens.last().copied().filter(|_| tokens.len() > saved.prompt.1);
-        let state = match (pending, read == tokens.len()) {
-            (Some(_), _) => State::Running,
-            (None, true) if logits.is_empty() => return Err(Error::EmptyPrompt),
-            (None, true) => State::Primed,
-            (None, false) => State::Prompt,
+        let state = match (tokens.len() > saved.prompt.1, read == tokens.len()) {
+            (true, _) => State::Running,
+            (false, true) if logits.is_empty() => return Err(Error::EmptyPrompt),
+            (false, true) => State::Primed,
+            (false, false) => State::Prompt,
         };
-        Ok(Self { cache, tokens, read, prompt: saved.prompt, logits, pending, state })
+        Ok(Self { cache, tokens, read, prompt: saved.prompt, logits, state })
     }
-}
-
-enum State {
-    /// The prompt has not been read.
-    Prompt,
-    /// The prompt has been read, and the logits that follow it are there.
-    Primed,
-    /// At least one token has been generated.
-    Running,
-    /// No more tokens; without a reason if there was an error.
-    Done(Option<FinishReason>),
 }
 
 /// Generates tokens: an iterator that reads the prompt when the first token is asked for, and steps the model once for each
@@ -337,20 +364,7 @@ enum State {
 pub struct Generator<'a, M: CausalLm + ?Sized> {
     model: &'a M,
     cache: Cache<'a, M::Cache>,
-    sampling: Sampling,
-    logprobs: Option<usize>,
-    stop_tokens: Vec<u32>,
-    max_new_tokens: usize,
-    /// The history, the prompt and what was generated.
-    tokens: Vec<u32>,
-    /// How many of them the cache has read.
-    read: usize,
-    /// Where the prompt begins and ends.
-    prompt: (usize, usize),
-    logits: Vec<f32>,
-    pending: Option<u32>,
-    state: State,
-    timings: Timings,
+    sequence: Sequence,
 }
 
 impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
@@ -369,30 +383,28 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
             ignore_eos: false,
             min_new_tokens: 0,
             logprobs: None,
+            cancel: CancelToken::new(),
         }
     }
 
     /// Why the generation ended, from the last token on; `None` before, and after an error.
     pub fn finish_reason(&self) -> Option<FinishReason> {
-        match self.state {
-            State::Done(reason) => reason,
-            State::Prompt | State::Primed | State::Running => None,
-        }
+        self.sequence.finish_reason()
     }
 
     /// The tokens of the prompt.
     pub fn prompt(&self) -> &[u32] {
-        &self.tokens[self.prompt.0..self.prompt.1]
+        self.sequence.prompt()
     }
 
     /// The tokens that were generated so far, a stop token included.
     pub fn generated(&self) -> &[u32] {
-        &self.tokens[self.prompt.1..]
+        self.sequence.generated()
     }
 
     /// The last token that was yielded, which the cache has not read; to continue, begin the next prompt with it.
     pub fn pending(&self) -> Option<u32> {
-        self.pending
+        self.sequence.pending()
     }
 
     /// The state of the model after all tokens but the [`pending`](Self::pending) one.
@@ -402,7 +414,7 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
 
     /// How long it took so far.
     pub fn timings(&self) -> Timings {
-        self.timings
+        self.sequence.timings
     }
 
     /// Reads the prompt now, rather than when the first token is asked for. Does nothing if it was read.
@@ -410,14 +422,39 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
     /// # Errors
     /// If the model fails; the generation has ended then.
     pub fn prefill(&mut self) -> Result<()> {
-        if !matches!(self.state, State::Prompt) {
+        if self.sequence.state != State::Prompt {
             return Ok(());
         }
         let start = Instant::now();
-        let outcome = self.evaluate();
-        self.timings.prompt = start.elapsed();
-        self.state = if outcome.is_ok() { State::Primed } else { State::Done(None) };
-        outcome
+        let outcome = self.sequence.evaluate(self.model, self.cache.get_mut());
+        self.sequence.primed(start.elapsed(), outcome)
+    }
+
+    /// As [`prefill`](Self::prefill), but what `prefixes` knows of the prompt is not read, and the rest is kept there.
+    ///
+    /// # Errors
+    /// If the generation goes on from tokens that were read before: the prefix cache would not know them. If the states of
+    /// the prefix cache belong to another model, or the model fails; the generation has ended then.
+    pub fn prefill_with(&mut self, prefixes: &mut PrefixCache<M::Cache>) -> Result<Reuse>
+    where
+        M: StateLm,
+    {
+        let sequence = &mut self.sequence;
+        if sequence.state != State::Prompt || sequence.prompt.0 > 0 {
+            let got = format_args!("{} tokens that were read before", sequence.read);
+            return Err(Error::invalid("prefill_with", "generator", got, "one that has read nothing"));
+        }
+        let start = Instant::now();
+        let outcome = prefixes.prefill(self.model, sequence.prompt()).map(|(cache, logits, reuse)| {
+            *self.cache.get_mut() = cache;
+            sequence.logits = logits;
+            sequence.read = sequence.tokens.len();
+            sequence.timings.prompt_tokens = reuse.read;
+            reuse
+        });
+        let reuse = outcome.as_ref().ok().copied();
+        sequence.primed(start.elapsed(), outcome.map(drop))?;
+        Ok(reuse.unwrap_or(Reuse { known: 0, reused: 0, read: 0 }))
     }
 
     /// Everything that the generation goes on from, as a value: a copy, which what follows does not change.
@@ -428,50 +465,45 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
     where
         M: StateLm,
     {
-        if let State::Done(None) = self.state {
+        if self.sequence.state == State::Done(None) {
             return Err(Error::State("the generation failed, what the cache has read is not defined".into()));
         }
-        let cache = self.model.fork(self.cache.get()).map_err(Error::model("fork", self.read))?;
-        let primed = matches!(self.state, State::Primed);
-        Ok(GenerationState {
-            cache,
-            tokens: self.tokens.clone(),
-            read: self.read,
-            prompt: self.prompt,
-            logits: if primed { self.logits.clone() } else { Vec::new() },
-            sampling: Some(self.sampling.state()),
-        })
+        let cache = self.model.fork(self.cache.get()).map_err(Error::model("fork", self.sequence.read))?;
+        Ok(self.sequence.with_cache(cache))
     }
 
-    /// Sees to it that the logits are there from which the next token is chosen.
-    fn evaluate(&mut self) -> Result<()> {
-        let position = self.tokens.len();
-        if let State::Primed = self.state {
-            return Ok(());
-        }
-        match self.pending.take() {
-            None => {
-                let prompt = &self.tokens[self.prompt.0..self.prompt.1];
-                self.timings.prompt_tokens = prompt.len();
-                let outcome = self.model.prefill(prompt, self.cache.get_mut(), &mut self.logits);
-                outcome.map_err(Error::model("prefill", position))?;
-            }
-            Some(id) => {
-                let outcome = self.model.step(id, self.cache.get_mut(), &mut self.logits);
-                outcome.map_err(Error::model("step", position))?;
+    /// Generates to the end, and shows every token to `on_token` as soon as it is there, which may break off.
+    ///
+    /// Returns why it ended; nothing if it was broken off, and can be gone on with.
+    ///
+    /// # Errors
+    /// As the iterator.
+    pub fn run(
+        &mut self,
+        mut on_token: impl FnMut(&Token) -> ControlFlow<()>,
+    ) -> Result<Option<FinishReason>> {
+        for token in self.by_ref() {
+            if on_token(&token?).is_break() {
+                break;
             }
         }
-        self.read = position;
-        let (got, expected) = (self.logits.len(), self.model.vocab_size());
-        if got == expected { Ok(()) } else { Err(Error::LogitsLength { got, expected, position }) }
+        Ok(self.finish_reason())
     }
 
-    fn advance(&mut self) -> Result<Token> {
-        self.evaluate()?;
-        let id = self.sampling.next_token(&self.logits, History::new(&self.tokens, self.prompt.1))?;
-        self.tokens.push(id);
-        self.pending = Some(id);
-        Ok(Token { id, logprobs: self.logprobs.map(|top| Logprobs::new(&self.logits, id, top)) })
+    /// Takes the generator apart, to share the model with others.
+    pub(crate) fn into_parts(self) -> Result<(Sequence, M::Cache)> {
+        match self.cache {
+            Cache::Own(cache) => Ok((self.sequence, cache)),
+            Cache::Lent(_) => Err(Error::invalid("generator", "cache", "lent", "one of the generator's own")),
+        }
+    }
+
+    pub(crate) fn from_parts(model: &'a M, sequence: Sequence, cache: M::Cache) -> Self {
+        Self { model, cache: Cache::Own(cache), sequence }
+    }
+
+    pub(crate) fn model(&self) -> &'a M {
+        self.model
     }
 }
 
@@ -479,29 +511,26 @@ impl<M: CausalLm + ?Sized> Iterator for Generator<'_, M> {
     type Item = Result<Token>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if matches!(self.state, State::Done(_)) {
+        let sequence = &mut self.sequence;
+        sequence.heed();
+        if sequence.is_done() {
             return None;
         }
-        let start = Instant::now();
-        let token = self.advance();
-        match self.state {
-            State::Prompt | State::Primed => self.timings.prompt += start.elapsed(),
-            _ => self.timings.generation += start.elapsed(),
+        let (start, before) = (Instant::now(), sequence.state);
+        let evaluated = sequence.evaluate(self.model, self.cache.get_mut());
+        let token = evaluated.and_then(|()| sequence.choose_from_own());
+        if token.is_err() {
+            sequence.state = State::Done(None);
         }
-        self.timings.generated_tokens = self.generated().len();
-        self.state = match &token {
-            Err(_) => State::Done(None),
-            Ok(token) if self.stop_tokens.contains(&token.id) => State::Done(Some(FinishReason::StopToken)),
-            Ok(_) if self.generated().len() >= self.max_new_tokens => State::Done(Some(FinishReason::Length)),
-            Ok(_) => State::Running,
-        };
+        sequence.note_time(before, start.elapsed());
         Some(token)
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        match self.state {
+        match self.sequence.state {
             State::Done(_) => (0, Some(0)),
-            _ => (1, Some(self.max_new_tokens - self.generated().len())),
+            // One at least, if nobody cancels.
+            _ => (0, Some(self.sequence.max_new_tokens - self.generated().len())),
         }
     }
 }
@@ -515,6 +544,7 @@ mod tests {
     use super::*;
     use crate::error::BoxError;
     use crate::fake::Fake;
+    use crate::filter::History;
     use crate::sampling::SamplingConfig;
 
     fn ids(generator: impl Iterator<Item = Result<Token>>) -> Vec<u32> {
@@ -532,7 +562,7 @@ mod tests {
             .build()
             .unwrap();
         assert_eq!(model.calls(), [""; 0]);
-        assert_eq!(generator.size_hint(), (1, Some(3)));
+        assert_eq!(generator.size_hint(), (0, Some(3)));
         assert_eq!(generator.finish_reason(), None);
         assert_eq!(ids(&mut generator), [5, 6, 7]);
         assert_eq!(generator.finish_reason(), Some(FinishReason::Length));
@@ -679,7 +709,7 @@ mod tests {
         generator.prefill().unwrap();
         assert_eq!(
             (generator.cache().len(), generator.pending(), generator.size_hint()),
-            (2, None, (1, Some(2)))
+            (2, None, (0, Some(2)))
         );
         assert_eq!(ids(&mut generator), [5, 6]);
         generator.prefill().unwrap();
@@ -728,6 +758,37 @@ mod tests {
             builder().resume(whole.state().unwrap()).max_new_tokens(whole.generated().len()).build().unwrap();
         assert!(over.next().is_none());
         assert_eq!(over.finish_reason(), Some(FinishReason::Length));
+    }
+
+    #[test]
+    fn cancelled_from_another_thread_and_gone_on_with() {
+        let model = Fake::saying(1, &[5, 6, 7, 8]);
+        let token = CancelToken::new();
+        let builder = || Generator::builder(&model).prompt(&[1]).cancel_token(&token);
+        let mut generator = builder().build().unwrap();
+        let mut seen = vec![];
+        let reason = generator.run(|t| {
+            seen.push(t.id);
+            if t.id == 6 {
+                let token = token.clone();
+                std::thread::spawn(move || token.cancel()).join().unwrap();
+            }
+            ControlFlow::Continue(())
+        });
+        assert_eq!((reason.unwrap(), seen), (Some(FinishReason::Cancelled), vec![5, 6]));
+        assert!(generator.next().is_none());
+        assert_eq!(generator.finish_reason().unwrap().to_string(), "cancelled");
+        assert_eq!((generator.cache().as_slice(), generator.pending()), (&[1, 5][..], Some(6)));
+        // Before anything was read, nothing is.
+        model.calls.borrow_mut().clear();
+        let mut nothing = builder().build().unwrap();
+        assert!(nothing.next().is_none());
+        assert_eq!(model.calls(), ["new_cache"]);
+        token.reset();
+        let mut rest = Generator::builder(&model).resume(generator.state().unwrap()).build().unwrap();
+        let reason =
+            rest.run(|token| if token.id == 8 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) });
+        assert_eq!((reason.unwrap(), rest.generated()), (None, &[5, 6, 7, 8][..]));
     }
 
     #[test]
