@@ -7,6 +7,8 @@
 #include "elem.cuh"
 #include "reduce.cuh"
 
+#include <type_traits>
+
 struct Conv {
     const void* x;
     Any weight;                  // (d, width)
@@ -227,8 +229,20 @@ __device__ inline void load_token(float (&out)[V], const Conv& conv, int b, int6
     }
 }
 
-template <int V, int TAPS>
+template <int V, int TAPS, bool ALL>
 __device__ inline void load_taps(float (&w)[V][TAPS], float (&bias)[V], const Conv& conv, int c) {
+    if (ALL && V > 1 && reinterpret_cast<uintptr_t>(conv.weight.data) % 16 == 0) {
+        // The filters of neighbouring channels are neighbours.
+        float taps[V * TAPS];
+        conv.weight.get<V * TAPS, true>(taps, static_cast<int64_t>(c) * TAPS);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            bias[v] = conv.bias ? conv.bias.get(c + v) : 0.0f;
+#pragma unroll
+            for (int m = 0; m < TAPS; m++) w[v][m] = taps[v * TAPS + TAPS - 1 - m];
+        }
+        return;
+    }
 #pragma unroll
     for (int v = 0; v < V; v++) {
         bias[v] = conv.bias ? conv.bias.get(c + v) : 0.0f;
@@ -246,7 +260,7 @@ __device__ void forward_last(const ConvForward& args) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (c >= conv.dim) return;
     float w[V][TAPS], bias[V];
-    load_taps(w, bias, conv, c);
+    load_taps<V, TAPS, ALL>(w, bias, conv, c);
 
     // x[v][TAPS - 1 + i] is the input at time t + i.
     float x[V][TAPS - 1 + UNROLL];
@@ -310,7 +324,7 @@ __device__ void backward_last(const ConvBackward& args) {
     float dw[V][TAPS] = {}, db[V] = {};
     if (b < conv.batch && c < conv.dim) {
         float w[V][TAPS], bias[V];
-        load_taps(w, bias, conv, c);
+        load_taps<V, TAPS, ALL>(w, bias, conv, c);
         const int end = min(own + conv.run, conv.seqlen);
         const int start = own == 0 ? -window : own;  // the first run has the window too
         // At step s, g_s is computed and dx_{s - TAPS + 1} finished; x[v][TAPS - 1 + i], g[v][TAPS - 1 + i] are of time s + i.
@@ -325,29 +339,39 @@ __device__ void backward_last(const ConvBackward& args) {
                 g[v][i] = 0.0f;
             }
         }
-        for (int s = start; s < end + TAPS - 1; s += UNROLL) {
+        const int64_t plane = static_cast<int64_t>(b) * conv.seqlen;
+        // UNROLL steps from s on; INTERIOR: all of them inside the run, and so are the tokens that they finish.
+        const auto steps = [&](auto interior, int s) {
+            constexpr bool INTERIOR = decltype(interior)::value;
             float tokens[UNROLL][V], grads[UNROLL][V];
+            const int64_t first = (plane + s) * conv.dim + c;
+            const T* inputs = static_cast<const T*>(conv.x) + first;
+            const T* outputs = static_cast<const T*>(args.grad_y) + first;
 #pragma unroll
             for (int i = 0; i < UNROLL; i++) {
-                load_token<V, T>(tokens[i], conv, b, s + i, c);
-                if (args.grad_y && s + i >= 0 && s + i < conv.seqlen) {
-                    load<V, true>(grads[i], static_cast<const T*>(args.grad_y) +
-                                                (static_cast<int64_t>(b) * conv.seqlen + s + i) * conv.dim + c);
+                if (INTERIOR) {
+                    load<V, true>(tokens[i], inputs + static_cast<int64_t>(i) * conv.dim);
+                } else {
+                    load_token<V, T>(tokens[i], conv, b, s + i, c);
+                }
+                if (args.grad_y && (INTERIOR || (s + i >= 0 && s + i < conv.seqlen))) {
+                    load<V, true>(grads[i], outputs + static_cast<int64_t>(i) * conv.dim);
                 } else {
 #pragma unroll
                     for (int v = 0; v < V; v++) grads[i][v] = 0.0f;
                 }
             }
+            T* finished = static_cast<T*>(args.dx) + first - static_cast<int64_t>(TAPS - 1) * conv.dim;
 #pragma unroll
             for (int i = 0; i < UNROLL; i++) {
-                const bool inside = s + i >= own && s + i < end;
+                const bool inside = INTERIOR || (s + i >= own && s + i < end);
 #pragma unroll
                 for (int v = 0; v < V; v++) {
                     x[v][TAPS - 1 + i] = tokens[i][v];
                     const float* newest = x[v] + TAPS - 1 + i;
                     const float value =
                         grads[i][v] * slope(sum_taps<TAPS, ALL>(w[v], bias[v], newest, conv.width), conv.silu);
-                    g[v][TAPS - 1 + i] = s + i >= 0 && s + i < conv.seqlen ? value : 0.0f;
+                    g[v][TAPS - 1 + i] = INTERIOR || (s + i >= 0 && s + i < conv.seqlen) ? value : 0.0f;
                     if (inside) {
                         db[v] += value;
 #pragma unroll
@@ -355,8 +379,8 @@ __device__ void backward_last(const ConvBackward& args) {
                     }
                 }
                 const int t = s + i - (TAPS - 1);
-                if (t < start || t >= end) continue;
-                const int entry = args.grad_state ? final_entry(conv, t) : -1;
+                if (!INTERIOR && (t < start || t >= end)) continue;
+                const int entry = !INTERIOR && args.grad_state ? final_entry(conv, t) : -1;
                 float dx[V];
 #pragma unroll
                 for (int v = 0; v < V; v++) {
@@ -367,10 +391,8 @@ __device__ void backward_last(const ConvBackward& args) {
                     for (int m = 0; m < TAPS; m++)
                         if (ALL || m < conv.width) dx[v] = fmaf(w[v][m], g[v][i + m], dx[v]);
                 }
-                if (t >= 0) {
-                    if (args.dx)
-                        store<V, true>(
-                            static_cast<T*>(args.dx) + (static_cast<int64_t>(b) * conv.seqlen + t) * conv.dim + c, dx);
+                if (INTERIOR || t >= 0) {
+                    if (args.dx) store<V, true>(finished + static_cast<int64_t>(i) * conv.dim, dx);
                 } else if (args.dinitial) {
 #pragma unroll
                     for (int v = 0; v < V; v++)
@@ -384,6 +406,13 @@ __device__ void backward_last(const ConvBackward& args) {
                     x[v][i] = x[v][UNROLL + i];
                     g[v][i] = g[v][UNROLL + i];
                 }
+        };
+        // Tokens near the end, to which the final window belongs, are finished by the last steps.
+        for (int s = start; s < end + TAPS - 1; s += UNROLL) {
+            if (s >= own + TAPS - 1 && s + UNROLL <= end)
+                steps(std::true_type{}, s);
+            else
+                steps(std::false_type{}, s);
         }
     }
     if (!args.dweight && !args.dbias) return;

@@ -21,7 +21,7 @@ static_assert(sizeof(Update) == 152, "as in cuda.rs");
 
 constexpr int THREADS = 128;
 
-template <typename T, int LANES, int V, int ROWS, bool A_PER_HEAD>
+template <typename T, int LANES, int V, int ROWS, bool A_PER_HEAD, bool SHARED>
 __device__ void update(const Update& args) {
     constexpr int GROUPS = 32 / LANES;  // rows that a warp reads at once
     const int lane = threadIdx.x % LANES;
@@ -32,14 +32,18 @@ __device__ void update(const Update& args) {
 
     // All loads before the first use.
     int row[ROWS], channel[ROWS], head[ROWS];
-    int64_t group[ROWS];  // where B and C start
-    float h[ROWS][V], b[ROWS][V], c[ROWS][V], a[ROWS][V];
+    // B and C: with SHARED, all rows of a warp read the same.
+    constexpr int GROUP_ROWS = SHARED ? 1 : ROWS;
+    int64_t group[GROUP_ROWS];
+    float h[ROWS][V], b[GROUP_ROWS][V], c[GROUP_ROWS][V], a[ROWS][V];
     float dt[ROWS], x[ROWS], z[ROWS], d[ROWS], bias[ROWS], decay[ROWS], sum[ROWS];
     const auto load_states = [&](int r, int i) {
         if (i < n) {
             load<V, true>(h[r], args.state + static_cast<int64_t>(row[r]) * n + i);
-            load<V, true>(b[r], static_cast<const T*>(args.b) + group[r] + i);
-            load<V, true>(c[r], static_cast<const T*>(args.c) + group[r] + i);
+            if (r < GROUP_ROWS) {
+                load<V, true>(b[r], static_cast<const T*>(args.b) + group[r] + i);
+                load<V, true>(c[r], static_cast<const T*>(args.c) + group[r] + i);
+            }
             if (!A_PER_HEAD) args.a.get<V, true>(a[r], static_cast<int64_t>(channel[r]) * n + i);
         }
     };
@@ -49,7 +53,7 @@ __device__ void update(const Update& args) {
         const int batch = row[r] / channels;
         channel[r] = row[r] - batch * channels;
         head[r] = channel[r] / args.headdim;
-        group[r] = (static_cast<int64_t>(batch) * args.ngroups + head[r] / heads_of_group) * n;
+        if (r < GROUP_ROWS) group[r] = (static_cast<int64_t>(batch) * args.ngroups + head[r] / heads_of_group) * n;
         load_states(r, lane * V);
         dt[r] = to_float(
             static_cast<const T*>(args.dt)[args.dt_per_head ? batch * args.nheads + head[r] : row[r]]);
@@ -79,12 +83,15 @@ __device__ void update(const Update& args) {
 #pragma unroll
             for (int v = 0; v < V; v++) {
                 const float factor = A_PER_HEAD ? decay[r] : fast_exp2(decay[r] * a[r][v]);
-                h[r][v] = fmaf(factor, h[r][v], input * b[r][v]);
-                sum[r] = fmaf(h[r][v], c[r][v], sum[r]);
+                h[r][v] = fmaf(factor, h[r][v], input * b[SHARED ? 0 : r][v]);
+                sum[r] = fmaf(h[r][v], c[SHARED ? 0 : r][v], sum[r]);
             }
             if (first + r * GROUPS < args.rows)
                 store<V, true>(args.state + static_cast<int64_t>(row[r]) * n + i, h[r]);
-            load_states(r, i + LANES * V);
+        }
+        if (i + LANES * V < n) {
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) load_states(r, i + LANES * V);
         }
     }
 #pragma unroll
@@ -95,22 +102,34 @@ __device__ void update(const Update& args) {
     }
 }
 
-#define KERNEL(symbol, T, lanes, v, rows)                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS) symbol(const __grid_constant__ Update args) { \
-        if (args.a_per_head)                                                                            \
-            update<T, lanes, v, rows, true>(args);                                                      \
-        else                                                                                            \
-            update<T, lanes, v, rows, false>(args);                                                     \
+// Whether the rows of each warp are all of one group of one batch element.
+template <int LANES, int ROWS>
+__device__ inline bool shares_group(const Update& args) {
+    return args.nheads / args.ngroups * args.headdim % (32 / LANES * ROWS) == 0;
+}
+
+// The registers are bounded for what models have: rows that share their group.
+#define KERNEL(symbol, bound, T, lanes, v, rows)                                                     \
+    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Update args) { \
+        const bool shared = shares_group<lanes, rows>(args);                                         \
+        if (args.a_per_head && shared)                                                               \
+            update<T, lanes, v, rows, true, true>(args);                                             \
+        else if (args.a_per_head)                                                                    \
+            update<T, lanes, v, rows, true, false>(args);                                            \
+        else if (shared)                                                                             \
+            update<T, lanes, v, rows, false, true>(args);                                            \
+        else                                                                                         \
+            update<T, lanes, v, rows, false, false>(args);                                           \
     }
-#define INSTANTIATE(T, name)                                \
-    KERNEL(selective_state_update_4v1_##name, T, 4, 4, 1)   \
-    KERNEL(selective_state_update_4v4_##name, T, 4, 4, 4)   \
-    KERNEL(selective_state_update_8v1_##name, T, 8, 4, 1)   \
-    KERNEL(selective_state_update_8v4_##name, T, 8, 4, 4)   \
-    KERNEL(selective_state_update_16v1_##name, T, 16, 4, 1) \
-    KERNEL(selective_state_update_16v4_##name, T, 16, 4, 4) \
-    KERNEL(selective_state_update_32v1_##name, T, 32, 4, 1) \
-    KERNEL(selective_state_update_32v4_##name, T, 32, 4, 4) \
-    KERNEL(selective_state_update_32_##name, T, 32, 1, 1)
+#define INSTANTIATE(T, name)                                                \
+    KERNEL(selective_state_update_4v1_##name, (THREADS), T, 4, 4, 1)        \
+    KERNEL(selective_state_update_4v4_##name, (THREADS, 5), T, 4, 4, 4)     \
+    KERNEL(selective_state_update_8v1_##name, (THREADS), T, 8, 4, 1)        \
+    KERNEL(selective_state_update_8v4_##name, (THREADS, 5), T, 8, 4, 4)     \
+    KERNEL(selective_state_update_16v1_##name, (THREADS), T, 16, 4, 1)      \
+    KERNEL(selective_state_update_16v4_##name, (THREADS, 6), T, 16, 4, 4)   \
+    KERNEL(selective_state_update_32v1_##name, (THREADS), T, 32, 4, 1)      \
+    KERNEL(selective_state_update_32v4_##name, (THREADS, 6), T, 32, 4, 4)   \
+    KERNEL(selective_state_update_32_##name, (THREADS), T, 32, 1, 1)
 
 FOR_EACH_DTYPE(INSTANTIATE)
