@@ -26,6 +26,9 @@ enum First {
     Packed(Linear),
 }
 
+/// What is added to the matrix `[gate | up]`, as a function of the input.
+type Adapter<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
+
 impl Mlp {
     pub(crate) fn new(config: &MlpConfig, d_model: usize, params: &Params) -> Result<Self> {
         let MlpConfig { d_hidden, bias, .. } = *config;
@@ -54,11 +57,7 @@ impl Mlp {
     }
 
     /// The same with something added to the matrix `[gate | up]`.
-    pub(crate) fn apply_adapted(
-        &self,
-        x: &Tensor,
-        adapter: Option<&dyn Fn(&Tensor) -> Result<Tensor>>,
-    ) -> Result<Tensor> {
+    pub(crate) fn apply_adapted(&self, x: &Tensor, adapter: Option<Adapter<'_>>) -> Result<Tensor> {
         let d_hidden = self.config.d_hidden;
         let (gate, up) = match &self.first {
             First::Plain(up) => {

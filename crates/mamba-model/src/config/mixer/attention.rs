@@ -148,7 +148,7 @@ impl AttentionConfig {
             })?;
         }
         let d_mlp = self.packed.map_or(0, |packed| packed.d_mlp);
-        require(d_mlp % 2 == 0, "d_mlp", || format!("is {d_mlp}, expected an even number"))?;
+        require(d_mlp.is_multiple_of(2), "d_mlp", || format!("is {d_mlp}, expected an even number"))?;
         finite("softmax_scale", self.softmax_scale)?;
         finite("input_scale", self.input_scale)?;
         finite("key_scale", self.key_scale)
