@@ -141,7 +141,7 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
 
     /// Tells the filters which tokens the cache has read already, such as those of earlier turns.
     ///
-    /// They are not read again; only the [`History`] that filters see, and the positions that errors name, start with them.
+    /// They are not read again; only the [`History`](crate::History) that filters see, and the positions that errors name, start with them.
     pub fn history(mut self, ids: &[u32]) -> Self {
         self.history = ids.to_vec();
         self

@@ -31,7 +31,7 @@ impl Default for TextOptions {
 /// nor is a stop string, nor what follows one. After an error, which comes when all text before it has, the iterator ends.
 ///
 /// At a stop string the generation ends as it does at a token limit: the last token was not read by the model, see
-/// [`Generator`]. The tokens that made the stop string are among the [`ids`](Self::ids).
+/// [`Generator`](crate::Generator). The tokens that made the stop string are among the [`ids`](Self::ids).
 ///
 /// # Example
 /// See the [crate's](crate) page.
