@@ -16,7 +16,11 @@ pub fn language_model_loss(model: &Model, batch: &Batch) -> Result<Tensor> {
     let hidden = model.hidden_states(&batch.inputs, None)?.flatten_to(1)?;
     let (targets, weight) = (batch.targets.flatten_all()?, model.head_weight()?);
     let hidden = hidden.to_dtype(weight.dtype())?;
-    let args =
-        LinearCrossEntropy { ignore_index: IGNORED, ..LinearCrossEntropy::new(&hidden, &weight, &targets) };
+    let logit_scale = model.config().logits_scale;
+    let args = LinearCrossEntropy {
+        ignore_index: IGNORED,
+        logit_scale,
+        ..LinearCrossEntropy::new(&hidden, &weight, &targets)
+    };
     Ok(linear_cross_entropy(&args)?)
 }
