@@ -5,6 +5,7 @@
 mod support;
 
 mod gguf;
+mod gradients;
 mod heads;
 mod laws;
 mod options;

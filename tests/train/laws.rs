@@ -67,6 +67,32 @@ fn every_parameter_has_a_gradient_and_recomputing_layers_does_not_change_it() {
     }
 }
 
+/// The loss in pieces is that of the model's own logits, also where a family scales these.
+#[test]
+fn the_loss_is_of_the_logits_of_the_model() {
+    for (name, scaled) in [("mamba_tied", false), ("granitemoehybrid", true), ("falcon_h1", true)] {
+        let model = crate::open(name, DType::F32);
+        assert_eq!(model.config().logits_scale != 1.0, scaled, "{name}");
+        let vocab = model.config().vocab_size as u32;
+        let mut random = Random::new(3);
+        let batch = batch(&(0..3).map(|i| random.ids(17 - 4 * i, vocab)).collect::<Vec<_>>());
+        let logits = model.forward(&batch.inputs, None).unwrap().flatten_to(1).unwrap();
+        let logits = logits.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+        let targets =
+            batch.targets.flatten_all().unwrap().to_dtype(DType::I64).unwrap().to_vec1::<i64>().unwrap();
+        let nll = |(row, target): (&Vec<f64>, &i64)| {
+            let target = usize::try_from(*target).ok()?; // what is ignored is negative
+            let max = row.iter().copied().fold(f64::MIN, f64::max);
+            Some(row.iter().map(|x| (x - max).exp()).sum::<f64>().ln() + max - row[target])
+        };
+        let want: Vec<f64> = logits.iter().zip(&targets).filter_map(nll).collect();
+        assert_eq!((want.len(), batch.count), (16 + 12 + 8, 16 + 12 + 8), "{name}");
+        let got = values(&language_model_loss(&model, &batch).unwrap())[0];
+        let want: f64 = want.iter().sum();
+        assert!((got - want).abs() <= 1e-5 * want, "{name}: {got}, expected {want}");
+    }
+}
+
 #[test]
 fn parts_of_a_batch_are_the_batch() {
     let rows = rows(2, 4, 21);
