@@ -63,7 +63,8 @@ pub enum Recompute {
     /// Nothing: the fastest, with the most memory.
     #[default]
     Nothing,
-    /// Each branch of each layer as a whole: of a layer only its input is kept, for one more forward pass.
+    /// Each branch of each layer as a whole: of a layer only its input is kept, for one more forward pass. A branch that
+    /// also reads a shared block (Zamba's) is computed once, as without this.
     Layers,
 }
 
