@@ -3,9 +3,10 @@
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::generator::{Generator, Token};
+use crate::generator::Generator;
 use crate::lm::BatchLm;
 use crate::sequence::{Sequence, State, check_logits};
+use crate::token::Token;
 
 /// Names a row of a [`Batch`], for as long as there is the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

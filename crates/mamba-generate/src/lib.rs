@@ -117,6 +117,7 @@ mod stream;
 mod text;
 mod text_generator;
 mod timings;
+mod token;
 
 pub use batch::{Batch, BatchEvent, RowId};
 pub use beam::{BeamOptions, EarlyStopping, Hypothesis, beam_search};
@@ -130,7 +131,7 @@ pub use filter::{
     NoRepeatNgram, OccurrencePenalty, RepetitionPenalty, Temperature, TopK, TopNSigma, TopP, Typical, Xtc,
 };
 pub use generate::{GenerateOptions, Generated, Streamer, generate};
-pub use generator::{FinishReason, Generator, GeneratorBuilder, Token, Tokens};
+pub use generator::{Generator, GeneratorBuilder};
 pub use gguf::{tokenizer_from_gguf, tokenizer_to_gguf};
 pub use lm::{BatchLm, CausalLm, StateLm};
 pub use logprobs::{Logprobs, TokenLogprob};
@@ -147,6 +148,7 @@ pub use stream::{Sender, SpawnedStream, spawn_stream};
 pub use text::TextStream;
 pub use text_generator::{TextGenerator, TextOptions};
 pub use timings::Timings;
+pub use token::{FinishReason, Token, Tokens};
 
 /// The code of the workspace's README, compiled and run.
 #[cfg(doctest)]

@@ -5,12 +5,12 @@ use std::time::Duration;
 use crate::cancel::CancelToken;
 use crate::error::{Error, Result};
 use crate::filter::History;
-use crate::generator::{FinishReason, Token};
 use crate::lm::CausalLm;
 use crate::logprobs::Logprobs;
 use crate::sampling::Sampling;
 use crate::state::GenerationState;
 use crate::timings::Timings;
+use crate::token::{FinishReason, Token};
 
 /// What a generation is apart from the model and its state, so that several can share these.
 pub(crate) struct Sequence {

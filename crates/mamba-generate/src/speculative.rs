@@ -7,10 +7,11 @@ use std::time::Instant;
 pub use drafter::{Drafter, ModelDrafter, NgramDrafter};
 
 use crate::error::{Error, Result};
-use crate::generator::{FinishReason, Generator, Token, Tokens};
+use crate::generator::Generator;
 use crate::lm::StateLm;
 use crate::sequence::{Sequence, State, check_logits};
 use crate::timings::Timings;
+use crate::token::{FinishReason, Token, Tokens};
 
 /// How well guesses did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -6,9 +6,9 @@ use std::ops::ControlFlow;
 use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result};
-use crate::generator::{FinishReason, Tokens};
 use crate::stop::StopStrings;
 use crate::text::TextStream;
+use crate::token::{FinishReason, Tokens};
 
 /// What a [`TextGenerator`] shows, and where it stops.
 #[derive(Debug, Clone, PartialEq, Eq)]
