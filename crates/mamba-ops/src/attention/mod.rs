@@ -157,7 +157,7 @@ impl<'a> Attention<'a> {
 /// The kernel without a graph, the reference with one.
 fn forward(args: &Attention, sizes: Sizes) -> Result<Tensor> {
     let tracked = std::iter::once(args.q).chain(args.keys).chain(args.values).any(Tensor::track_op);
-    if tracked || !args::fused(args.q) {
+    if tracked || !args::fused_on_cpu(args.q) {
         return reference::forward(args);
     }
     let q = host::read("q", args.q)?;
