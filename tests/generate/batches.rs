@@ -79,7 +79,7 @@ fn rows_that_come_and_go_are_what_they_would_be_alone() {
 #[test]
 fn logits_have_the_bits_of_a_row_alone() {
     for (name, model) in models::all() {
-        for size in [2usize, 3, 5, 17, 33] {
+        for size in [2usize, 3, 5, 17, 33, 64] {
             let mut caches = Vec::new();
             let (mut logits, mut ids) = (Vec::new(), Vec::new());
             for k in 0..size {

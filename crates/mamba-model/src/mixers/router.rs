@@ -35,7 +35,8 @@ impl Router {
     pub(super) fn choose(&self, x: &Tensor) -> Result<Choices> {
         let RouterConfig { score, normalize, scale, .. } = self.config;
         let dtype = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        let logits = x.to_dtype(dtype)?.matmul(&self.weight.to_dtype(dtype)?.t()?)?;
+        let (x, weight) = (x.to_dtype(dtype)?, self.weight.to_dtype(dtype)?);
+        let logits = mamba_ops::linear(&mamba_ops::Linear::new(&x, &weight))?;
         let scores = match score {
             RouterScore::Softmax => {
                 let shifted = logits.broadcast_sub(&logits.detach().max_keepdim(D::Minus1)?)?.exp()?;
