@@ -4,16 +4,20 @@
 
 #[path = "cli/mod.rs"]
 mod cli;
+#[path = "cli/dialogue.rs"]
+mod dialogue;
 
-use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
+use dialogue::Dialogue;
 use mamba_generate::{
-    CancelToken, ChatTemplate, FinishReason, GenerationState, Generator, Message, SamplingConfig,
-    TextGenerator, TextOptions,
+    CancelToken, FinishReason, GenerationState, Generator, SamplingConfig, TextGenerator, TextOptions,
+    TextStream,
 };
 use mamba_model::{InferenceCache, Model};
 use rustyline::DefaultEditor;
@@ -22,64 +26,51 @@ use tokenizers::Tokenizer;
 
 const HELP: &str = "\
 /save FILE   keep the conversation
-/load FILE   go on with a conversation that was kept
+/load FILE   go on with one that was kept
 /reset       forget the conversation
+/help        show this
 /quit        end; Ctrl-D too
-Ctrl-C stops a reply";
+Ctrl-C stops a reply; what was said of it stays.";
 
 /// Talks with a Mamba model.
 ///
-/// The chat template of the model is used if it has one; else turns are those of a play.
+/// By the chat template of the model if it has one; else as in a play. Lines may also come from a pipe: replies go to standard
+/// output, all else to standard error.
 #[derive(Debug, Parser)]
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
-    /// What the model is told first, if it has a chat template.
-    #[arg(long)]
-    system: Option<String>,
-    /// Without a chat template: who you are.
-    #[arg(long, default_value = "FIRST CITIZEN")]
-    you: String,
-    /// Without a chat template: who the model is.
-    #[arg(long, default_value = "ROMEO")]
-    name: String,
+    #[command(flatten)]
+    dialogue: dialogue::DialogueArgs,
     /// The most tokens of a reply.
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 200)]
     max_new_tokens: usize,
-    /// How far from the likeliest tokens to stray; 0 always takes the likeliest.
-    #[arg(long, default_value_t = 0.7)]
-    temperature: f64,
-    /// Keep the likeliest tokens that together reach this probability.
-    #[arg(long, default_value_t = 0.95)]
-    top_p: f64,
-    /// The same seed gives the same replies.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    sampling: cli::SamplingArgs,
 }
 
 fn main() -> Result<()> {
     cli::start();
     let args = Args::parse();
-    let sampling = SamplingConfig {
-        temperature: args.temperature,
-        top_p: Some(args.top_p),
-        seed: args.seed,
-        ..Default::default()
-    };
-    sampling.build()?; // bad options are told before a model is loaded
+    let sampling = args.sampling.config()?;
     let (model, source) = cli::load(&args.model)?;
     let tokenizer = cli::tokenizer(&args.model, &model, source.as_ref())?;
-    let style = match source.file("tokenizer_config.json")? {
-        Some(path) => style(&args, &path)?,
-        None => Style::play(&args),
+    let default = cli::is_default(&args.model);
+    let dialogue = Dialogue::new(&args.dialogue, default, source.as_ref(), &tokenizer)?;
+    eprintln!("{}\n{HELP}\n", dialogue.describe());
+    let mut eos_tokens = cli::eos_tokens(&model, Some(&tokenizer));
+    eos_tokens.extend(dialogue.end());
+    let mut chat = Chat {
+        model: &model,
+        tokenizer: &tokenizer,
+        dialogue,
+        sampling,
+        eos_tokens,
+        max_new_tokens: args.max_new_tokens,
+        interrupt: Interrupt::new()?,
+        past: None,
     };
-    let cancel = CancelToken::new();
-    let handler = cancel.clone();
-    ctrlc::set_handler(move || handler.cancel()).context("Ctrl-C cannot be caught")?;
-    let mut chat =
-        Chat { model: &model, tokenizer: &tokenizer, style, sampling, args: &args, cancel, past: None };
     let mut editor = DefaultEditor::new()?;
-    eprintln!("{HELP}\n");
     loop {
         match editor.readline("> ") {
             Ok(line) if line.trim().is_empty() => {}
@@ -91,209 +82,183 @@ fn main() -> Result<()> {
                     Err(error) => eprintln!("error: {error:#}"), // the conversation is as it was
                 }
             }
-            Err(ReadlineError::Interrupted) => eprintln!("(/quit or Ctrl-D ends)"),
+            Err(ReadlineError::Interrupted) => eprintln!("/quit or Ctrl-D ends"),
             Err(ReadlineError::Eof) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
     }
 }
 
-/// How turns are written.
-enum Style {
-    Template { template: ChatTemplate, messages: Vec<Message> },
-    Play { you: String, name: String },
+/// Ctrl-C: during a reply it stops the reply, else the program.
+struct Interrupt {
+    cancel: CancelToken,
+    replying: Arc<AtomicBool>,
 }
 
-impl Style {
-    fn play(args: &Args) -> Self {
-        Self::Play { you: args.you.clone(), name: args.name.clone() }
+impl Interrupt {
+    fn new() -> Result<Self> {
+        let (cancel, replying) = (CancelToken::new(), Arc::new(AtomicBool::new(false)));
+        let (handler, busy) = (cancel.clone(), replying.clone());
+        ctrlc::set_handler(move || match busy.load(Relaxed) {
+            true => handler.cancel(),
+            false => std::process::exit(130),
+        })
+        .context("Ctrl-C cannot be caught")?;
+        Ok(Self { cancel, replying })
+    }
+
+    fn during<T>(&self, reply: impl FnOnce() -> T) -> T {
+        self.cancel.reset();
+        self.replying.store(true, Relaxed);
+        let outcome = reply();
+        self.replying.store(false, Relaxed);
+        outcome
     }
 }
 
-fn style(args: &Args, tokenizer_config: &Path) -> Result<Style> {
-    let json =
-        std::fs::read_to_string(tokenizer_config).with_context(|| tokenizer_config.display().to_string())?;
-    if !json.contains("\"chat_template\"") {
-        return Ok(Style::play(args));
-    }
-    let template = ChatTemplate::from_tokenizer_config(&json)?;
-    let messages = args.system.iter().map(|text| Message::new("system", text)).collect();
-    Ok(Style::Template { template, messages })
-}
-
-/// What was said, for the model and as text.
+/// What was said: for the model, and as text with all special tokens.
 struct Past {
     state: GenerationState<InferenceCache>,
-    /// All of it, special tokens included.
     text: String,
 }
 
 struct Chat<'a> {
     model: &'a Model,
     tokenizer: &'a Tokenizer,
-    style: Style,
+    dialogue: Dialogue,
     sampling: SamplingConfig,
-    args: &'a Args,
-    cancel: CancelToken,
+    eos_tokens: Vec<u32>,
+    max_new_tokens: usize,
+    interrupt: Interrupt,
     past: Option<Past>,
 }
 
 impl Chat<'_> {
     fn obey(&mut self, line: &str) -> Result<ControlFlow<()>> {
-        let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
+        let (command, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         match command {
-            "/save" => self.save(&file(rest)?)?,
-            "/load" => self.load(&file(rest)?)?,
-            "/reset" => self.reset(),
+            "/save" => self.save(file(rest)?)?,
+            "/load" => self.load(file(rest)?)?,
+            "/reset" => {
+                self.past = None;
+                self.dialogue.reset();
+                eprintln!("[the conversation is forgotten]");
+            }
+            "/help" => eprintln!("{HELP}"),
             "/quit" => return Ok(ControlFlow::Break(())),
-            _ if command.starts_with('/') => eprintln!("{HELP}"),
-            _ => self.turn(line)?,
+            _ if command.starts_with('/') => bail!("there is no {command}; /help shows what there is"),
+            _ => {
+                let reply = self.interrupt.during(|| self.reply(line));
+                let (past, reply) = reply?;
+                self.past = Some(past);
+                self.dialogue.add(line, reply);
+            }
         }
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Everything up to where the model is to answer.
-    fn prompt(&mut self, said: &str) -> Result<String> {
-        let past = self.past.as_ref().map_or("", |past| past.text.as_str());
-        Ok(match &mut self.style {
-            Style::Play { you, name } => format!("{past}{you}:\n{said}\n\n{name}:\n"),
-            Style::Template { template, messages } => {
-                let mut with = messages.clone();
-                with.push(Message::new("user", said));
-                let prompt = template.render(&with, true)?;
-                *messages = with;
-                prompt
-            }
-        })
-    }
-
-    fn turn(&mut self, said: &str) -> Result<()> {
-        let before = match &self.style {
-            Style::Template { messages, .. } => messages.len(),
-            Style::Play { .. } => 0,
-        };
-        let outcome = self.reply(said);
-        if let (Err(_), Style::Template { messages, .. }) = (&outcome, &mut self.style) {
-            messages.truncate(before);
-        }
-        outcome
-    }
-
-    fn reply(&mut self, said: &str) -> Result<()> {
-        let prompt = self.prompt(said)?;
-        // A template may rewrite the past: then all of it is read again.
-        let known = self.past.as_ref().filter(|past| prompt.starts_with(&past.text));
+    /// Reads what is new, and shows the reply as it comes.
+    fn reply(&self, said: &str) -> Result<(Past, String)> {
+        let past = self.past.as_ref();
+        let prompt = self.dialogue.prompt(past.map_or("", |past| &past.text), said)?;
+        // A template may write the past anew: then all of it is read again.
+        let known = past.filter(|past| prompt.starts_with(&past.text));
         let new = &prompt[known.map_or(0, |past| past.text.len())..];
-        let encoding =
-            self.tokenizer.encode(new, false).map_err(|e| anyhow!("the text cannot be encoded: {e}"))?;
+        let start = known.is_none() && self.dialogue.wants_special_tokens();
         let mut builder = Generator::builder(self.model)
-            .prompt(encoding.get_ids())
+            .prompt(&cli::encode(self.tokenizer, new, start)?)
             .sampling(self.sampling.build()?)
-            .max_new_tokens(self.args.max_new_tokens)
-            .eos_tokens(&self.eos_tokens())
-            .cancel_token(&self.cancel);
+            .max_new_tokens(self.max_new_tokens)
+            .eos_tokens(&self.eos_tokens)
+            .cancel_token(&self.interrupt.cancel);
         if let Some(past) = known {
             builder = builder.resume(past.state.fork(self.model)?);
         }
-        let stops = match &self.style {
-            Style::Play { .. } => vec!["\n\n".to_owned()],
-            Style::Template { .. } => vec![],
-        };
-        self.cancel.reset();
-        let options = TextOptions { stop_strings: stops, ..Default::default() };
+        let stop_strings = self.dialogue.separator().map(String::from).into_iter().collect();
+        let options = TextOptions { stop_strings, ..Default::default() };
         let mut text = TextGenerator::new(builder.build()?, self.tokenizer, options)?;
         let mut reply = String::new();
-        text.run(|piece| {
-            reply += piece;
-            let mut out = std::io::stdout().lock();
-            match out.write_all(piece.as_bytes()).and_then(|()| out.flush()) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
-            }
-        })?;
-        println!();
+        for piece in &mut text {
+            let piece = piece?;
+            cli::show(&piece)?;
+            reply += &piece;
+        }
+        cli::show("\n")?;
         let (reason, generator) = (text.finish_reason(), text.into_generator());
         let timings = generator.timings();
         eprintln!(
-            "[{} tokens read, {} generated, {:.0} a second, {}]\n",
+            "[{} tokens read, {} generated at {:.0} tokens/s, ended by {}]\n",
             timings.prompt_tokens,
             timings.generated_tokens,
             timings.tokens_per_s().unwrap_or_default(),
-            reason.map_or("nothing", FinishReason::as_str).replace('_', " "),
+            match reason {
+                Some(FinishReason::Cancelled) => "Ctrl-C".into(),
+                reason => reason.map_or("nothing", FinishReason::as_str).replace('_', " "),
+            },
         );
-        let generated = self.tokenizer.decode(generator.generated(), false);
-        let text = prompt + &generated.map_err(|e| anyhow!("the reply cannot be decoded: {e}"))?;
-        let state = generator.state()?;
-        // The next turn begins a paragraph also if this one was stopped.
-        self.past = Some(match matches!(self.style, Style::Play { .. }) && !text.ends_with("\n\n") {
-            true => self.end_paragraph(text, state)?,
-            false => Past { state, text },
-        });
-        if let Style::Template { messages, .. } = &mut self.style {
-            messages.push(Message::new("assistant", reply));
+        let mut stream =
+            TextStream::new(self.tokenizer).skip_special_tokens(false).after(generator.prompt())?;
+        let mut text = prompt;
+        for &id in generator.generated() {
+            text += &stream.push(id)?.unwrap_or_default();
         }
-        Ok(())
+        text += &stream.flush()?.unwrap_or_default();
+        Ok((self.separate(Past { state: generator.state()?, text })?, reply))
     }
 
-    /// The past, with an empty line read after it.
-    fn end_paragraph(&self, text: String, state: GenerationState<InferenceCache>) -> Result<Past> {
-        let end = self.tokenizer.encode("\n\n", false).map_err(|e| anyhow!("{e}"))?;
-        let builder = Generator::builder(self.model).resume(state).prompt(end.get_ids());
-        let mut generator = builder.sampling(self.sampling.build()?).build()?;
+    /// Ends the paragraph if a reply was cut short.
+    fn separate(&self, past: Past) -> Result<Past> {
+        let Some(separator) = self.dialogue.separator().filter(|end| !past.text.ends_with(end)) else {
+            return Ok(past);
+        };
+        let mut generator = Generator::builder(self.model)
+            .resume(past.state)
+            .prompt(&cli::encode(self.tokenizer, separator, false)?)
+            .sampling(self.sampling.build()?)
+            .build()?;
         generator.prefill()?;
-        Ok(Past { state: generator.state()?, text: text + "\n\n" })
+        Ok(Past { state: generator.state()?, text: past.text + separator })
     }
 
-    fn eos_tokens(&self) -> Vec<u32> {
-        let configured = &self.model.config().eos_token_ids;
-        match (configured.is_empty(), self.tokenizer.token_to_id("<|endoftext|>")) {
-            (true, Some(id)) => vec![id],
-            _ => configured.clone(),
-        }
-    }
-
+    /// Two files: the state, and beside it what was said.
     fn save(&self, path: &Path) -> Result<()> {
         let past = self.past.as_ref().context("there is no conversation yet")?;
-        let messages = match &self.style {
-            Style::Template { messages, .. } => messages.clone(),
-            Style::Play { .. } => vec![],
-        };
+        let tokens = past.state.tokens().len();
+        let notes = serde_json::json!({
+            "tokens": tokens,
+            "text": past.text,
+            "messages": self.dialogue.messages(),
+        });
         past.state.save(self.model, path)?;
-        let notes = serde_json::json!({ "text": past.text, "messages": messages });
         let beside = notes_of(path);
         mamba_model::write_atomically(&beside, notes.to_string().as_bytes())
             .with_context(|| beside.display().to_string())?;
-        eprintln!("saved after {} tokens", past.state.tokens().len());
+        eprintln!("[saved after {tokens} tokens]");
         Ok(())
     }
 
     fn load(&mut self, path: &Path) -> Result<()> {
         let state = GenerationState::load(self.model, path)?;
+        let tokens = state.tokens().len();
         let beside = notes_of(path);
-        let notes = std::fs::read_to_string(&beside).with_context(|| beside.display().to_string())?;
-        let mut notes: serde_json::Value =
-            serde_json::from_str(&notes).with_context(|| beside.display().to_string())?;
-        let text = notes["text"].as_str().context("the notes of the conversation have no text")?.to_owned();
-        if let Style::Template { messages, .. } = &mut self.style {
-            *messages = serde_json::from_value(notes["messages"].take())?;
-        }
-        eprintln!("goes on after {} tokens", state.tokens().len());
+        let read = || -> Result<_> {
+            let mut notes: serde_json::Value = serde_json::from_slice(&std::fs::read(&beside)?)?;
+            ensure!(notes["tokens"] == tokens, "belongs to another state than {}", path.display());
+            let text = notes["text"].as_str().context("has no `text`")?.to_owned();
+            Ok((text, serde_json::from_value(notes["messages"].take())?))
+        };
+        let (text, messages) = read().with_context(|| beside.display().to_string())?;
         self.past = Some(Past { state, text });
+        self.dialogue.set_messages(messages);
+        eprintln!("[goes on after {tokens} tokens]");
         Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.past = None;
-        if let Style::Template { messages, .. } = &mut self.style {
-            messages.retain(|message| message.role == "system");
-        }
     }
 }
 
-fn file(name: &str) -> Result<PathBuf> {
+fn file(name: &str) -> Result<&Path> {
     let name = name.trim();
-    anyhow::ensure!(!name.is_empty(), "name a file");
-    Ok(name.into())
+    ensure!(!name.is_empty(), "expected the name of a file behind the command");
+    Ok(Path::new(name))
 }
 
 /// The file beside a state that holds what was said.
