@@ -2,6 +2,8 @@
 
 mod autograd;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Result, Tensor};
@@ -145,6 +147,15 @@ struct Sizes {
 }
 
 impl Sizes {
+    /// Whether there are fused kernels; those for GPUs take states that are not large.
+    fn fused(self, u: &Tensor) -> bool {
+        #[cfg(feature = "cuda")]
+        if u.device().is_cuda() && self.d_state > cuda::LARGEST_STATE {
+            return false;
+        }
+        args::fused(u)
+    }
+
     fn state_shape(&self) -> (usize, usize, usize) {
         (self.batch, self.dim, self.d_state)
     }
@@ -188,5 +199,5 @@ impl Sizes {
 /// Gu and Dao, 2023, Algorithm 2; `selective_scan_ref` in state-spaces/mamba.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let sizes = args.sizes()?;
-    if args::fused(args.u) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if sizes.fused(args.u) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

@@ -2,6 +2,8 @@
 
 mod autograd;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Result, Tensor};
@@ -112,6 +114,15 @@ struct Sizes {
 }
 
 impl Sizes {
+    /// Whether there are fused kernels; those for GPUs need room for a state.
+    fn fused(self, x: &Tensor) -> bool {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() && !cuda::fits(x.device(), self, x.dtype()) {
+            return false;
+        }
+        args::fused(x)
+    }
+
     fn state_shape(&self) -> (usize, usize, usize, usize) {
         (self.batch, self.nheads, self.headdim, self.d_state)
     }
@@ -158,5 +169,5 @@ impl Sizes {
 /// folder's `README.md`.
 pub fn ssd_chunk_scan(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     let sizes = args.sizes()?;
-    if args::fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if sizes.fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

@@ -1,0 +1,89 @@
+// Numbers: storage types to and from f32, and the functions that scans need, each right to a few units in the last place.
+#pragma once
+
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float LN_2 = 0.693147180559945309f;
+
+// 2^x on the special function unit, of which there are 16 a multiprocessor and clock.
+__device__ __forceinline__ float exp2_unit(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 2^x as a polynomial on the units for additions and products, of which there are 128; at least 2^-126.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+    x = fminf(fmaxf(x, -126.0f), 128.0f);
+    const float shift = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer, which the low bits then hold
+    const float rounded = x + shift;
+    const float f = x - (rounded - shift);
+    float y = 0.001339086336353527f;
+    y = fmaf(y, f, 0.009676031918255982f);
+    y = fmaf(y, f, 0.05550357114222094f);
+    y = fmaf(y, f, 0.2402210748530968f);
+    y = fmaf(y, f, 0.6931471880262273f);
+    y = fmaf(y, f, 1.0000000754548972f);
+    return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_unit(-LOG2_E * x)); }
+
+// ln(1 + e^x), relative to its value: ln(1 + e) for e in [0, 1] is e times a polynomial.
+__device__ __forceinline__ float softplus(float x) {
+    const float e = exp2_unit(-LOG2_E * fabsf(x));
+    float y = -0.0031760570127516985f;
+    y = fmaf(y, e, 0.019542528316378593f);
+    y = fmaf(y, e, -0.05637361481785774f);
+    y = fmaf(y, e, 0.10543623566627502f);
+    y = fmaf(y, e, -0.1526966691017151f);
+    y = fmaf(y, e, 0.1966327428817749f);
+    y = fmaf(y, e, -0.24951615929603577f);
+    y = fmaf(y, e, 0.33329710364341736f);
+    y = fmaf(y, e, -0.49999892711639404f);
+    y = fmaf(y, e, 1.0f);
+    return fmaf(y, e, fmaxf(x, 0.0f));
+}
+
+// The sum of each of V values over LANES lanes that are STRIDE apart, spread: afterwards lane i of them holds sums
+// [i·V/LANES, (i+1)·V/LANES) in front, or, with fewer values than lanes, lanes [i·LANES/V, …) hold sum i.
+template <int V, int LANES, int STRIDE> __device__ __forceinline__ void reduce_scatter(float (&v)[V], int lane) {
+    int count = V;
+#pragma unroll
+    for (int lanes = LANES / 2; lanes >= 1; lanes /= 2) {
+        if (count > 1) {
+            count /= 2;
+            const bool upper = lane & (lanes * STRIDE);
+#pragma unroll
+            for (int i = 0; i < V / 2; i++) {
+                if (i < count) {
+                    const float send = upper ? v[i] : v[i + count];
+                    const float keep = upper ? v[i + count] : v[i];
+                    v[i] = keep + __shfl_xor_sync(0xffffffffu, send, lanes * STRIDE);
+                }
+            }
+        } else {
+            v[0] += __shfl_xor_sync(0xffffffffu, v[0], lanes * STRIDE);
+        }
+    }
+}
