@@ -7,12 +7,11 @@
 
 #include "scalar.cuh"
 
-using bf16 = __nv_bfloat16;
 
 // Terms of inputs and of computed operands, by storage type.
 template <typename T> struct Terms;
 template <> struct Terms<bf16> { static constexpr int INPUT = 1, COMPUTED = 2; };
-template <> struct Terms<__half> { static constexpr int INPUT = 2, COMPUTED = 2; };
+template <> struct Terms<f16> { static constexpr int INPUT = 2, COMPUTED = 2; };
 template <> struct Terms<float> { static constexpr int INPUT = 3, COMPUTED = 3; };
 
 // Rows of 16-byte pieces, of which one more than needed: eight neighbouring rows then lie in different banks.

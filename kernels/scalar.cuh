@@ -1,20 +1,7 @@
-// Numbers: storage types to and from f32, and the functions that scans need, each right to a few units in the last place.
+// What scans compute token by token: powers, steps, and sums over lanes.
 #pragma once
 
-#include <cstdint>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
-}
+#include "elem.cuh"
 
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
@@ -47,10 +34,10 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_unit(-LOG2_E * x)); }
+__device__ __forceinline__ float sigmoid_unit(float x) { return reciprocal(1.0f + exp2_unit(-LOG2_E * x)); }
 
 // ln(1 + e^x), relative to its value: ln(1 + e) for e in [0, 1] is e times a polynomial.
-__device__ __forceinline__ float softplus(float x) {
+__device__ __forceinline__ float softplus_unit(float x) {
     const float e = exp2_unit(-LOG2_E * fabsf(x));
     float y = -0.0031760570127516985f;
     y = fmaf(y, e, 0.019542528316378593f);

@@ -237,7 +237,7 @@ template <typename T, typename C> __device__ __forceinline__ void forward(const 
             if (channel < at.channels && t < tokens) {
                 x = to_float(next_u[k]);
                 step = to_float(next_delta[k]) + (p.delta_bias ? p.delta_bias[at.first + channel] : 0.0f);
-                if (p.delta_softplus) step = softplus(step);
+                if (p.delta_softplus) step = softplus_unit(step);
             }
             delta_tile[channel * ROW + t] = step;
             u_tile[channel * ROW + t] = x;
@@ -289,7 +289,7 @@ template <typename T, typename C> __device__ __forceinline__ void forward(const 
                 float out = fmaf(skip[channel], u_tile[channel * ROW + t], delta_tile[channel * ROW + t]);
                 if (p.z) {
                     const float x = to_float(gate[k]);
-                    out *= x * sigmoid(x);
+                    out *= x * sigmoid_unit(x);
                 }
                 y.at(channel, first + t) = from_float<T>(out);
             }
@@ -346,14 +346,15 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
         const int64_t first = int64_t(tile) * TILE;
         const int tokens = min(int64_t(TILE), p.seqlen - first);
         spread.each([&](int, int channel, int t) {
-            float step = 0.0f, x = 0.0f, g = 0.0f, slope = 1.0f, gate = 0.0f;
+            float step = 0.0f, x = 0.0f, g = 0.0f, slope = 0.0f, gate = 0.0f;
             if (channel < at.channels && t < tokens) {
                 x = to_float(u.at(channel, first + t));
                 step = to_float(delta.at(channel, first + t)) + (p.delta_bias ? p.delta_bias[at.first + channel] : 0.0f);
-                if (p.delta_softplus) slope = sigmoid(step), step = softplus(step);
+                slope = p.delta_softplus ? sigmoid_unit(step) : 1.0f;
+                if (p.delta_softplus) step = softplus_unit(step);
                 if (p.grad_y) g = to_float(grad_y.at(channel, first + t));
                 if (p.z) {
-                    const float x = to_float(z.at(channel, first + t)), s = sigmoid(x);
+                    const float x = to_float(z.at(channel, first + t)), s = sigmoid_unit(x);
                     gate = g * s * fmaf(x, 1.0f - s, 1.0f);
                     g *= x * s;
                 }
@@ -566,5 +567,5 @@ template <typename T> __device__ __forceinline__ void sum(const SelectiveScanSum
     extern "C" __global__ void selective_scan_sum_##DTYPE(const __grid_constant__ SelectiveScanSum p) { sum<T>(p); }
 
 INSTANTIATE(f32, float)
-INSTANTIATE(f16, __half)
-INSTANTIATE(bf16, __nv_bfloat16)
+INSTANTIATE(f16, f16)
+INSTANTIATE(bf16, bf16)

@@ -75,7 +75,7 @@ __device__ __forceinline__ void each_piece(const T* from, int64_t stride, int ro
 
 // Rows [0, rows) and columns [0, columns) of a matrix in memory, the rest zeros.
 template <typename T, int TERMS>
-__device__ __forceinline__ void load(const Matrix<TERMS>& to, const T* from, int64_t stride, int rows, int columns,
+__device__ __forceinline__ void load_rows(const Matrix<TERMS>& to, const T* from, int64_t stride, int rows, int columns,
                                      int padded_rows, int padded_columns, bool aligned) {
     if constexpr (TERMS == 1) {  // as it is
         if (aligned && columns % 8 == 0) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load(const Matrix<TERMS>& to, const T* from, int
                [&](int row, int column, float(&values)[8]) { to.set8(row, column, values); });
 }
 
-// Before the barrier after which what `load` brought is read.
+// Before the barrier after which what `load_rows` brought is read.
 __device__ __forceinline__ void loads_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // The steps of a chunk of a head in shared memory, and the decays that follow from them.

@@ -65,9 +65,9 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
     float* const of_total = of_step + p_columns * q; // (WARPS): ⟨R, S⟩
     float* const across = of_total + WARPS;          // (q): Σ_{j<k≤i} T_ij
 
-    load(c, row_of<T>(args.c, args.c_stride, batch, first, group), args.c_stride[1], tokens, args.d_state, q, n,
+    load_rows(c, row_of<T>(args.c, args.c_stride, batch, first, group), args.c_stride[1], tokens, args.d_state, q, n,
          args.aligned);
-    load(b, row_of<T>(args.b, args.b_stride, batch, first, group), args.b_stride[1], tokens, args.d_state, q, n,
+    load_rows(b, row_of<T>(args.b, args.b_stride, batch, first, group), args.b_stride[1], tokens, args.d_state, q, n,
          args.aligned);
     loads_arrive();
     __syncthreads();
@@ -90,7 +90,7 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
     const int last_head = group * per_group + min(per_group, (split + 1) * per_split);
 #pragma unroll 1
     for (int head = group * per_group + split * per_split; head < last_head; head++) {
-        load(x, row_of<T>(args.x, args.x_stride, batch, first, head), args.x_stride[1], tokens, args.headdim, q, p,
+        load_rows(x, row_of<T>(args.x, args.x_stride, batch, first, head), args.x_stride[1], tokens, args.headdim, q, p,
              args.aligned);
         load_state(state, args.states + state_at(args, batch, chunk, head, TC), p, n);
         steps.load(steps_of(args, batch, head, chunk), q);
@@ -104,7 +104,7 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
 #pragma unroll
                                for (int k = 0; k < 8; k++) {
                                    if (column + k >= args.headdim) continue;
-                                   const float gate = to_float(z[column + k]), s = sigmoid(gate);
+                                   const float gate = to_float(z[column + k]), s = sigmoid_unit(gate);
                                    const float of_gate = v[k] * args.y_ungated[at + k] * s * fmaf(gate, 1.0f - s, 1.0f);
                                    static_cast<T*>(args.grad_z)[at + k] = from_float<T>(of_gate);
                                    v[k] *= gate * s;
@@ -383,5 +383,5 @@ template <typename T> __device__ __forceinline__ void sum(const SsdSum& p) {
     extern "C" __global__ void ssd_sum_##DTYPE(const __grid_constant__ SsdSum p) { sum<T>(p); }
 
 INSTANTIATE(f32, float)
-INSTANTIATE(f16, __half)
-INSTANTIATE(bf16, __nv_bfloat16)
+INSTANTIATE(f16, f16)
+INSTANTIATE(bf16, bf16)

@@ -22,9 +22,9 @@ template <typename T> __device__ __forceinline__ void steps(const Ssd& p) {
         float step = 0.0f, slope = 0.0f;
         if (i < p.q && t < p.seqlen) {
             const float raw = to_float(dt[t * p.dt_stride[1]]) + bias;
-            const float free = p.dt_softplus ? softplus(raw) : raw;
+            const float free = p.dt_softplus ? softplus_unit(raw) : raw;
             step = free < p.dt_low ? p.dt_low : free > p.dt_high ? p.dt_high : free;
-            slope = free < p.dt_low || free > p.dt_high ? 0.0f : p.dt_softplus ? sigmoid(raw) : 1.0f;
+            slope = free < p.dt_low || free > p.dt_high ? 0.0f : p.dt_softplus ? sigmoid_unit(raw) : 1.0f;
         }
         double sum = step * a;
 #pragma unroll
@@ -131,11 +131,11 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
     for (int chunk = 0; chunk < args.chunks; chunk++) {
         const int64_t first = int64_t(chunk) * q;
         const int tokens = min(int64_t(q), args.seqlen - first);
-        load(c, row_of<T>(args.c, args.c_stride, at.batch, first, at.group), args.c_stride[1], tokens, args.d_state, q, n,
+        load_rows(c, row_of<T>(args.c, args.c_stride, at.batch, first, at.group), args.c_stride[1], tokens, args.d_state, q, n,
              args.aligned);
-        load(b, row_of<T>(args.b, args.b_stride, at.batch, first, at.group), args.b_stride[1], tokens, args.d_state, q, n,
+        load_rows(b, row_of<T>(args.b, args.b_stride, at.batch, first, at.group), args.b_stride[1], tokens, args.d_state, q, n,
              args.aligned);
-        load(x, row_of<T>(args.x, args.x_stride, at.batch, first, at.head) + at.first, args.x_stride[1], tokens,
+        load_rows(x, row_of<T>(args.x, args.x_stride, at.batch, first, at.head) + at.first, args.x_stride[1], tokens,
              at.channels, q, p, args.aligned);
         steps.load(steps_of(args, at.batch, at.head, chunk), q);
         loads_arrive();
@@ -189,7 +189,7 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
                         float y = out[k];
                         if (z) {
                             const float gate = to_float(z[at.first + j + k]);
-                            y *= gate * sigmoid(gate);
+                            y *= gate * sigmoid_unit(gate);
                         }
                         static_cast<T*>(args.y)[to + k] = from_float<T>(y);
                     }
@@ -250,7 +250,7 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
         if (!reverse && i + 1 == args.chunks) break;
         const void* rows = reverse ? args.c : args.b;
         const int64_t(&row_stride)[3] = reverse ? args.c_stride : args.b_stride;
-        load(b, row_of<T>(rows, row_stride, at.batch, first, at.group), row_stride[1], tokens, args.d_state, q, n,
+        load_rows(b, row_of<T>(rows, row_stride, at.batch, first, at.group), row_stride[1], tokens, args.d_state, q, n,
              args.aligned);
         steps.load(steps_of(args, at.batch, at.head, chunk), q);
         loads_arrive();
@@ -267,7 +267,7 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
                                for (int k = 0; k < 8; k++) {
                                    if (column + k >= at.channels) continue;
                                    const float gate = to_float(z[at.first + column + k]);
-                                   v[k] *= gate * sigmoid(gate);
+                                   v[k] *= gate * sigmoid_unit(gate);
                                }
                            }
 #pragma unroll
@@ -298,5 +298,5 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
     }
 
 INSTANTIATE(f32, float)
-INSTANTIATE(f16, __half)
-INSTANTIATE(bf16, __nv_bfloat16)
+INSTANTIATE(f16, f16)
+INSTANTIATE(bf16, bf16)

@@ -114,9 +114,15 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// Whether the fused kernels take this activation; else the reference runs, on any device and dtype.
+/// Whether there are fused kernels for this activation; else the reference runs, on any device and dtype.
 pub(crate) fn fused(x: &Tensor) -> bool {
-    x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+    (x.device().is_cpu() || x.device().is_cuda())
+        && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// As [`fused`], for ops that have kernels for CPUs alone.
+pub(crate) fn fused_on_cpu(x: &Tensor) -> bool {
+    fused(x) && x.device().is_cpu()
 }
 
 /// Whether two tensors share storage, as views of one buffer do.

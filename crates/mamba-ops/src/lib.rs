@@ -64,6 +64,8 @@ mod args;
 pub mod autograd;
 pub mod causal_conv1d;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod device;
 mod host;
 mod layout;
 pub mod linear;

@@ -2,6 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{CausalConv1d, CausalConv1dOutput, OP, Sizes, cpu, window_dtype};
 use crate::autograd::{self, Forward, FusedFn};
 use crate::host;
@@ -9,15 +11,16 @@ use crate::layout::{Activation, SequenceLayout};
 use crate::simd::Isa;
 
 // Slots of the inputs.
-const X: usize = 0;
-const WEIGHT: usize = 1;
-const BIAS: usize = 2;
-const INITIAL_STATE: usize = 3;
+pub(super) const X: usize = 0;
+pub(super) const WEIGHT: usize = 1;
+pub(super) const BIAS: usize = 2;
+pub(super) const INITIAL_STATE: usize = 3;
+pub(super) const SLOTS: usize = 4;
 
-struct Node {
-    sizes: Sizes,
-    layout: SequenceLayout,
-    activation: Activation,
+pub(super) struct Node {
+    pub sizes: Sizes,
+    pub layout: SequenceLayout,
+    pub activation: Activation,
 }
 
 pub(super) fn apply(args: &CausalConv1d, sizes: Sizes) -> Result<CausalConv1dOutput> {
@@ -29,7 +32,11 @@ pub(super) fn apply(args: &CausalConv1d, sizes: Sizes) -> Result<CausalConv1dOut
 
 impl Node {
     /// Reads the inputs and hands them to `f` as slices.
-    fn with<R>(&self, inputs: &[Option<Tensor>; 4], f: impl FnOnce(&cpu::Conv) -> Result<R>) -> Result<R> {
+    fn with<R>(
+        &self,
+        inputs: &[Option<Tensor>; SLOTS],
+        f: impl FnOnce(&cpu::Conv) -> Result<R>,
+    ) -> Result<R> {
         let x = host::read_slot(OP, inputs, X)?;
         let weight = host::read_slot(OP, inputs, WEIGHT)?;
         let bias = host::read_opt("bias", inputs[BIAS].as_ref())?;
@@ -46,11 +53,15 @@ impl Node {
     }
 }
 
-impl FusedFn<4, 2> for Node {
+impl FusedFn<SLOTS, 2> for Node {
     const NAME: &'static str = OP;
 
-    fn forward(&self, inputs: &[Option<Tensor>; 4], _tracked: bool) -> Result<Forward<2>> {
+    fn forward(&self, inputs: &[Option<Tensor>; SLOTS], _tracked: bool) -> Result<Forward<2>> {
         let x = host::slot(OP, inputs, X)?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::forward(self, inputs);
+        }
         self.with(inputs, |conv| {
             let y = host::output(cpu::forward(conv, Isa::current()), x.shape().clone(), x.dtype())?;
             let state = host::output(cpu::final_state(conv), self.sizes.state_shape(), window_dtype(x))?;
@@ -60,11 +71,15 @@ impl FusedFn<4, 2> for Node {
 
     fn backward(
         &self,
-        inputs: &[Option<Tensor>; 4],
-        needs: &[bool; 4],
+        inputs: &[Option<Tensor>; SLOTS],
+        needs: &[bool; SLOTS],
         _saved: &[Tensor],
         grads: &[Option<Tensor>; 2],
-    ) -> Result<[Option<Tensor>; 4]> {
+    ) -> Result<[Option<Tensor>; SLOTS]> {
+        #[cfg(feature = "cuda")]
+        if host::slot(OP, inputs, X)?.device().is_cuda() {
+            return cuda::backward(self, inputs, needs, grads);
+        }
         let grad_y = host::read_opt("gradient of y", grads[0].as_ref())?;
         let grad_state = host::read_opt("gradient of final_state", grads[1].as_ref())?;
         self.with(inputs, |conv| {

@@ -2,6 +2,8 @@
 
 mod autograd;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{DType, Result, Tensor};
@@ -113,7 +115,7 @@ struct Sizes {
 /// `causal_conv1d_ref` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let sizes = args.sizes(OP, "initial_state")?;
-    if args::fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if sizes.fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }
 
 /// Arguments of [`causal_conv1d_update`]; see there for shapes.
@@ -167,10 +169,14 @@ pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
     let sizes = forward.sizes(UPDATE_OP, "state")?;
     let check = Checker::new(UPDATE_OP, "x", x)?;
     check.in_place(state, &[("x", Some(x)), ("weight", Some(weight)), ("bias", bias)])?;
-    if !args::fused(x) {
+    if !sizes.fused(x) {
         let CausalConv1dOutput { y, final_state } = reference::forward(&forward)?;
         state.slice_set(&final_state.contiguous()?, 0, 0)?;
         return Ok(y);
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::update(args, sizes);
     }
     let (x, weight) = (host::read("x", x)?, host::read("weight", weight)?);
     let bias = host::read_opt("bias", bias)?;
@@ -199,6 +205,15 @@ pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
 }
 
 impl Sizes {
+    /// Whether there are fused kernels; those for GPUs take filters that are not wide.
+    fn fused(self, x: &Tensor) -> bool {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() && self.width > cuda::WIDEST {
+            return false;
+        }
+        args::fused(x)
+    }
+
     fn state_shape(&self) -> (usize, usize, usize) {
         (self.batch, self.dim, self.width - 1)
     }

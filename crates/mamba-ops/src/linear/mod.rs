@@ -94,7 +94,7 @@ struct Sizes {
 pub fn linear(args: &Linear) -> Result<Tensor> {
     let sizes = args.sizes()?;
     let empty = sizes.rows * sizes.d_in * sizes.d_out == 0;
-    if args.tracked() || !args::fused(args.x) || empty {
+    if args.tracked() || !args::fused_on_cpu(args.x) || empty {
         return reference::forward(args);
     }
     if sizes.rows <= cpu::FEW_ROWS

@@ -167,5 +167,5 @@ struct Sizes {
 /// Zhang and Sennrich, 2019; `layer_norm_fn` and, gated, `layernorm_fn` in state-spaces/mamba (`mamba_ssm/ops/triton`).
 pub fn norm(args: &Norm) -> Result<NormOutput> {
     let sizes = args.sizes()?;
-    if args::fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if args::fused_on_cpu(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

@@ -169,7 +169,7 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
         ("dt_bias", dt_bias),
     ];
     Checker::new(OP, "x", x)?.in_place(state, &inputs)?;
-    if !args::fused(x) {
+    if !args::fused_on_cpu(x) {
         let (y, next) = reference::forward(args)?;
         state.slice_set(&next.contiguous()?, 0, 0)?;
         return Ok(y);

@@ -1,0 +1,422 @@
+//! Between tensors in GPU memory and the kernels that work on them: pointers, outputs, launches. The twin of
+//! [`host`](crate::host), there with the feature `cuda`.
+//!
+//! An op's `cuda.rs` asks for [`pointers`] to its inputs, makes its outputs by [`Gpu::buffer`] and launches [`Kernel`]s, whose
+//! arguments are one `#[repr(C)]` struct that the `.cu` file has too. Everything is enqueued on candle's stream and nothing
+//! waits, so a CUDA graph can capture an op.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::mem::size_of;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+};
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+    SyncOnDrop, result,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor,
+    bail,
+};
+use half::{bf16, f16};
+
+use crate::autograd::Output;
+
+/// The compiled kernels of an op: what `build.rs` made of its `.cu` file.
+pub(crate) struct Module {
+    pub(crate) name: &'static str,
+    pub(crate) image: &'static [u8],
+}
+
+/// The module of `kernels/$name.cu`.
+macro_rules! module {
+    ($name:literal) => {
+        $crate::device::Module {
+            name: $name,
+            image: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")),
+        }
+    };
+}
+pub(crate) use module;
+
+/// A kernel of a module: `name` and, where it is compiled for several, the dtype of its activations, as in `name_bf16`.
+#[derive(Clone, Copy)]
+pub(crate) struct Kernel {
+    pub(crate) module: &'static Module,
+    pub(crate) name: &'static str,
+    pub(crate) dtype: Option<DType>,
+}
+
+/// The shape of a launch: blocks, threads of each, and bytes of dynamic shared memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Launch {
+    pub(crate) blocks: [usize; 3],
+    pub(crate) threads: [usize; 2],
+    pub(crate) shared: usize,
+}
+
+/// The arguments of a kernel, passed by value.
+///
+/// # Safety
+/// The type is `#[repr(C)]`, without padding that matters, and equals the struct that the kernel takes.
+pub(crate) unsafe trait Arguments: Copy {}
+
+/// An [`Arguments`] as the driver takes it.
+#[repr(transparent)]
+struct ByValue<A>(A);
+
+// SAFETY: `Arguments` is plain data that the kernel takes by value.
+unsafe impl<A: Arguments> DeviceRepr for ByValue<A> {}
+
+/// A tensor as kernels see it: where its elements start, and their dtype. `Any` in `elem.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pointer {
+    /// 0 if there is no tensor.
+    pub(crate) address: u64,
+    dtype: u64,
+}
+
+const _: () = assert!(size_of::<Pointer>() == 16);
+
+impl Pointer {
+    pub(crate) const NULL: Self = Self { address: 0, dtype: 0 };
+
+    fn new(address: u64, dtype: DType) -> Result<Self> {
+        // As `enum Dtype` in `elem.cuh`.
+        let dtype = match dtype {
+            DType::F32 => 0,
+            DType::F16 => 1,
+            DType::BF16 => 2,
+            DType::F64 => 3,
+            DType::U32 => 4,
+            DType::I64 => 5,
+            DType::I32 => 6,
+            other => bail!("no kernel reads {}", other.as_str()),
+        };
+        Ok(Self { address, dtype })
+    }
+}
+
+/// The GPU that an op runs on, and candle's stream there.
+pub(crate) struct Gpu {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+}
+
+/// Hands `f` pointers to the elements of the tensors, in row-major order: views that are not are copied first. The pointers are
+/// good until `f` returns, which is when its launches are on the stream.
+pub(crate) fn pointers<const N: usize, R>(
+    op: &'static str,
+    tensors: [Option<&Tensor>; N],
+    f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
+) -> Result<R> {
+    let mut contiguous = [const { None }; N];
+    for (slot, x) in contiguous.iter_mut().zip(tensors) {
+        *slot = x.map(Tensor::contiguous).transpose()?;
+    }
+    views(op, contiguous.each_ref().map(Option::as_ref), f)
+}
+
+/// As [`pointers`], but to the first elements of views as they lie in memory, for kernels that take strides.
+pub(crate) fn views<const N: usize, R>(
+    op: &'static str,
+    tensors: [Option<&Tensor>; N],
+    f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
+) -> Result<R> {
+    let device = tensors.iter().flatten().find_map(|x| match x.device() {
+        Device::Cuda(device) => Some(device.clone()),
+        _ => None,
+    });
+    let Some(device) = device else { bail!("{op}: no input is on a GPU") };
+    let gpu = Gpu { stream: device.cuda_stream(), device };
+
+    let guards = tensors.map(|x| x.map(Tensor::storage_and_layout));
+    let mut pointers = [Pointer::NULL; N];
+    // Dropped after the launches: on several streams, others then wait for our reads.
+    let mut reads = Vec::with_capacity(N);
+    for (pointer, guard) in pointers.iter_mut().zip(&guards) {
+        let Some((storage, layout)) = guard else { continue };
+        let Storage::Cuda(storage) = &**storage else {
+            bail!("{op}: an input is not on the GPU of the others")
+        };
+        let (start, read) = address(storage, &gpu.stream)?;
+        let offset = layout.start_offset() * storage.dtype().size_in_bytes();
+        *pointer = Pointer::new(start + offset as u64, storage.dtype())?;
+        reads.push(read);
+    }
+    let result = f(&gpu, pointers);
+    drop(reads);
+    result
+}
+
+/// Runs `f` on the slice of a storage, whatever its dtype.
+macro_rules! with_slice {
+    ($slice:expr, $x:ident => $body:expr) => {
+        match $slice {
+            CudaStorageSlice::F32($x) => $body,
+            CudaStorageSlice::F16($x) => $body,
+            CudaStorageSlice::BF16($x) => $body,
+            CudaStorageSlice::F64($x) => $body,
+            CudaStorageSlice::U32($x) => $body,
+            CudaStorageSlice::I64($x) => $body,
+            CudaStorageSlice::I32($x) => $body,
+            _ => bail!("no kernel takes such a dtype"),
+        }
+    };
+}
+
+fn address<'a>(storage: &'a CudaStorage, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
+    Ok(with_slice!(&storage.slice, x => x.device_ptr(stream)))
+}
+
+fn address_mut<'a>(storage: &'a mut CudaStorage, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
+    Ok(with_slice!(&mut storage.slice, x => x.device_ptr_mut(stream)))
+}
+
+impl Gpu {
+    /// A buffer of `len` elements that kernels fill.
+    pub(crate) fn buffer(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        let storage = match dtype {
+            DType::F32 => self.storage::<f32>(len),
+            DType::F16 => self.storage::<f16>(len),
+            DType::BF16 => self.storage::<bf16>(len),
+            DType::F64 => self.storage::<f64>(len),
+            other => bail!("no kernel fills a buffer of {}", other.as_str()),
+        }?;
+        let (address, _) = address(&storage, &self.stream)?;
+        let pointer = Pointer::new(address, dtype)?;
+        Ok(Buffer { storage, pointer, stream: self.stream.clone() })
+    }
+
+    /// A buffer in the dtype of `like` with room for its elements, if `needed`.
+    pub(crate) fn buffer_like(&self, like: Option<&Tensor>, needed: bool) -> Result<Option<Buffer>> {
+        like.filter(|_| needed).map(|x| self.buffer(x.dtype(), x.elem_count())).transpose()
+    }
+
+    fn storage<T: CudaDType + DeviceRepr>(&self, len: usize) -> Result<CudaStorage> {
+        // The driver gives no memory of 0 bytes.
+        // SAFETY: kernels write every element before any is read.
+        let mut slice: CudaSlice<T> = unsafe { self.device.alloc(len.max(1)) }?;
+        if poisoned() {
+            let bytes = slice.num_bytes();
+            let (address, _write) = slice.device_ptr_mut(&self.stream);
+            // SAFETY: within the buffer; all ones are a NaN in each dtype.
+            unsafe { result::memset_d8_async(address, 0xff, bytes, self.stream.cu_stream()) }.w()?;
+        }
+        Ok(CudaStorage::wrap_cuda_slice(slice, self.device.clone()))
+    }
+
+    /// How many multiprocessors there are to fill.
+    pub(crate) fn multiprocessors(&self) -> usize {
+        let count = self.stream.context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+        count.map_or(1, |count| count.max(1) as usize)
+    }
+
+    /// Enqueues a kernel; nothing if the grid is empty.
+    ///
+    /// # Safety
+    /// The addresses in `args` are of buffers as large as the kernel expects for the sizes in `args`.
+    pub(crate) unsafe fn launch<A: Arguments>(&self, kernel: Kernel, launch: Launch, args: A) -> Result<()> {
+        let Launch { blocks, threads, shared } = launch;
+        if blocks.contains(&0) {
+            return Ok(());
+        }
+        let function = self.function(kernel, shared)?;
+        let [x, y, z] = blocks.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        let config = LaunchConfig {
+            grid_dim: (x, y, z),
+            block_dim: (threads[0] as u32, threads[1] as u32, 1),
+            shared_mem_bytes: shared as u32,
+        };
+        let args = ByValue(args);
+        let mut builder = self.stream.launch_builder(&function);
+        builder.arg(&args);
+        // SAFETY: the arguments are of the kernel's type by `Arguments`, their addresses good by the contract of this function.
+        match unsafe { builder.launch(config) } {
+            Ok(_) => Ok(()),
+            Err(e) => {
+                bail!("{} of {blocks:?} blocks of {threads:?} threads does not launch: {e}", kernel.symbol())
+            }
+        }
+    }
+
+    /// Loads a kernel, once for each context.
+    fn function(&self, kernel: Kernel, shared: usize) -> Result<CudaFunction> {
+        type Key = (usize, &'static str, Option<DType>);
+        static FUNCTIONS: RwLock<Option<HashMap<Key, CudaFunction>>> = RwLock::new(None);
+        let context = self.stream.context();
+        let key = (context.cu_ctx().addr(), kernel.name, kernel.dtype);
+        let known = FUNCTIONS.read().unwrap_or_else(PoisonError::into_inner);
+        let function = match known.as_ref().and_then(|known| known.get(&key)) {
+            Some(function) => function.clone(),
+            None => {
+                drop(known);
+                let mut known = FUNCTIONS.write().unwrap_or_else(PoisonError::into_inner);
+                let module = context.load_module(Ptx::from_binary(kernel.module.image.to_vec()));
+                let module = module.or_else(|e| self.does_not_run(kernel.module, e))?;
+                let function = module.load_function(&kernel.symbol()).w()?;
+                known.get_or_insert_default().insert(key, function.clone());
+                function
+            }
+        };
+        const WITHOUT_ASKING: usize = 48 << 10;
+        if shared > WITHOUT_ASKING {
+            function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
+        }
+        Ok(function)
+    }
+
+    fn does_not_run<T>(&self, module: &Module, error: impl std::fmt::Display) -> Result<T> {
+        let (major, minor) = self.stream.context().compute_capability().unwrap_or_default();
+        bail!(
+            "the kernels of {} do not load on this GPU, of compute capability {major}.{minor} ({error}): they were built for {}; \
+             build with CUDA_COMPUTE_CAP={major}{minor}, or install a driver that knows the CUDA toolkit that built them",
+            module.name,
+            env!("MAMBA_CUDA_CAPABILITIES")
+        )
+    }
+
+    /// The sums of the columns of a `(rows, columns)` matrix of `f32`, in order, whatever the launch; written to `out`.
+    pub(crate) fn sum_rows(&self, matrix: &Buffer, rows: usize, columns: usize, out: &Buffer) -> Result<()> {
+        static MODULE: Module = module!("sum_rows");
+        let kernel = Kernel { module: &MODULE, name: "sum_rows", dtype: None };
+        let launch = Launch { blocks: [columns.div_ceil(32), 1, 1], threads: [32, 16], shared: 0 };
+        let args = SumRows {
+            matrix: matrix.pointer().address,
+            out: out.pointer(),
+            rows: rows as i64,
+            columns: columns as i64,
+        };
+        // SAFETY: the matrix is of that size, `out` of one row.
+        unsafe { self.launch(kernel, launch, args) }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct SumRows {
+    matrix: u64,
+    out: Pointer,
+    rows: i64,
+    columns: i64,
+}
+const _: () = assert!(size_of::<SumRows>() == 40);
+// SAFETY: as `SumRows` in `sum_rows.cu`.
+unsafe impl Arguments for SumRows {}
+
+impl Kernel {
+    fn symbol(&self) -> String {
+        match self.dtype {
+            Some(dtype) => format!("{}_{}", self.name, dtype.as_str()),
+            None => self.name.into(),
+        }
+    }
+}
+
+/// A buffer on the GPU that becomes an output once the kernels that fill it are on the stream.
+pub(crate) struct Buffer {
+    storage: CudaStorage,
+    pointer: Pointer,
+    stream: Arc<CudaStream>,
+}
+
+impl Buffer {
+    pub(crate) fn pointer(&self) -> Pointer {
+        self.pointer
+    }
+
+    /// The buffer as an output of a fused function.
+    pub(crate) fn output(mut self, shape: impl Into<Shape>) -> Result<Output> {
+        // On several streams, others wait for the write that this records.
+        drop(address_mut(&mut self.storage, &self.stream)?);
+        Ok((Storage::Cuda(self.storage), shape.into()))
+    }
+
+    /// As [`output`](Self::output), as a tensor without a graph.
+    pub(crate) fn tensor(self, shape: impl Into<Shape>) -> Result<Tensor> {
+        Ok(Tensor::from(self.output(shape)?))
+    }
+}
+
+/// The pointer to a buffer that may be absent.
+pub(crate) fn pointer(buffer: &Option<Buffer>) -> Pointer {
+    buffer.as_ref().map_or(Pointer::NULL, Buffer::pointer)
+}
+
+/// The gradients that were made, each in the shape of its input.
+pub(crate) fn gradients<const I: usize>(
+    inputs: &[Option<Tensor>; I],
+    buffers: [Option<Buffer>; I],
+) -> Result<[Option<Tensor>; I]> {
+    let mut grads = [const { None }; I];
+    for ((grad, input), buffer) in grads.iter_mut().zip(inputs).zip(buffers) {
+        if let (Some(input), Some(buffer)) = (input, buffer) {
+            *grad = Some(buffer.tensor(input.shape().clone())?);
+        }
+    }
+    Ok(grads)
+}
+
+/// The bytes of shared memory that a block can have.
+pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
+    const ALWAYS: usize = 48 << 10;
+    let stream = device.cuda_stream();
+    let bytes = stream.context().attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+    bytes.map_or(ALWAYS, |bytes| bytes.max(0) as usize)
+}
+
+/// An extent as kernels take it.
+pub(crate) fn int(op: &'static str, n: usize) -> Result<i32> {
+    i32::try_from(n).or_else(|_| bail!("{op}: an extent of {n} is more than the kernels take"))
+}
+
+/// Lets `f` launch kernels that change a contiguous `f32` tensor in place, given its address; every clone of it sees the change.
+pub(crate) fn modify<T>(op: &'static str, state: &Tensor, f: impl FnOnce(u64) -> Result<T>) -> Result<T> {
+    if state.elem_count() == 0 {
+        return f(0); // candle refuses to visit it: its strides are 0
+    }
+    let pending = Modify { op, f: Cell::new(Some(f)), result: Cell::new(None) };
+    state.inplace_op1(&pending)?;
+    pending.result.take().map_or_else(|| bail!("{op}: the state was not visited"), Ok)
+}
+
+struct Modify<F, T> {
+    op: &'static str,
+    f: Cell<Option<F>>,
+    result: Cell<Option<T>>,
+}
+
+impl<T, F: FnOnce(u64) -> Result<T>> InplaceOp1 for Modify<F, T> {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        bail!("{}: the state is in CPU memory, the inputs are not", self.op)
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        if storage.dtype() != DType::F32 || !layout.is_contiguous() {
+            bail!("{}: the state must be contiguous f32 to be updated in place", self.op)
+        }
+        let stream = storage.device.cuda_stream();
+        let (start, _write) = address_mut(storage, &stream)?;
+        let address = start + (layout.start_offset() * size_of::<f32>()) as u64;
+        self.result.set(self.f.take().map(|f| f(address)).transpose()?);
+        Ok(())
+    }
+}
+
+/// Whether buffers start as NaN, so that what a kernel forgets is seen: in debug builds, or with `MAMBA_POISON=1`.
+fn poisoned() -> bool {
+    static POISONED: OnceLock<bool> = OnceLock::new();
+    cfg!(debug_assertions) || *POISONED.get_or_init(|| std::env::var("MAMBA_POISON").is_ok_and(|v| v == "1"))
+}

@@ -1,0 +1,462 @@
+// The convolution, channels first (b, d, l) and last (b, l, d), its backward and its one-token step.
+//
+// With `m`, the distance of a tap into the past: pre_t = bias + Σ_m w_m x_{t-m}, y = activation(pre); backward, with
+// g = grad_y · activation'(pre): dx_t = Σ_m w_m g_{t+m}, dw_m = Σ_t g_t x_{t-m}, dbias = Σ_t g_t, where x_{-1}, x_{-2}, …
+// are the window. Kernels are compiled for at most TAPS taps, 4 or 8; of narrower filters the last taps are skipped.
+
+#include "elem.cuh"
+#include "reduce.cuh"
+
+struct Conv {
+    const void* x;
+    Any weight;                  // (d, width)
+    Any bias;                    // (d), or absent
+    const float* initial_state;  // (b, d, width - 1), or null
+    int batch, dim, seqlen, width;
+    int silu;
+    int run;  // channels last: tokens of a thread
+};
+static_assert(sizeof(Conv) == 72, "as in cuda.rs");
+
+struct ConvForward {
+    Conv conv;
+    void* y;
+    float* final_state;  // (b, d, width - 1)
+};
+static_assert(sizeof(ConvForward) == 88, "as in cuda.rs");
+
+struct ConvBackward {
+    Conv conv;
+    const void* grad_y;       // or null
+    const float* grad_state;  // or null
+    void* dx;                 // or null
+    float* dinitial;          // or null
+    Any dweight, dbias;       // one partial sum a block along the grid's reduced axis, or absent
+};
+static_assert(sizeof(ConvBackward) == 136, "as in cuda.rs");
+
+struct ConvUpdate {
+    const void* x;
+    void* y;
+    float* state;  // (b, d, width - 1)
+    Any weight, bias;
+    int64_t token_stride, channel_stride;  // of x and y
+    int batch, dim, seqlen, width;
+    int silu;
+    int padding;
+};
+static_assert(sizeof(ConvUpdate) == 96, "as in cuda.rs");
+
+// w_m of channel c.
+__device__ inline float tap(const Conv& conv, int c, int m) {
+    return m < conv.width ? conv.weight.get(static_cast<int64_t>(c) * conv.width + conv.width - 1 - m) : 0.0f;
+}
+
+// The input `m` tokens before the first of row b·d.
+__device__ inline float before(const Conv& conv, int64_t row, int m) {
+    const int window = conv.width - 1;
+    return conv.initial_state && m <= window ? conv.initial_state[row * window + window - m] : 0.0f;
+}
+
+// The entry of the final window that is the input at time t, which may be before the first; negative if none.
+__device__ inline int final_entry(const Conv& conv, int t) { return t - (conv.seqlen - (conv.width - 1)); }
+
+// bias + Σ_m w_m x_{-m} over the values that end at x[last].
+template <int TAPS>
+__device__ inline float sum_taps(const float* w, float bias, const float* x, int width) {
+    float sum = bias;
+#pragma unroll
+    for (int m = 0; m < TAPS; m++)
+        if (m < width) sum = fmaf(w[m], x[-m], sum);
+    return sum;
+}
+
+__device__ inline float activate(float pre, int with_silu) { return with_silu ? silu(pre) : pre; }
+
+__device__ inline float slope(float pre, int with_silu) { return with_silu ? silu_slope(pre) : 1.0f; }
+
+// ---- Channels first: a thread has STEPS neighbouring times of a row.
+
+constexpr int STEPS = 8;
+
+// The STEPS inputs from t0 on and those before them, in x[BEFORE..] and x[..BEFORE].
+template <int BEFORE, bool VECTOR, typename T>
+__device__ inline void load_times(float* x, const Conv& conv, const T* row_x, int64_t row, int t0) {
+    float part[BEFORE], own[STEPS];
+    if (t0 > 0) {
+        load<BEFORE, VECTOR>(part, row_x + t0 - BEFORE);
+    } else {
+#pragma unroll
+        for (int i = 0; i < BEFORE; i++) part[i] = before(conv, row, BEFORE - i);
+    }
+    load<STEPS, VECTOR>(own, row_x + t0, conv.seqlen - t0);
+#pragma unroll
+    for (int i = 0; i < BEFORE; i++) x[i] = part[i];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) x[BEFORE + i] = own[i];
+}
+
+template <typename T, int TAPS, bool VECTOR>
+__device__ void forward_first(const ConvForward& args) {
+    const Conv& conv = args.conv;
+    const int64_t row = blockIdx.x;
+    const int c = row % conv.dim;
+    const T* x = static_cast<const T*>(conv.x) + row * conv.seqlen;
+    T* y = static_cast<T*>(args.y) + row * conv.seqlen;
+    float w[TAPS];
+#pragma unroll
+    for (int m = 0; m < TAPS; m++) w[m] = tap(conv, c, m);
+    const float bias = conv.bias ? conv.bias.get(c) : 0.0f;
+
+    constexpr int BEFORE = TAPS;
+    const int stride = gridDim.y * blockDim.x * STEPS;
+    for (int t0 = (blockIdx.y * blockDim.x + threadIdx.x) * STEPS; t0 < conv.seqlen; t0 += stride) {
+        float window[BEFORE + STEPS], out[STEPS];
+        load_times<BEFORE, VECTOR>(window, conv, x, row, t0);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++)
+            out[i] = activate(sum_taps<TAPS>(w, bias, window + BEFORE + i, conv.width), conv.silu);
+        store<STEPS, VECTOR>(y + t0, out, conv.seqlen - t0);
+    }
+    const int window = conv.width - 1;
+    if (blockIdx.y == 0 && threadIdx.x < window) {
+        const int t = conv.seqlen - window + static_cast<int>(threadIdx.x);
+        args.final_state[row * window + threadIdx.x] = t >= 0 ? to_float(x[t]) : before(conv, row, -t);
+    }
+}
+
+template <typename T, int TAPS, bool VECTOR>
+__device__ void backward_first(const ConvBackward& args) {
+    __shared__ float scratch[32 * (TAPS + 1)];
+    const Conv& conv = args.conv;
+    const int c = blockIdx.x;
+    float w[TAPS];
+#pragma unroll
+    for (int m = 0; m < TAPS; m++) w[m] = tap(conv, c, m);
+    const float bias = conv.bias ? conv.bias.get(c) : 0.0f;
+    const int window = conv.width - 1;
+
+    constexpr int BEFORE = TAPS, AFTER = TAPS;
+    float sums[TAPS + 1] = {};  // dw, then dbias
+    const int pieces = (conv.seqlen + STEPS - 1) / STEPS;
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < conv.batch * pieces; i += gridDim.y * blockDim.x) {
+        const int64_t row = static_cast<int64_t>(i / pieces) * conv.dim + c;
+        const int t0 = i % pieces * STEPS;
+        const T* x = static_cast<const T*>(conv.x) + row * conv.seqlen;
+        float inputs[BEFORE + STEPS + AFTER], g[STEPS + AFTER];
+        load_times<BEFORE, VECTOR>(inputs, conv, x, row, t0);
+        const int left = conv.seqlen - t0 - STEPS;  // tokens after these
+        float after[AFTER] = {};
+        if (left > 0) load<AFTER, VECTOR>(after, x + t0 + STEPS, left);
+#pragma unroll
+        for (int i = 0; i < AFTER; i++) inputs[BEFORE + STEPS + i] = after[i];
+#pragma unroll
+        for (int i = 0; i < STEPS + AFTER; i++) g[i] = 0.0f;
+        if (args.grad_y) {
+            const T* grad = static_cast<const T*>(args.grad_y) + row * conv.seqlen + t0;
+            float own[STEPS], next[AFTER] = {};
+            load<STEPS, VECTOR>(own, grad, conv.seqlen - t0);
+            if (left > 0) load<AFTER, VECTOR>(next, grad + STEPS, left);
+#pragma unroll
+            for (int i = 0; i < STEPS + TAPS - 1; i++) {
+                const float pre = sum_taps<TAPS>(w, bias, inputs + BEFORE + i, conv.width);
+                g[i] = (i < STEPS ? own[i] : next[i - STEPS]) * slope(pre, conv.silu);
+                if (t0 + i >= conv.seqlen) g[i] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            sums[TAPS] += g[i];
+#pragma unroll
+            for (int m = 0; m < TAPS; m++) sums[m] = fmaf(g[i], inputs[BEFORE + i - m], sums[m]);
+        }
+        if (args.dx) {
+            float dx[STEPS];
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                dx[i] = 0.0f;
+#pragma unroll
+                for (int m = 0; m < TAPS; m++)
+                    if (m < conv.width) dx[i] = fmaf(w[m], g[i + m], dx[i]);
+                const int entry = final_entry(conv, t0 + i);
+                if (args.grad_state && entry >= 0 && t0 + i < conv.seqlen)
+                    dx[i] += args.grad_state[row * window + entry];
+            }
+            store<STEPS, VECTOR>(static_cast<T*>(args.dx) + row * conv.seqlen + t0, dx, conv.seqlen - t0);
+        }
+        if (args.dinitial && t0 == 0) {
+#pragma unroll
+            for (int j = 1; j < TAPS; j++) {
+                if (j > window) continue;
+                float sum = 0.0f;
+#pragma unroll
+                for (int m = j; m < TAPS; m++)
+                    if (m < conv.width) sum = fmaf(w[m], g[m - j], sum);
+                const int entry = final_entry(conv, -j);
+                if (args.grad_state && entry >= 0) sum += args.grad_state[row * window + entry];
+                args.dinitial[row * window + window - j] = sum;
+            }
+        }
+    }
+    block_sum(sums, scratch, threadIdx.x / 32, blockDim.x / 32);
+    if (threadIdx.x == 0) {
+        const int64_t at = static_cast<int64_t>(blockIdx.y) * conv.dim + c;
+        if (args.dweight) {
+#pragma unroll
+            for (int m = 0; m < TAPS; m++)
+                if (m < conv.width) args.dweight.set(at * conv.width + conv.width - 1 - m, sums[m]);
+        }
+        if (args.dbias) args.dbias.set(at, sums[TAPS]);
+    }
+}
+
+// ---- Channels last: a thread has V neighbouring channels of a run of times, through which its window slides.
+
+constexpr int UNROLL = 4;  // times whose inputs are on their way at once
+
+// V channels from c on of the input at time t of batch element b, from the window if t is before the first.
+template <int V, typename T>
+__device__ inline void load_token(float (&out)[V], const Conv& conv, int b, int64_t t, int c) {
+    if (t >= 0 && t < conv.seqlen) {
+        load<V, true>(out, static_cast<const T*>(conv.x) + (static_cast<int64_t>(b) * conv.seqlen + t) * conv.dim + c);
+    } else {
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            out[v] = t < 0 ? before(conv, static_cast<int64_t>(b) * conv.dim + c + v, -t) : 0.0f;
+    }
+}
+
+template <int V, int TAPS>
+__device__ inline void load_taps(float (&w)[V][TAPS], float (&bias)[V], const Conv& conv, int c) {
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        bias[v] = conv.bias ? conv.bias.get(c + v) : 0.0f;
+#pragma unroll
+        for (int m = 0; m < TAPS; m++) w[v][m] = tap(conv, c + v, m);
+    }
+}
+
+template <typename T, int TAPS, int V>
+__device__ void forward_last(const ConvForward& args) {
+    const Conv& conv = args.conv;
+    const int runs = (conv.seqlen + conv.run - 1) / conv.run;
+    const int b = blockIdx.x / max(runs, 1), start = blockIdx.x % max(runs, 1) * conv.run;
+    const int end = min(start + conv.run, conv.seqlen);
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+    if (c >= conv.dim) return;
+    float w[V][TAPS], bias[V];
+    load_taps(w, bias, conv, c);
+
+    // x[v][TAPS - 1 + i] is the input at time t + i.
+    float x[V][TAPS - 1 + UNROLL];
+#pragma unroll
+    for (int i = 0; i < TAPS - 1; i++) {
+        float token[V];
+        load_token<V, T>(token, conv, b, start - (TAPS - 1) + i, c);
+#pragma unroll
+        for (int v = 0; v < V; v++) x[v][i] = token[v];
+    }
+    for (int t = start; t < end; t += UNROLL) {
+        float tokens[UNROLL][V];
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) load_token<V, T>(tokens[i], conv, b, t + i, c);
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            float out[V];
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                x[v][TAPS - 1 + i] = tokens[i][v];
+                out[v] = activate(sum_taps<TAPS>(w[v], bias[v], x[v] + TAPS - 1 + i, conv.width), conv.silu);
+            }
+            if (t + i < end)
+                store<V, true>(
+                    static_cast<T*>(args.y) + (static_cast<int64_t>(b) * conv.seqlen + t + i) * conv.dim + c, out);
+        }
+#pragma unroll
+        for (int v = 0; v < V; v++)
+#pragma unroll
+            for (int i = 0; i < TAPS - 1; i++) x[v][i] = x[v][UNROLL + i];
+    }
+    if (end == conv.seqlen) {
+        const int window = conv.width - 1;
+        for (int i = 0; i < window; i++) {
+            float token[V];
+            load_token<V, T>(token, conv, b, conv.seqlen - window + i, c);
+#pragma unroll
+            for (int v = 0; v < V; v++)
+                args.final_state[(static_cast<int64_t>(b) * conv.dim + c + v) * window + i] = token[v];
+        }
+    }
+}
+
+// Rows of a block of the backward: each a run, whose sums are added before they are written.
+constexpr int RUNS = 8;
+
+template <typename T, int TAPS, int V>
+__device__ void backward_last(const ConvBackward& args) {
+    __shared__ float scratch[RUNS][(TAPS + 1) * V][33];
+    const Conv& conv = args.conv;
+    const int runs = max((conv.seqlen + conv.run - 1) / conv.run, 1);
+    const int index = blockIdx.x * RUNS + threadIdx.y;
+    const int b = index / runs, own = index % runs * conv.run;  // the first time of the run
+    const int c = (blockIdx.y * 32 + threadIdx.x) * V;
+    const int window = conv.width - 1;
+    float dw[V][TAPS] = {}, db[V] = {};
+    if (b < conv.batch && c < conv.dim) {
+        float w[V][TAPS], bias[V];
+        load_taps(w, bias, conv, c);
+        const int end = min(own + conv.run, conv.seqlen);
+        const int start = own == 0 ? -window : own;  // the first run has the window too
+        // At step s, g_s is computed and dx_{s - TAPS + 1} finished; x[v][TAPS - 1 + i], g[v][TAPS - 1 + i] are of time s + i.
+        float x[V][TAPS - 1 + UNROLL], g[V][TAPS - 1 + UNROLL];
+#pragma unroll
+        for (int i = 0; i < TAPS - 1; i++) {
+            float token[V];
+            load_token<V, T>(token, conv, b, start - (TAPS - 1) + i, c);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                x[v][i] = token[v];
+                g[v][i] = 0.0f;
+            }
+        }
+        for (int s = start; s < end + TAPS - 1; s += UNROLL) {
+            float tokens[UNROLL][V], grads[UNROLL][V];
+#pragma unroll
+            for (int i = 0; i < UNROLL; i++) {
+                load_token<V, T>(tokens[i], conv, b, s + i, c);
+                if (args.grad_y && s + i >= 0 && s + i < conv.seqlen) {
+                    load<V, true>(grads[i], static_cast<const T*>(args.grad_y) +
+                                                (static_cast<int64_t>(b) * conv.seqlen + s + i) * conv.dim + c);
+                } else {
+#pragma unroll
+                    for (int v = 0; v < V; v++) grads[i][v] = 0.0f;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < UNROLL; i++) {
+                const bool inside = s + i >= own && s + i < end;
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+                    x[v][TAPS - 1 + i] = tokens[i][v];
+                    const float* newest = x[v] + TAPS - 1 + i;
+                    const float value =
+                        grads[i][v] * slope(sum_taps<TAPS>(w[v], bias[v], newest, conv.width), conv.silu);
+                    g[v][TAPS - 1 + i] = s + i >= 0 && s + i < conv.seqlen ? value : 0.0f;
+                    if (inside) {
+                        db[v] += value;
+#pragma unroll
+                        for (int m = 0; m < TAPS; m++) dw[v][m] = fmaf(value, newest[-m], dw[v][m]);
+                    }
+                }
+                const int t = s + i - (TAPS - 1);
+                if (t < start || t >= end) continue;
+                const int entry = args.grad_state ? final_entry(conv, t) : -1;
+                float dx[V];
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+                    dx[v] = entry >= 0
+                                ? args.grad_state[(static_cast<int64_t>(b) * conv.dim + c + v) * window + entry]
+                                : 0.0f;
+#pragma unroll
+                    for (int m = 0; m < TAPS; m++)
+                        if (m < conv.width) dx[v] = fmaf(w[v][m], g[v][i + m], dx[v]);
+                }
+                if (t >= 0) {
+                    if (args.dx)
+                        store<V, true>(
+                            static_cast<T*>(args.dx) + (static_cast<int64_t>(b) * conv.seqlen + t) * conv.dim + c, dx);
+                } else if (args.dinitial) {
+#pragma unroll
+                    for (int v = 0; v < V; v++)
+                        args.dinitial[(static_cast<int64_t>(b) * conv.dim + c + v) * window + window + t] = dx[v];
+                }
+            }
+#pragma unroll
+            for (int v = 0; v < V; v++)
+#pragma unroll
+                for (int i = 0; i < TAPS - 1; i++) {
+                    x[v][i] = x[v][UNROLL + i];
+                    g[v][i] = g[v][UNROLL + i];
+                }
+        }
+    }
+    if (!args.dweight && !args.dbias) return;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        scratch[threadIdx.y][TAPS * V + v][threadIdx.x] = db[v];
+#pragma unroll
+        for (int m = 0; m < TAPS; m++) scratch[threadIdx.y][m * V + v][threadIdx.x] = dw[v][m];
+    }
+    __syncthreads();
+    for (int k = threadIdx.y; k < (TAPS + 1) * V; k += RUNS) {
+        float sum = 0.0f;
+        for (int run = 0; run < RUNS; run++) sum += scratch[run][k][threadIdx.x];
+        const int m = k / V, channel = c + k % V;
+        if (channel >= conv.dim) continue;
+        const int64_t at = static_cast<int64_t>(blockIdx.x) * conv.dim + channel;
+        if (m == TAPS) {
+            if (args.dbias) args.dbias.set(at, sum);
+        } else if (m < conv.width && args.dweight) {
+            args.dweight.set(at * conv.width + conv.width - 1 - m, sum);
+        }
+    }
+}
+
+// ---- The step: a thread has a channel of a batch element.
+
+template <typename T, int TAPS>
+__device__ void update(const ConvUpdate& args) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (row >= static_cast<int64_t>(args.batch) * args.dim) return;
+    const int b = row / args.dim, c = row % args.dim;
+    const int window = args.width - 1;
+    float* state = args.state + row * window;
+    const int64_t first = static_cast<int64_t>(b) * args.dim * args.seqlen + c * args.channel_stride;
+    float w[TAPS], x[TAPS];  // x[m] is the input m tokens ago
+#pragma unroll
+    for (int m = 0; m < TAPS; m++) {
+        w[m] = m <= window ? args.weight.get(static_cast<int64_t>(c) * args.width + window - m) : 0.0f;
+        x[m] = m > 0 && m <= window ? state[window - m] : 0.0f;
+    }
+    const float bias = args.bias ? args.bias.get(c) : 0.0f;
+    for (int t = 0; t < args.seqlen; t++) {
+        if (t > 0) {
+#pragma unroll
+            for (int m = TAPS - 1; m > 0; m--) x[m] = x[m - 1];
+        }
+        const int64_t at = first + t * args.token_stride;
+        x[0] = to_float(static_cast<const T*>(args.x)[at]);
+        float sum = bias;
+#pragma unroll
+        for (int m = 0; m < TAPS; m++)
+            if (m <= window) sum = fmaf(w[m], x[m], sum);
+        static_cast<T*>(args.y)[at] = from_float<T>(activate(sum, args.silu));
+    }
+    if (args.seqlen == 0) return;
+#pragma unroll
+    for (int m = 0; m < TAPS - 1; m++)
+        if (m < window) state[window - 1 - m] = x[m];
+}
+
+#define KERNEL(symbol, bound, Args, function)                                                          \
+    extern "C" __global__ void __launch_bounds__(bound) symbol(const __grid_constant__ Args args) { \
+        function(args);                                                                             \
+    }
+#define COMMA ,
+#define INSTANTIATE(T, name)                                                                                           \
+    KERNEL(causal_conv1d_fwd_first4v_##name, 128, ConvForward, (forward_first<T COMMA 4 COMMA true>))                  \
+    KERNEL(causal_conv1d_fwd_first4_##name, 128, ConvForward, (forward_first<T COMMA 4 COMMA false>))                  \
+    KERNEL(causal_conv1d_fwd_first8_##name, 128, ConvForward, (forward_first<T COMMA 8 COMMA false>))                  \
+    KERNEL(causal_conv1d_bwd_first4v_##name, 128, ConvBackward, (backward_first<T COMMA 4 COMMA true>))                \
+    KERNEL(causal_conv1d_bwd_first4_##name, 128, ConvBackward, (backward_first<T COMMA 4 COMMA false>))                \
+    KERNEL(causal_conv1d_bwd_first8_##name, 128, ConvBackward, (backward_first<T COMMA 8 COMMA false>))                \
+    KERNEL(causal_conv1d_fwd_last4v_##name, 128, ConvForward, (forward_last<T COMMA 4 COMMA(sizeof(T) == 4 ? 4 : 8)>)) \
+    KERNEL(causal_conv1d_fwd_last4_##name, 128, ConvForward, (forward_last<T COMMA 4 COMMA 1>))                        \
+    KERNEL(causal_conv1d_fwd_last8_##name, 128, ConvForward, (forward_last<T COMMA 8 COMMA 1>))                        \
+    KERNEL(causal_conv1d_bwd_last4v_##name, 256, ConvBackward, (backward_last<T COMMA 4 COMMA 4>))                     \
+    KERNEL(causal_conv1d_bwd_last4_##name, 256, ConvBackward, (backward_last<T COMMA 4 COMMA 1>))                      \
+    KERNEL(causal_conv1d_bwd_last8_##name, 256, ConvBackward, (backward_last<T COMMA 8 COMMA 1>))                      \
+    KERNEL(causal_conv1d_update4_##name, 128, ConvUpdate, (update<T COMMA 4>))                                         \
+    KERNEL(causal_conv1d_update8_##name, 128, ConvUpdate, (update<T COMMA 8>))
+
+FOR_EACH_DTYPE(INSTANTIATE)
