@@ -5,6 +5,8 @@
 // sums the products of terms that matter, in f32.
 #pragma once
 
+#include <type_traits>
+
 #include "scalar.cuh"
 
 
@@ -63,6 +65,17 @@ template <int TERMS> struct Matrix {
         return sum;
     }
     // Eight columns from j on, a multiple of 8.
+    __device__ __forceinline__ void at8(int i, int j, float (&x)[8]) const {
+#pragma unroll
+        for (int k = 0; k < 8; k++) x[k] = 0.0f;
+#pragma unroll
+        for (int k = TERMS - 1; k >= 0; k--) {
+            const auto part = *reinterpret_cast<const Pack<bf16, 8>*>(start + k * term + i * row + j);
+#pragma unroll
+            for (int c = 0; c < 8; c++) x[c] += to_float(part.values[c]);
+        }
+    }
+    // Eight columns from j on, a multiple of 8; leaves what is not represented.
     __device__ __forceinline__ void set8(int i, int j, float (&x)[8]) const {
 #pragma unroll
         for (int k = 0; k < TERMS; k++) {
@@ -117,6 +130,7 @@ template <int N> struct Tile {
             }
         }
     }
+    __device__ __forceinline__ void scale(float by) { scale_rows(by, by); }
     __device__ __forceinline__ void scale_rows(float first, float second) {
 #pragma unroll
         for (int n = 0; n < N; n++) v[n][0] *= first, v[n][1] *= first, v[n][2] *= second, v[n][3] *= second;
@@ -139,14 +153,13 @@ __device__ __forceinline__ void multiply(Tile<N>& tile, const Matrix<TA>& a, int
     const bf16* b_at = B_ORDER == AS_STORED ? b.start + low * b.row + n + high : b.start + (n + down) * b.row + right;
     const int a_step = A_ORDER == AS_STORED ? 1 : a.row, b_step = B_ORDER == AS_STORED ? b.row : 1;
     const int b_pair = B_ORDER == AS_STORED ? 16 : 16 * b.row;
-#pragma unroll 2
-    for (int k = k_begin; k < k_end; k += 16) {
+    const auto step = [&](int k, auto whole) {
         uint32_t as[TA][4];
 #pragma unroll
         for (int i = 0; i < TA; i++) load_matrices<A_ORDER == TRANSPOSED>(as[i], a_at + i * a.term + k * a_step);
 #pragma unroll
         for (int pair = 0; pair < N / 2; pair++) {
-            if (n + 16 * pair >= columns) break;
+            if (!whole() && n + 16 * pair >= columns) break;
             uint32_t bs[TB][4];
 #pragma unroll
             for (int i = 0; i < TB; i++) {
@@ -163,5 +176,12 @@ __device__ __forceinline__ void multiply(Tile<N>& tile, const Matrix<TA>& a, int
                 }
             }
         }
+    };
+    if (n + 8 * N <= columns) {  // without branches, so that loads run ahead
+#pragma unroll 4
+        for (int k = k_begin; k < k_end; k += 16) step(k, std::true_type());
+    } else {
+#pragma unroll 1
+        for (int k = k_begin; k < k_end; k += 16) step(k, std::false_type());
     }
 }

@@ -32,6 +32,7 @@ struct SelectiveScan {
     int32_t blocks;  // of one batch element
     int32_t b_group_len, c_group_len;
     int32_t delta_softplus;
+    int32_t packs;  // every activation, and varying b and c, may be read in packs of 16 bytes along its layout's last axis
 };
 
 namespace {
@@ -50,7 +51,11 @@ template <int S_, int LANES_, int WARPS_, int SUB_> struct Shape {
     static constexpr int COEFFICIENT_ROW = STATES + 4;
     static constexpr int COEFFICIENTS = (TILE > CHANNELS ? TILE : CHANNELS) * COEFFICIENT_ROW;
     static constexpr int ACTIVATIONS = CHANNELS * ROW;
-    static constexpr int PER_THREAD = CHANNELS * TILE / THREADS;
+    static constexpr int PACK = CHANNELS * TILE / THREADS;  // neighbouring elements of a tile that a thread stages
+    static constexpr int COEFFICIENT_PACK = TILE * STATES / THREADS < 8 ? TILE * STATES / THREADS : 8;
+    static constexpr int COEFFICIENT_PACKS = TILE * STATES / THREADS / COEFFICIENT_PACK;
+    // Tiles are fetched while the one before is computed, where registers allow.
+    static constexpr bool AHEAD = COEFFICIENT_PACKS <= 2;
     static constexpr int TOKENS_PER_LANE = SUB > LANES ? SUB / LANES : 1;
     static constexpr int LANES_PER_TOKEN = LANES > SUB ? LANES / SUB : 1;
 };
@@ -67,36 +72,63 @@ struct Place {
     }
 };
 
-// How the threads of a block spread over a tile of an activation: along the axis that is contiguous in memory.
-template <typename C> struct Spread {
-    int channel, token, channel_step, token_step;
+// The elements of a tile of activations that a thread stages: a pack of neighbours along the axis that is contiguous.
+template <typename C> struct Staged {
+    int channel, token;              // of the first
+    int channel_step, token_step;    // from one to the next
+    int shared, shared_step;         // places in a tile in shared memory
 
-    __device__ explicit Spread(bool time_is_contiguous) {
+    __device__ explicit Staged(bool time_is_contiguous) {
+        const int i = threadIdx.x;
         if (time_is_contiguous) {
-            channel = threadIdx.x / TILE, token = threadIdx.x % TILE;
-            channel_step = C::THREADS / TILE, token_step = 0;
+            channel = i / (TILE / C::PACK), token = i % (TILE / C::PACK) * C::PACK;
+            channel_step = 0, token_step = 1, shared_step = 1;
         } else {
-            channel = threadIdx.x % C::CHANNELS, token = threadIdx.x / C::CHANNELS;
-            channel_step = 0, token_step = C::THREADS / C::CHANNELS;
+            channel = i % (C::CHANNELS / C::PACK) * C::PACK, token = i / (C::CHANNELS / C::PACK);
+            channel_step = 1, token_step = 0, shared_step = ROW;
         }
+        shared = channel * ROW + token;
     }
-    // f(k, channel, token) for each element of this thread.
-    template <typename F> __device__ __forceinline__ void each(F f) const {
-#pragma unroll
-        for (int k = 0; k < C::PER_THREAD; k++) f(k, channel + k * channel_step, token + k * token_step);
+    __device__ __forceinline__ bool exists(int k, int channels, int tokens) const {
+        return channel + k * channel_step < channels && token + k * token_step < tokens;
     }
 };
 
-// An activation of the block's channels.
-template <typename T> struct Activation {
-    T* start;
-    int64_t channel_stride, token_stride;
+// What a thread stages of one activation.
+template <typename T, typename C> struct Activation {
+    T* start;  // of the thread's elements of the first tile
+    int64_t step, token_stride;
 
-    __device__ Activation(const void* x, const int64_t (&stride)[3], const Place& at)
-        : start(const_cast<T*>(static_cast<const T*>(x)) + at.batch * stride[0] + at.first * stride[1]),
-          channel_stride(stride[1]), token_stride(stride[2]) {}
-    __device__ __forceinline__ T& at(int channel, int64_t token) const {
-        return start[channel * channel_stride + token * token_stride];
+    __device__ Activation(const void* x, const int64_t (&stride)[3], const Place& at, const Staged<C>& staged)
+        : start(const_cast<T*>(static_cast<const T*>(x)) + at.batch * stride[0] +
+                (at.first + staged.channel) * stride[1] + staged.token * stride[2]),
+          step(staged.token_step ? stride[2] : stride[1]), token_stride(stride[2]) {}
+
+    // `whole` if the tile is and packs are aligned.
+    __device__ __forceinline__ void load(Raw<T, C::PACK>& raw, const Staged<C>& staged, int64_t first, bool whole,
+                                         int channels, int tokens) const {
+        const T* at = start + first * token_stride;
+        if (whole) {
+            raw.load(at);
+        } else {
+            raw.clear();
+#pragma unroll
+            for (int k = 0; k < C::PACK; k++) {
+                if (staged.exists(k, channels, tokens)) raw.set(k, at[k * step]);
+            }
+        }
+    }
+    __device__ __forceinline__ void store(const Pack<T, C::PACK>& pack, const Staged<C>& staged, int64_t first, bool whole,
+                                          int channels, int tokens) const {
+        T* at = start + first * token_stride;
+        if (whole) {
+            *reinterpret_cast<Pack<T, C::PACK>*>(at) = pack;
+        } else {
+#pragma unroll
+            for (int k = 0; k < C::PACK; k++) {
+                if (staged.exists(k, channels, tokens)) at[k * step] = pack.values[k];
+            }
+        }
     }
 };
 
@@ -123,11 +155,12 @@ template <typename C, typename T> struct Coefficients {
     int64_t state_stride, token_stride;
     float* shared;
     int step;  // from token to token
+    bool time_is_contiguous;
 
     __device__ Coefficients(const void* x, const float* constant, const int64_t (&stride)[4], int group_len,
-                            const Place& at, float* shared)
+                            const Place& at, bool time_is_contiguous, float* shared)
         : constant(constant), start(static_cast<const T*>(x)), state_stride(stride[2]), token_stride(stride[3]),
-          shared(shared), step(constant ? 0 : C::COEFFICIENT_ROW) {
+          shared(shared), step(constant ? 0 : C::COEFFICIENT_ROW), time_is_contiguous(time_is_contiguous) {
         if (!constant) start += at.batch * stride[0] + (at.first / group_len) * stride[1];
     }
 
@@ -141,16 +174,61 @@ template <typename C, typename T> struct Coefficients {
         }
     }
 
-    __device__ void stage(int d_state, int64_t first, int tokens) const {
+    // What a thread stages of a tile: packs along the axis that is contiguous.
+    using One = Raw<T, C::COEFFICIENT_PACK>;
+    struct Packs { One packs[C::AHEAD ? C::COEFFICIENT_PACKS : 1]; };
+
+    __device__ __forceinline__ void place(int i, int& state, int& token) const {
+        constexpr int PACK = C::COEFFICIENT_PACK;
+        i = i * C::THREADS + threadIdx.x;
+        if (time_is_contiguous) {
+            state = i / (TILE / PACK), token = i % (TILE / PACK) * PACK;
+        } else {
+            state = i % (C::STATES / PACK) * PACK, token = i / (C::STATES / PACK);
+        }
+    }
+    __device__ __forceinline__ void load(One& raw, int i, const SelectiveScan& p, int64_t first, int tokens) const {
+        int n, t;
+        place(i, n, t);
+        const T* at = start + n * state_stride + (first + t) * token_stride;
+        if (p.packs && tokens == TILE && p.d_state == C::STATES) {
+            raw.load(at);
+        } else {
+            raw.clear();
+#pragma unroll
+            for (int k = 0; k < C::COEFFICIENT_PACK; k++) {
+                const int nk = time_is_contiguous ? n : n + k, tk = time_is_contiguous ? t + k : t;
+                if (nk < p.d_state && tk < tokens) raw.set(k, at[k * (time_is_contiguous ? token_stride : state_stride)]);
+            }
+        }
+    }
+    __device__ __forceinline__ void stage(int i, const One& pack) const {
+        int n, t;
+        place(i, n, t);
+        float* const to = shared + t * C::COEFFICIENT_ROW + n;
+#pragma unroll
+        for (int k = 0; k < C::COEFFICIENT_PACK; k++) {
+            to[time_is_contiguous ? k * C::COEFFICIENT_ROW : k] = pack.get(k);
+        }
+    }
+    // Fetches a tile into registers, if there is room; `stage` then brings it to shared memory.
+    __device__ __forceinline__ void fetch(Packs& packs, const SelectiveScan& p, int64_t first, int tokens) const {
+        if (!C::AHEAD || constant) return;
+#pragma unroll
+        for (int i = 0; i < C::COEFFICIENT_PACKS; i++) load(packs.packs[i], i, p, first, tokens);
+    }
+    __device__ __forceinline__ void stage(const Packs& packs, const SelectiveScan& p, int64_t first, int tokens) const {
         if (constant) return;
-        const bool time_is_contiguous = token_stride == 1 && state_stride != 1;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < TILE * C::STATES; i += C::THREADS) {
-            const int n = time_is_contiguous ? i / TILE : i % C::STATES;
-            const int t = time_is_contiguous ? i % TILE : i / C::STATES;
-            const bool exists = n < d_state && t < tokens;
-            shared[t * C::COEFFICIENT_ROW + n] =
-                exists ? to_float(start[n * state_stride + (first + t) * token_stride]) : 0.0f;
+        if constexpr (C::AHEAD) {
+#pragma unroll
+            for (int i = 0; i < C::COEFFICIENT_PACKS; i++) stage(i, packs.packs[i]);
+        } else {
+#pragma unroll 2
+            for (int i = 0; i < C::COEFFICIENT_PACKS; i++) {
+                One raw;
+                load(raw, i, p, first, tokens);
+                stage(i, raw);
+            }
         }
     }
 
@@ -190,22 +268,26 @@ template <typename T, typename C> __device__ __forceinline__ void forward(const 
     float* const delta_tile = shared;  // then y
     float* const u_tile = delta_tile + C::ACTIVATIONS;
     float* const skip = u_tile + C::ACTIVATIONS;
-    float* const b_tile = skip + (C::CHANNELS + 3) / 4 * 4;
+    float* const bias = skip + (C::CHANNELS + 3) / 4 * 4;
+    float* const b_tile = bias + (C::CHANNELS + 3) / 4 * 4;
     float* const c_tile = b_tile + C::COEFFICIENTS;
 
     const Place at = Place::of(p, C());
+    const bool time_is_contiguous = p.y_stride[2] == 1;
     const int lane = threadIdx.x % 32, lane_of_channel = lane % C::LANES;
     const int channel = threadIdx.x / C::LANES, n = lane_of_channel * S;
     const bool exists = channel < at.channels;
     const int64_t state = (int64_t(at.batch) * p.dim + at.first + channel) * p.d_state + n;
 
-    const Coefficients<C, T> b(p.b, p.b_constant, p.b_stride, p.b_group_len, at, b_tile);
-    const Coefficients<C, T> c(p.c, p.c_constant, p.c_stride, p.c_group_len, at, c_tile);
+    const Coefficients<C, T> b(p.b, p.b_constant, p.b_stride, p.b_group_len, at, time_is_contiguous, b_tile);
+    const Coefficients<C, T> c(p.c, p.c_constant, p.c_stride, p.c_group_len, at, time_is_contiguous, c_tile);
     b.stage_constant(p, at);
     c.stage_constant(p, at);
     for (int i = threadIdx.x; i < C::CHANNELS; i += C::THREADS) {
         skip[i] = p.d && i < at.channels ? p.d[at.first + i] : 0.0f;
+        bias[i] = p.delta_bias && i < at.channels ? p.delta_bias[at.first + i] : 0.0f;
     }
+    __syncthreads();
 
     float a[S], h[S];
 #pragma unroll
@@ -214,44 +296,41 @@ template <typename T, typename C> __device__ __forceinline__ void forward(const 
         h[s] = exists && n + s < p.d_state && p.initial_state ? p.initial_state[state + s] : 0.0f;
     }
 
-    const Activation<T> u(p.u, p.u_stride, at), delta(p.delta, p.delta_stride, at), y(p.y, p.y_stride, at);
-    const Activation<T> z(p.z, p.z_stride, at);
-    const Spread<C> spread(p.u_stride[2] == 1);
-    T next_u[C::PER_THREAD], next_delta[C::PER_THREAD];
-    const auto fetch = [&](int64_t first, int tokens) {
-        spread.each([&](int k, int channel, int t) {
-            if (channel < at.channels && t < tokens) {
-                next_u[k] = u.at(channel, first + t);
-                next_delta[k] = delta.at(channel, first + t);
-            }
-        });
+    const Staged<C> staged(time_is_contiguous);
+    using Staging = Activation<T, C>;
+    const Staging u(p.u, p.u_stride, at, staged), delta(p.delta, p.delta_stride, at, staged);
+    const Staging y(p.y, p.y_stride, at, staged), z(p.z, p.z_stride, at, staged);
+    const bool all_channels = p.packs && at.channels == C::CHANNELS;
+    Raw<T, C::PACK> next_u, next_delta;
+    typename Coefficients<C, T>::Packs next_b, next_c;
+    const auto fetch = [&](int64_t first) {
+        const int tokens = min(int64_t(TILE), p.seqlen - first);
+        const bool whole = all_channels && tokens == TILE;
+        u.load(next_u, staged, first, whole, at.channels, tokens);
+        delta.load(next_delta, staged, first, whole, at.channels, tokens);
+        b.fetch(next_b, p, first, tokens), c.fetch(next_c, p, first, tokens);
     };
-    fetch(0, min(TILE, p.seqlen));
+    if (C::AHEAD && p.seqlen > 0) fetch(0);
 
     const int tiles = (p.seqlen + TILE - 1) / TILE;
     for (int tile = 0; tile < tiles; tile++) {
         const int64_t first = int64_t(tile) * TILE;
         const int tokens = min(int64_t(TILE), p.seqlen - first);
-        spread.each([&](int k, int channel, int t) {
-            float step = 0.0f, x = 0.0f;
-            if (channel < at.channels && t < tokens) {
-                x = to_float(next_u[k]);
-                step = to_float(next_delta[k]) + (p.delta_bias ? p.delta_bias[at.first + channel] : 0.0f);
-                if (p.delta_softplus) step = softplus_unit(step);
-            }
-            delta_tile[channel * ROW + t] = step;
-            u_tile[channel * ROW + t] = x;
-        });
-        b.stage(p.d_state, first, tokens);
-        c.stage(p.d_state, first, tokens);
-        __syncthreads();
-        T gate[C::PER_THREAD];
-        if (p.z) {
-            spread.each([&](int k, int channel, int t) {
-                if (channel < at.channels && t < tokens) gate[k] = z.at(channel, first + t);
-            });
+        const bool whole = all_channels && tokens == TILE;
+        if (!C::AHEAD) fetch(first);
+#pragma unroll
+        for (int k = 0; k < C::PACK; k++) {
+            float step = next_delta.get(k) + bias[staged.channel + k * staged.channel_step];
+            if (p.delta_softplus) step = softplus_unit(step);
+            const int i = staged.shared + k * staged.shared_step;
+            delta_tile[i] = whole || staged.exists(k, at.channels, tokens) ? step : 0.0f;
+            u_tile[i] = next_u.get(k);
         }
-        if (tile + 1 < tiles) fetch(first + TILE, min(int64_t(TILE), p.seqlen - first - TILE));
+        b.stage(next_b, p, first, tokens), c.stage(next_c, p, first, tokens);
+        __syncthreads();
+        Raw<T, C::PACK> gate;
+        if (p.z) z.load(gate, staged, first, whole, at.channels, tokens);
+        if (C::AHEAD && tile + 1 < tiles) fetch(first + TILE);
         if (p.checkpoints && exists) {
             const int64_t before = (int64_t(at.batch) * tiles + tile) * p.dim + at.first + channel;
             store_states(p.checkpoints + before * p.d_state + n, n, p.d_state, h);
@@ -284,16 +363,18 @@ template <typename T, typename C> __device__ __forceinline__ void forward(const 
             }
         }
         __syncthreads();
-        spread.each([&](int k, int channel, int t) {
-            if (channel < at.channels && t < tokens) {
-                float out = fmaf(skip[channel], u_tile[channel * ROW + t], delta_tile[channel * ROW + t]);
-                if (p.z) {
-                    const float x = to_float(gate[k]);
-                    out *= x * sigmoid_unit(x);
-                }
-                y.at(channel, first + t) = from_float<T>(out);
+        Pack<T, C::PACK> out;
+#pragma unroll
+        for (int k = 0; k < C::PACK; k++) {
+            const int i = staged.shared + k * staged.shared_step;
+            float value = fmaf(skip[staged.channel + k * staged.channel_step], u_tile[i], delta_tile[i]);
+            if (p.z) {
+                const float x = gate.get(k);
+                value *= x * sigmoid_unit(x);
             }
-        });
+            out.values[k] = from_float<T>(value);
+        }
+        y.store(out, staged, first, whole, at.channels, tokens);
         __syncthreads();
     }
     if (exists) store_states(p.final_state + state, n, p.d_state, h);
@@ -311,17 +392,19 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
     float* const c_tile = b_tile + C::COEFFICIENTS;
     float* const kept = c_tile + C::COEFFICIENTS;               // (piece, state, thread)
     float* const sums = kept + PIECES * S * C::THREADS;         // (2, warp, token, 2, state)
+    float* const bias = sums + 2 * C::WARPS * SUB * 2 * C::STATES;
     constexpr int SUMS = C::WARPS * SUB * 2 * C::STATES;
 
     const Place at = Place::of(p, C());
+    const bool time_is_contiguous = p.y_stride[2] == 1;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lane_of_channel = lane % C::LANES;
     const int channel = threadIdx.x / C::LANES, n = lane_of_channel * S;
     const bool exists = channel < at.channels;
     const int64_t row = int64_t(at.batch) * p.dim + at.first + channel, state = row * p.d_state + n;
     const bool varying = !p.b_constant || !p.c_constant;
 
-    const Coefficients<C, T> b(p.b, p.b_constant, p.b_stride, p.b_group_len, at, b_tile);
-    const Coefficients<C, T> c(p.c, p.c_constant, p.c_stride, p.c_group_len, at, c_tile);
+    const Coefficients<C, T> b(p.b, p.b_constant, p.b_stride, p.b_group_len, at, time_is_contiguous, b_tile);
+    const Coefficients<C, T> c(p.c, p.c_constant, p.c_stride, p.c_group_len, at, time_is_contiguous, c_tile);
     b.stage_constant(p, at);
     c.stage_constant(p, at);
 
@@ -335,36 +418,54 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
     const float skip = exists && p.d ? p.d[at.first + channel] : 0.0f;
     float grad_skip = 0.0f, grad_bias = 0.0f;
 
-    const Activation<T> u(p.u, p.u_stride, at), delta(p.delta, p.delta_stride, at), z(p.z, p.z_stride, at);
-    const Activation<T> grad_y(p.grad_y, p.grad_y_stride, at);
-    const Activation<T> grad_u(p.grad_u, p.y_stride, at), grad_delta(p.grad_delta, p.y_stride, at);
-    const Activation<T> grad_z(p.grad_z, p.y_stride, at);
-    const Spread<C> spread(p.u_stride[2] == 1);
+    for (int i = threadIdx.x; i < C::CHANNELS; i += C::THREADS) {
+        bias[i] = p.delta_bias && i < at.channels ? p.delta_bias[at.first + i] : 0.0f;
+    }
+    __syncthreads();
+
+    const Staged<C> staged(time_is_contiguous);
+    using Staging = Activation<T, C>;
+    const Staging u(p.u, p.u_stride, at, staged), delta(p.delta, p.delta_stride, at, staged);
+    const Staging z(p.z, p.z_stride, at, staged), grad_y(p.grad_y, p.grad_y_stride, at, staged);
+    const Staging grad_u(p.grad_u, p.y_stride, at, staged), grad_delta(p.grad_delta, p.y_stride, at, staged);
+    const Staging grad_z(p.grad_z, p.y_stride, at, staged);
+    const bool all_channels = p.packs && at.channels == C::CHANNELS;
+    constexpr bool AHEAD = S == 2;  // registers allow
+    Raw<T, C::PACK> next_u, next_delta, next_z, next_g;
+    typename Coefficients<C, T>::Packs next_b, next_c;
+    const auto fetch = [&](int64_t first) {
+        const int tokens = min(int64_t(TILE), p.seqlen - first);
+        const bool whole = all_channels && tokens == TILE;
+        u.load(next_u, staged, first, whole, at.channels, tokens);
+        delta.load(next_delta, staged, first, whole, at.channels, tokens);
+        if (p.z) z.load(next_z, staged, first, whole, at.channels, tokens);
+        if (p.grad_y) grad_y.load(next_g, staged, first, whole, at.channels, tokens);
+        b.fetch(next_b, p, first, tokens), c.fetch(next_c, p, first, tokens);
+    };
 
     const int tiles = (p.seqlen + TILE - 1) / TILE;
+    if (AHEAD && tiles > 0) fetch(int64_t(tiles - 1) * TILE);
     for (int tile = tiles - 1; tile >= 0; tile--) {
         const int64_t first = int64_t(tile) * TILE;
         const int tokens = min(int64_t(TILE), p.seqlen - first);
-        spread.each([&](int, int channel, int t) {
-            float step = 0.0f, x = 0.0f, g = 0.0f, slope = 0.0f, gate = 0.0f;
-            if (channel < at.channels && t < tokens) {
-                x = to_float(u.at(channel, first + t));
-                step = to_float(delta.at(channel, first + t)) + (p.delta_bias ? p.delta_bias[at.first + channel] : 0.0f);
-                slope = p.delta_softplus ? sigmoid_unit(step) : 1.0f;
-                if (p.delta_softplus) step = softplus_unit(step);
-                if (p.grad_y) g = to_float(grad_y.at(channel, first + t));
-                if (p.z) {
-                    const float x = to_float(z.at(channel, first + t)), s = sigmoid_unit(x);
-                    gate = g * s * fmaf(x, 1.0f - s, 1.0f);
-                    g *= x * s;
-                }
+        const bool whole = all_channels && tokens == TILE;
+        if (!AHEAD) fetch(first);
+#pragma unroll
+        for (int k = 0; k < C::PACK; k++) {
+            float step = next_delta.get(k) + bias[staged.channel + k * staged.channel_step];
+            float slope = 1.0f, g = p.grad_y ? next_g.get(k) : 0.0f;
+            if (p.delta_softplus) slope = sigmoid_unit(step), step = softplus_unit(step);
+            const int i = staged.shared + k * staged.shared_step;
+            if (p.z) {
+                const float x = next_z.get(k), s = sigmoid_unit(x);
+                gate_tile[i] = g * s * fmaf(x, 1.0f - s, 1.0f);
+                g *= x * s;
             }
-            const int i = channel * ROW + t;
-            delta_tile[i] = step, u_tile[i] = x, g_tile[i] = g, slope_tile[i] = slope;
-            if (p.z) gate_tile[i] = gate;
-        });
-        b.stage(p.d_state, first, tokens);
-        c.stage(p.d_state, first, tokens);
+            const bool exists = whole || staged.exists(k, at.channels, tokens);
+            delta_tile[i] = exists ? step : 0.0f, slope_tile[i] = exists ? slope : 0.0f;
+            u_tile[i] = next_u.get(k), g_tile[i] = g;
+        }
+        b.stage(next_b, p, first, tokens), c.stage(next_c, p, first, tokens);
         float h[S];
         const int64_t before = (int64_t(at.batch) * tiles + tile) * p.dim + at.first + channel;
 #pragma unroll
@@ -373,6 +474,7 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
         }
         __syncthreads();
 
+        if (AHEAD && tile > 0) fetch(first - TILE);
         const float *b_rows = b.of(channel, n), *c_rows = c.of(channel, n);
         const int own = channel * ROW;
 #pragma unroll 1
@@ -493,14 +595,16 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
                 }
             }
         }
-        spread.each([&](int, int channel, int t) {
-            if (channel < at.channels && t < tokens) {
-                const int i = channel * ROW + t;
-                grad_u.at(channel, first + t) = from_float<T>(u_tile[i]);
-                grad_delta.at(channel, first + t) = from_float<T>(delta_tile[i]);
-                if (p.z) grad_z.at(channel, first + t) = from_float<T>(gate_tile[i]);
-            }
-        });
+        Pack<T, C::PACK> of_u, of_delta, of_z;
+#pragma unroll
+        for (int k = 0; k < C::PACK; k++) {
+            const int i = staged.shared + k * staged.shared_step;
+            of_u.values[k] = from_float<T>(u_tile[i]), of_delta.values[k] = from_float<T>(delta_tile[i]);
+            if (p.z) of_z.values[k] = from_float<T>(gate_tile[i]);
+        }
+        grad_u.store(of_u, staged, first, whole, at.channels, tokens);
+        grad_delta.store(of_delta, staged, first, whole, at.channels, tokens);
+        if (p.z) grad_z.store(of_z, staged, first, whole, at.channels, tokens);
         __syncthreads();
     }
 #pragma unroll
@@ -548,24 +652,22 @@ template <typename T> __device__ __forceinline__ void sum(const SelectiveScanSum
 
 }  // namespace
 
-// S · LANES states at most, WARPS a block, pieces of SUB tokens; blocks a multiprocessor should hold.
-#define INSTANTIATE_SHAPE(SHAPE, S, LANES, WARPS, SUB, BLOCKS, DTYPE, T)                                              \
+// S · LANES states at most, WARPS a block, pieces of FWD or BWD tokens; blocks a multiprocessor should hold.
+#define INSTANTIATE_SHAPE(SHAPE, S, LANES, WARPS, FWD, BWD, BLOCKS, T, DTYPE)                                         \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)                                                  \
         selective_scan_fwd_##SHAPE##_##DTYPE(const __grid_constant__ SelectiveScan p) {                               \
-        forward<T, Shape<S, LANES, WARPS, SUB>>(p);                                                                   \
+        forward<T, Shape<S, LANES, WARPS, FWD>>(p);                                                                   \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)                                                  \
         selective_scan_bwd_##SHAPE##_##DTYPE(const __grid_constant__ SelectiveScan p) {                               \
-        backward<T, Shape<S, LANES, WARPS, SUB>>(p);                                                                  \
+        backward<T, Shape<S, LANES, WARPS, BWD>>(p);                                                                  \
     }
 
-#define INSTANTIATE(DTYPE, T)                                                                                         \
-    INSTANTIATE_SHAPE(narrow16, 2, 8, 4, 8, 2, DTYPE, T)                                                              \
-    INSTANTIATE_SHAPE(wide16, 4, 4, 8, 8, 2, DTYPE, T)                                                                \
-    INSTANTIATE_SHAPE(wide64, 4, 16, 4, 8, 3, DTYPE, T)                                                               \
-    INSTANTIATE_SHAPE(wide256, 8, 32, 2, 4, 2, DTYPE, T)                                                              \
+#define INSTANTIATE(T, DTYPE)                                                                                         \
+    INSTANTIATE_SHAPE(narrow16, 2, 8, 4, 8, 8, 2, T, DTYPE)                                                           \
+    INSTANTIATE_SHAPE(wide16, 4, 4, 8, 8, 4, 2, T, DTYPE)                                                             \
+    INSTANTIATE_SHAPE(wide64, 4, 16, 4, 8, 4, 3, T, DTYPE)                                                            \
+    INSTANTIATE_SHAPE(wide256, 8, 32, 2, 4, 4, 2, T, DTYPE)                                                           \
     extern "C" __global__ void selective_scan_sum_##DTYPE(const __grid_constant__ SelectiveScanSum p) { sum<T>(p); }
 
-INSTANTIATE(f32, float)
-INSTANTIATE(f16, f16)
-INSTANTIATE(bf16, bf16)
+FOR_EACH_DTYPE(INSTANTIATE)

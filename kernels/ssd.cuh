@@ -46,79 +46,136 @@ __device__ __forceinline__ int padded(int x) { return (x + 15) / 16 * 16; }
 // 2^(high + low): exponents are sums and differences of many, so they come in two parts.
 __device__ __forceinline__ float decay(float high, float low) { return exp2_unit(high + low); }
 
-// f(row, column, values) for each piece of eight neighbouring columns of a padded matrix, zeros where nothing exists.
-template <typename T, typename F>
-__device__ __forceinline__ void each_piece(const T* from, int64_t stride, int rows, int columns, int padded_rows,
-                                           int padded_columns, bool aligned, F f) {
-    const int pieces = padded_columns / 8;
-    for (int i = threadIdx.x; i < padded_rows * pieces; i += THREADS) {
-        const int row = i / pieces, column = i % pieces * 8;
-        float values[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-        if (row < rows && column < columns) {
-            const T* at = from + row * stride + column;
-            if (aligned && column + 8 <= columns) {
-                union { int4 all[sizeof(T) / 2]; T each[8]; } piece;
-#pragma unroll
-                for (int k = 0; k < int(sizeof(T)) / 2; k++) piece.all[k] = reinterpret_cast<const int4*>(at)[k];
-#pragma unroll
-                for (int k = 0; k < 8; k++) values[k] = to_float(piece.each[k]);
-            } else {
-#pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    if (column + k < columns) values[k] = to_float(at[k]);
-                }
-            }
-        }
-        f(row, column, values);
+// How the threads of a block spread over the pieces, of eight neighbouring columns, of matrices of one width: each row has a
+// power of two of threads, so that no thread divides.
+struct Pieces {
+    int row, column, rows;  // of this thread; rows from one of its pieces to the next
+
+    __device__ explicit Pieces(int padded_columns) {
+        int log = 0;
+        while (8 << log < padded_columns) log++;
+        row = threadIdx.x >> log, column = (threadIdx.x & ((1 << log) - 1)) * 8, rows = THREADS >> log;
     }
+    // f(row, column) for each piece of a matrix.
+    template <typename F> __device__ __forceinline__ void each(int padded_rows, int padded_columns, F f) const {
+        if (column >= padded_columns) return;
+        for (int i = row; i < padded_rows; i += rows) f(i, column);
+    }
+};
+
+// Eight neighbouring elements of a row, zeros where there are none.
+template <typename T>
+__device__ __forceinline__ void load_piece(float (&to)[8], const T* from, int column, int columns, bool aligned) {
+    if (aligned && column + 8 <= columns) {
+        const auto pack = *reinterpret_cast<const Pack<T, 8>*>(from + column);
+#pragma unroll
+        for (int k = 0; k < 8; k++) to[k] = to_float(pack.values[k]);
+    } else {
+#pragma unroll
+        for (int k = 0; k < 8; k++) to[k] = column + k < columns ? to_float(from[column + k]) : 0.0f;
+    }
+}
+
+// The same, on its way.
+template <typename T>
+__device__ __forceinline__ void fetch_piece(Raw<T, 8>& to, const T* from, int column, int columns, bool aligned) {
+    if (aligned && column + 8 <= columns) {
+        to.load(from + column);
+    } else {
+        to.clear();
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            if (column + k < columns) to.set(k, from[column + k]);
+        }
+    }
+}
+
+__device__ __forceinline__ void copy_piece(const bf16* to, const void* from, bool exists) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(exists ? 16 : 0) : "memory");
 }
 
 // Rows [0, rows) and columns [0, columns) of a matrix in memory, the rest zeros.
 template <typename T, int TERMS>
-__device__ __forceinline__ void load_rows(const Matrix<TERMS>& to, const T* from, int64_t stride, int rows, int columns,
-                                     int padded_rows, int padded_columns, bool aligned) {
+__device__ __forceinline__ void load_rows(const Matrix<TERMS>& to, const Pieces& pieces, const T* from, int64_t stride,
+                                          int rows, int columns, int padded_rows, int padded_columns, bool aligned) {
     if constexpr (TERMS == 1) {  // as it is
         if (aligned && columns % 8 == 0) {
-            const int pieces = padded_columns / 8;
-            for (int i = threadIdx.x; i < padded_rows * pieces; i += THREADS) {
-                const int row = i / pieces, column = i % pieces * 8;
-                const bool exists = row < rows && column < columns;
-                const T* at = exists ? from + row * stride + column : from;
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                                 shared_address(to.start + row * to.row + column)),
-                             "l"(at), "r"(exists ? 16 : 0) : "memory");
+            if (pieces.column >= padded_columns) return;
+            const bool column_exists = pieces.column < columns;
+            const T* at = from + (column_exists ? pieces.row * stride + pieces.column : 0);
+            const bf16* place = to.start + pieces.row * to.row + pieces.column;
+            const int64_t at_step = column_exists ? pieces.rows * stride : 0;
+#pragma unroll 4
+            for (int row = pieces.row; row < padded_rows; row += pieces.rows) {
+                const bool exists = column_exists && row < rows;
+                copy_piece(place, exists ? at : from, exists);
+                at += at_step, place += pieces.rows * to.row;
             }
             return;
         }
     }
-    each_piece(from, stride, rows, columns, padded_rows, padded_columns, aligned,
-               [&](int row, int column, float(&values)[8]) { to.set8(row, column, values); });
+    pieces.each(padded_rows, padded_columns, [&](int row, int column) {
+        float values[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        if (row < rows) load_piece(values, from + row * stride, column, columns, aligned);
+        to.set8(row, column, values);
+    });
 }
 
 // Before the barrier after which what `load_rows` brought is read.
 __device__ __forceinline__ void loads_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// The steps of a chunk of a head in shared memory, and the decays that follow from them.
+// The steps of a chunk of a head in shared memory, and the decays that follow from them. `Next` holds those of another chunk
+// until there is room.
 struct Steps {
-    float *dt, *high, *low, *slope, *from_start, *to_end;
+    struct Next { Step own, last; };
+
+    float2* exponent;  // high, low
+    float *dt, *from_start, *to_end;
+
+    static constexpr int NUMBERS = 5;  // a token
 
     __device__ Steps(float*& room, int q)
-        : dt(room), high(room + q), low(room + 2 * q), slope(room + 3 * q), from_start(room + 4 * q),
-          to_end(room + 5 * q) {
-        room += 6 * q;
+        : exponent(reinterpret_cast<float2*>(room)), dt(room + 2 * q), from_start(room + 3 * q), to_end(room + 4 * q) {
+        room += NUMBERS * q;
     }
-    __device__ __forceinline__ void load(const Step* from, int q) const {
-        const Step last = from[q - 1];
-        for (int i = threadIdx.x; i < q; i += THREADS) {
-            const Step step = from[i];
-            dt[i] = step.dt, high[i] = step.high, low[i] = step.low, slope[i] = step.slope;
-            from_start[i] = decay(step.high, step.low);
-            to_end[i] = decay(last.high - step.high, last.low - step.low);
+    __device__ static __forceinline__ Next fetch(const Step* from, int q) {
+        Next next;
+        if (threadIdx.x < q) next.own = from[threadIdx.x], next.last = from[q - 1];
+        return next;
+    }
+    __device__ __forceinline__ void put(const Next& next, int q) const {
+        const int i = threadIdx.x;
+        if (i >= q) return;
+        exponent[i] = make_float2(next.own.high, next.own.low);
+        dt[i] = next.own.dt;
+        from_start[i] = decay(next.own.high, next.own.low);
+        to_end[i] = decay(next.last.high - next.own.high, next.last.low - next.own.low);
+    }
+    __device__ __forceinline__ void load(const Step* from, int q) const { put(fetch(from, q), q); }
+};
+
+// From after token j to after token i.
+__device__ __forceinline__ float between(float2 i, float high_j, float low_j) { return decay(i.x - high_j, i.y - low_j); }
+
+// Scores with decays: each(row, column, k, half, first and second decay of a pair of columns), 0 above the diagonal.
+template <typename F>
+__device__ __forceinline__ void each_decay(const Steps& steps, int row0, int column0, int q, F f) {
+    const int i[2] = {row0 + Tile<4>::row(0), row0 + Tile<4>::row(1)};
+    const float2 at[2] = {steps.exponent[i[0]], steps.exponent[i[1]]};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const int j = column0 + 8 * k + Tile<4>::column();
+        if (j >= q) break;
+        const float4 columns = *reinterpret_cast<const float4*>(steps.exponent + j);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float first = j <= i[half] ? between(at[half], columns.x, columns.y) : 0.0f;
+            const float second = j < i[half] ? between(at[half], columns.z, columns.w) : 0.0f;
+            f(i[half], j, k, half, first, second);
         }
     }
-    // From after token j to after token i.
-    __device__ __forceinline__ float between(int i, int j) const { return decay(high[i] - high[j], low[i] - low[j]); }
-};
+}
 
 __device__ __forceinline__ const Step* steps_of(const Ssd& p, int batch, int head, int chunk) {
     return p.steps + (int64_t(batch) * p.nheads + head) * p.chunks * p.q + int64_t(chunk) * p.q;
@@ -130,9 +187,6 @@ __device__ __forceinline__ int64_t state_at(const Ssd& p, int batch, int chunk, 
     return ((int64_t(batch) * p.chunks + chunk) * p.nheads + head) * size;
 }
 
-template <typename T> __device__ __forceinline__ const T* offset(const void* x, int64_t by) {
-    return static_cast<const T*>(x) + by;
-}
 template <typename T>
 __device__ __forceinline__ const T* row_of(const void* x, const int64_t (&stride)[3], int batch, int64_t token, int head) {
     return static_cast<const T*>(x) + batch * stride[0] + token * stride[1] + head * stride[2];

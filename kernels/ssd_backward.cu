@@ -26,21 +26,22 @@ __device__ __forceinline__ float over_warp(float x) {
 }
 
 // A kept state, (terms, p, n), as an operand.
-template <int TERMS> __device__ __forceinline__ void load_state(const Matrix<TERMS>& to, const bf16* from, int p, int n) {
-    const int pieces = n / 8;
-    for (int i = threadIdx.x; i < TERMS * p * pieces; i += THREADS) {
-        const int row = i / pieces % p, column = i % pieces * 8, term = i / pieces / p;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                         shared_address(to.start + term * to.term + row * to.row + column)),
-                     "l"(from + int64_t(i) * 8) : "memory");
+template <int TERMS>
+__device__ __forceinline__ void load_state(const Matrix<TERMS>& to, const Pieces& of_n, const bf16* from, int p, int n) {
+#pragma unroll
+    for (int term = 0; term < TERMS; term++) {
+        of_n.each(p, n, [&](int row, int column) {
+            copy_piece(to.start + term * to.term + row * to.row + column, from + int64_t(term * p + row) * n + column, true);
+        });
     }
 }
 
 // Tiles of the (q, n) gradients that one warp keeps in registers: q · n is at most 8192.
 constexpr int KEPT = 2;
 
-template <typename T> __device__ __forceinline__ void gradients(const Ssd& args) {
-    constexpr int TI = Terms<T>::INPUT, TC = Terms<T>::COMPUTED;
+template <typename T, bool GATED> __device__ __forceinline__ void gradients(const Ssd& args) {
+    // Without a gate, gradients of y are an input as it is.
+    constexpr int TI = Terms<T>::INPUT, TC = Terms<T>::COMPUTED, TG = GATED ? TC : TI;
     extern __shared__ __align__(16) unsigned char shared[];
     const int split = blockIdx.x % args.splits;
     const int chunk = blockIdx.x / args.splits % args.chunks;
@@ -51,10 +52,12 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
     const int64_t first = int64_t(chunk) * q;
     const int tokens = min(int64_t(q), args.seqlen - first);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Pieces of_n(n), of_p(p);
 
     bf16* room = reinterpret_cast<bf16*>(shared);
     const Matrix<TI> c(room, q, n), b(room, q, n), x(room, q, p);
-    const Matrix<TC> g(room, q, p), state(room, p, n), scores(room, q, q);
+    const Matrix<TG> g(room, q, p);
+    const Matrix<TC> state(room, p, n), grad_state(room, p, n), scores(room, q, q);
     float* numbers = reinterpret_cast<float*>(room);
     const Steps steps(numbers, q);
     const int t_row = q + 1;
@@ -64,10 +67,11 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
     float* const of_step = of_end + n_columns * q;   // (p_columns, q): x_j · e_j
     float* const of_total = of_step + p_columns * q; // (WARPS): ⟨R, S⟩
     float* const across = of_total + WARPS;          // (q): Σ_{j<k≤i} T_ij
+    float* const of_skip = across + q;               // (q / 16, p): g_i x_i, summed over 16 tokens
 
-    load_rows(c, row_of<T>(args.c, args.c_stride, batch, first, group), args.c_stride[1], tokens, args.d_state, q, n,
+    load_rows(c, of_n, row_of<T>(args.c, args.c_stride, batch, first, group), args.c_stride[1], tokens, args.d_state, q, n,
          args.aligned);
-    load_rows(b, row_of<T>(args.b, args.b_stride, batch, first, group), args.b_stride[1], tokens, args.d_state, q, n,
+    load_rows(b, of_n, row_of<T>(args.b, args.b_stride, batch, first, group), args.b_stride[1], tokens, args.d_state, q, n,
          args.aligned);
     loads_arrive();
     __syncthreads();
@@ -90,36 +94,45 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
     const int last_head = group * per_group + min(per_group, (split + 1) * per_split);
 #pragma unroll 1
     for (int head = group * per_group + split * per_split; head < last_head; head++) {
-        load_rows(x, row_of<T>(args.x, args.x_stride, batch, first, head), args.x_stride[1], tokens, args.headdim, q, p,
+        load_rows(x, of_p, row_of<T>(args.x, args.x_stride, batch, first, head), args.x_stride[1], tokens, args.headdim, q, p,
              args.aligned);
-        load_state(state, args.states + state_at(args, batch, chunk, head, TC), p, n);
-        steps.load(steps_of(args, batch, head, chunk), q);
+        load_state(state, of_n, args.states + state_at(args, batch, chunk, head, TC), p, n);
+        load_state(grad_state, of_n, args.grad_states + state_at(args, batch, chunk, head, TC), p, n);
+        const Step* const head_steps = steps_of(args, batch, head, chunk);
+        steps.load(head_steps, q);
         const int64_t out_row = (int64_t(batch) * args.seqlen + first) * args.nheads + head;
-        if (args.grad_y) {
-            each_piece(row_of<T>(args.grad_y, args.grad_y_stride, batch, first, head), args.grad_y_stride[1], tokens,
-                       args.headdim, q, p, args.aligned, [&](int token, int column, float(&v)[8]) {
-                           if (args.z && token < tokens) {
-                               const T* z = row_of<T>(args.z, args.z_stride, batch, first + token, head);
-                               const int64_t at = (out_row + int64_t(token) * args.nheads) * args.headdim + column;
-#pragma unroll
-                               for (int k = 0; k < 8; k++) {
-                                   if (column + k >= args.headdim) continue;
-                                   const float gate = to_float(z[column + k]), s = sigmoid_unit(gate);
-                                   const float of_gate = v[k] * args.y_ungated[at + k] * s * fmaf(gate, 1.0f - s, 1.0f);
-                                   static_cast<T*>(args.grad_z)[at + k] = from_float<T>(of_gate);
-                                   v[k] *= gate * s;
-                               }
-                           }
-                           g.set8(token, column, v);
-                       });
-        } else {
+        if (!args.grad_y) {
             for (int i = threadIdx.x; i < q * p; i += THREADS) g.set(i / p, i % p, 0.0f);
-            if (args.z) {
+            if (GATED) {
                 for (int i = threadIdx.x; i < tokens * args.headdim; i += THREADS) {
                     const int64_t at = (out_row + int64_t(i / args.headdim) * args.nheads) * args.headdim;
                     static_cast<T*>(args.grad_z)[at + i % args.headdim] = from_float<T>(0.0f);
                 }
             }
+        } else if constexpr (GATED) {
+            of_p.each(q, p, [&](int token, int column) {
+                float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+                if (token < tokens) {
+                    float gates[8];
+                    load_piece(v, row_of<T>(args.grad_y, args.grad_y_stride, batch, first + token, head), column,
+                               args.headdim, args.aligned);
+                    load_piece(gates, row_of<T>(args.z, args.z_stride, batch, first + token, head), column, args.headdim,
+                               args.aligned);
+                    const int64_t at = (out_row + int64_t(token) * args.nheads) * args.headdim + column;
+#pragma unroll
+                    for (int k = 0; k < 8; k++) {
+                        if (column + k >= args.headdim) break;
+                        const float gate = gates[k], s = sigmoid_unit(gate);
+                        const float of_gate = v[k] * args.y_ungated[at + k] * s * fmaf(gate, 1.0f - s, 1.0f);
+                        static_cast<T*>(args.grad_z)[at + k] = from_float<T>(of_gate);
+                        v[k] *= gate * s;
+                    }
+                }
+                g.set8(token, column, v);
+            });
+        } else {
+            load_rows(g, of_p, row_of<T>(args.grad_y, args.grad_y_stride, batch, first, head), args.grad_y_stride[1], tokens,
+                      args.headdim, q, p, args.aligned);
         }
         loads_arrive();
         __syncthreads();
@@ -128,18 +141,14 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
             Tile<4> products;  // g_i · x_j
             products.clear();
             multiply<AS_STORED, TRANSPOSED>(products, g, row0, x, column0, score_columns, 0, p);
-            products.each([&](int k, int half, int i, int j, float v0, float v1) {
-                i += row0, j += column0;
-                if (j >= q) return;
-                const float between0 = j <= i ? steps.between(i, j) : 0.0f;
-                const float between1 = j + 1 <= i ? steps.between(i, j + 1) : 0.0f;
-                const float m0 = between0 * plain_scores.v[k][2 * half];
-                const float m1 = between1 * plain_scores.v[k][2 * half + 1];
-                v0 *= steps.dt[j], v1 *= steps.dt[j + 1];
+            each_decay(steps, row0, column0, q, [&](int i, int j, int k, int half, float first, float second) {
+                const float2 dt = *reinterpret_cast<const float2*>(steps.dt + j);
+                const float m0 = first * plain_scores.v[k][2 * half], m1 = second * plain_scores.v[k][2 * half + 1];
+                const float v0 = dt.x * products.v[k][2 * half], v1 = dt.y * products.v[k][2 * half + 1];
                 scores.set2(i, j, m0, m1);
                 t[i * t_row + j] = m0 * v0, t[i * t_row + j + 1] = m1 * v1;
-                grad_scores.v[k][2 * half] = fmaf(between0, v0, grad_scores.v[k][2 * half]);
-                grad_scores.v[k][2 * half + 1] = fmaf(between1, v1, grad_scores.v[k][2 * half + 1]);
+                grad_scores.v[k][2 * half] = fmaf(first, v0, grad_scores.v[k][2 * half]);
+                grad_scores.v[k][2 * half + 1] = fmaf(second, v1, grad_scores.v[k][2 * half + 1]);
             });
         }
 #pragma unroll
@@ -166,28 +175,14 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
         }
         __syncthreads();
 
-        {   // The gradient of the state after the chunk takes the place of the state before it.
-            const bf16* const from = args.grad_states + state_at(args, batch, chunk, head, TC);
-            const int pieces = n / 8;
+        {
             float sum = 0.0f;
-            for (int i = threadIdx.x; i < p * pieces; i += THREADS) {
-                const int row = i / pieces, column = i % pieces * 8;
-                float before[8] = {0, 0, 0, 0, 0, 0, 0, 0}, after[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-#pragma unroll
-                for (int term = TC - 1; term >= 0; term--) {
-                    union { int4 all; bf16 each[8]; } old, next;
-                    int4* const at = reinterpret_cast<int4*>(state.start + term * state.term + row * state.row + column);
-                    old.all = *at;
-                    next.all = *reinterpret_cast<const int4*>(from + (int64_t(term) * p * pieces + i) * 8);
-                    *at = next.all;
-#pragma unroll
-                    for (int k = 0; k < 8; k++) {
-                        before[k] += __bfloat162float(old.each[k]), after[k] += __bfloat162float(next.each[k]);
-                    }
-                }
+            of_n.each(p, n, [&](int row, int column) {
+                float before[8], after[8];
+                state.at8(row, column, before), grad_state.at8(row, column, after);
 #pragma unroll
                 for (int k = 0; k < 8; k++) sum = fmaf(before[k], after[k], sum);
-            }
+            });
             sum = over_warp(sum);
             if (lane == 0) of_total[warp] = sum;
         }
@@ -227,7 +222,7 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
             const int row0 = i / n_columns * 16, column0 = i % n_columns * 32;
             Tile<4> tile;
             tile.clear();
-            multiply<AS_STORED, AS_STORED>(tile, x, row0, state, column0, n, 0, p);
+            multiply<AS_STORED, AS_STORED>(tile, x, row0, grad_state, column0, n, 0, p);
             const int j0 = row0 + tile.row(0), j1 = row0 + tile.row(1);
             tile.scale_rows(steps.to_end[j0] * steps.dt[j0], steps.to_end[j1] * steps.dt[j1]);
             float sums[2] = {0.0f, 0.0f};
@@ -247,43 +242,71 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
             const int row0 = i / p_columns * 16, column0 = i % p_columns * 32;
             Tile<4> tile;
             tile.clear();
-            multiply<AS_STORED, TRANSPOSED>(tile, b, row0, state, column0, p, 0, n);
+            multiply<AS_STORED, TRANSPOSED>(tile, b, row0, grad_state, column0, p, 0, n);
             tile.scale_rows(steps.to_end[row0 + tile.row(0)], steps.to_end[row0 + tile.row(1)]);
             multiply<TRANSPOSED, AS_STORED>(tile, scores, row0, g, column0, p, row0, q);
-            float sums[2] = {0.0f, 0.0f};
-            tile.each([&](int, int half, int j, int column, float e0, float e1) {
-                j += row0, column += column0;
-                if (column >= p) return;
-                const float2 xs = x.at2(j, column), gs = g.at2(j, column);
-                sums[half] = fmaf(xs.x, e0, fmaf(xs.y, e1, sums[half]));
-                if (j >= tokens) return;
-                const float e[2] = {e0, e1}, of_y[2] = {gs.x, gs.y};
+            float sums[2] = {0.0f, 0.0f}, skips[4][2] = {};
+            const bool pairs = args.headdim % 2 == 0;
 #pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    if (column + k >= args.headdim) continue;
-                    const int64_t at_d = args.d_per_channel ? int64_t(head) * args.headdim + column + k : head;
-                    const float skip = args.d ? args.d[at_d] : 0.0f;
-                    const int64_t at = (out_row + int64_t(j) * args.nheads) * args.headdim + column + k;
-                    static_cast<T*>(args.grad_x)[at] = from_float<T>(fmaf(steps.dt[j], e[k], skip * of_y[k]));
+            for (int half = 0; half < 2; half++) {
+                const int j = row0 + tile.row(half);
+                const float dt = steps.dt[j];
+                T* const out = static_cast<T*>(args.grad_x) + (out_row + int64_t(j) * args.nheads) * args.headdim;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const int column = column0 + 8 * k + tile.column();
+                    if (column >= p) break;
+                    const float e0 = tile.v[k][2 * half], e1 = tile.v[k][2 * half + 1];
+                    const float2 xs = x.at2(j, column), gs = g.at2(j, column);
+                    sums[half] = fmaf(xs.x, e0, fmaf(xs.y, e1, sums[half]));
+                    skips[k][0] = fmaf(xs.x, gs.x, skips[k][0]), skips[k][1] = fmaf(xs.y, gs.y, skips[k][1]);
+                    if (j >= tokens || column >= args.headdim) continue;
+                    const bool both = column + 1 < args.headdim;
+                    float x0 = dt * e0, x1 = dt * e1;
+                    if (args.d) {
+                        const float* d = args.d + (args.d_per_channel ? int64_t(head) * args.headdim + column : head);
+                        x0 = fmaf(d[0], gs.x, x0);
+                        if (both) x1 = fmaf(d[args.d_per_channel], gs.y, x1);
+                    }
+                    Pack<T, 2> pack;
+                    pack.values[0] = from_float<T>(x0), pack.values[1] = from_float<T>(x1);
+                    if (pairs) {
+                        *reinterpret_cast<Pack<T, 2>*>(out + column) = pack;
+                    } else {
+                        out[column] = pack.values[0];
+                        if (both) out[column + 1] = pack.values[1];
+                    }
                 }
-            });
+            }
+            if (args.d) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (column0 + 8 * k >= p) break;
+#pragma unroll
+                    for (int w = 0; w < 2; w++) {
+                        float sum = skips[k][w];
+#pragma unroll
+                        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+                        if (lane < 4) of_skip[row0 / 16 * p + column0 + 8 * k + tile.column() + w] = sum;
+                    }
+                }
+            }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float sum = over_row(sums[half]);
                 if (lane % 4 == 0) of_step[i % p_columns * q + row0 + tile.row(half)] = sum;
             }
         }
-        // D, channel by channel.
         const int64_t chunk_row = (int64_t(batch) * args.chunks + chunk) * args.nheads + head;
+        __syncthreads();
+
         if (args.d) {
             for (int column = threadIdx.x; column < args.headdim; column += THREADS) {
                 float sum = 0.0f;
-                for (int j = 0; j < tokens; j++) sum = fmaf(g.at(j, column), x.at(j, column), sum);
+                for (int i = 0; i < q / 16; i++) sum += of_skip[i * p + column];
                 args.grad_d_rows[chunk_row * args.headdim + column] = sum;
             }
         }
-        __syncthreads();
-
         // One warp finishes the gradients of steps; each lane has neighbouring tokens.
         if (warp == 0) {
             const int each = (q + 31) / 32, begin = lane * each;
@@ -320,7 +343,7 @@ template <typename T> __device__ __forceinline__ void gradients(const Ssd& args)
                 float of_dt = a * of_decay;
                 for (int m = 0; m < p_columns; m++) of_dt += of_step[m * q + i];
                 of_a = fmaf(steps.dt[i], of_decay, of_a);
-                of_dt *= steps.slope[i];
+                of_dt *= head_steps[i].slope;
                 of_bias += of_dt;
                 static_cast<T*>(args.grad_dt)[out_row + int64_t(i) * args.nheads] = from_float<T>(of_dt);
             }
@@ -376,12 +399,14 @@ template <typename T> __device__ __forceinline__ void sum(const SsdSum& p) {
 
 }  // namespace
 
-#define INSTANTIATE(DTYPE, T)                                                                                         \
+#define INSTANTIATE(T, DTYPE)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_gradients_##DTYPE(const __grid_constant__ Ssd p) {   \
-        gradients<T>(p);                                                                                              \
+        gradients<T, false>(p);                                                                                       \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                          \
+        ssd_gradients_gated_##DTYPE(const __grid_constant__ Ssd p) {                                                  \
+        gradients<T, true>(p);                                                                                        \
     }                                                                                                                 \
     extern "C" __global__ void ssd_sum_##DTYPE(const __grid_constant__ SsdSum p) { sum<T>(p); }
 
-INSTANTIATE(f32, float)
-INSTANTIATE(f16, f16)
-INSTANTIATE(bf16, bf16)
+FOR_EACH_DTYPE(INSTANTIATE)

@@ -39,36 +39,6 @@ template <typename T> __device__ __forceinline__ void steps(const Ssd& p) {
     }
 }
 
-// The state, f32 and as an operand: (p, n).
-template <int TERMS> struct State {
-    Matrix<TERMS> operand;
-    float* value;
-    int row;
-
-    __device__ State(bf16*& room, int p, int n) : operand(room, p, n), value(nullptr), row(n + 8) {}
-};
-
-// state = decay · state + Σ_j inputs[j] ⊗ b[j]
-template <int TI, int TC>
-__device__ __forceinline__ void advance(const State<TC>& state, const Matrix<TC>& inputs, const Matrix<TI>& b, float decay,
-                                        int p, int n, int q) {
-    const int columns = (n + 31) / 32;
-    for (int i = threadIdx.x / 32; i < p / 16 * columns; i += WARPS) {
-        const int row0 = i / columns * 16, column0 = i % columns * 32;
-        Tile<4> tile;
-        tile.clear();
-        multiply<TRANSPOSED, AS_STORED>(tile, inputs, row0, b, column0, n, 0, q);
-        tile.each([&](int, int, int row, int column, float x, float y) {
-            row += row0, column += column0;
-            if (column >= n) return;
-            float2* const at = reinterpret_cast<float2*>(state.value + row * state.row + column);
-            x = fmaf(decay, at->x, x), y = fmaf(decay, at->y, y);
-            *at = make_float2(x, y);
-            state.operand.set2(row, column, x, y);
-        });
-    }
-}
-
 // Who owns what in a walk over chunks.
 struct Walk {
     int batch, head, group, first, channels, p, n;  // p and n are padded
@@ -82,65 +52,198 @@ struct Walk {
         channels = min(args.p_tile, args.headdim - first);
         p = padded(channels), n = padded(args.d_state);
     }
-    // Where this block's part of a (batch, nheads, headdim, d_state) state begins.
-    __device__ int64_t state(const Ssd& args) const {
-        return ((int64_t(batch) * args.nheads + head) * args.headdim + first) * args.d_state;
-    }
-    template <int TERMS> __device__ void begin(const Ssd& args, const State<TERMS>& to, const float* from) const {
-        for (int i = threadIdx.x; i < p * n; i += THREADS) {
-            const int row = i / n, column = i % n;
-            const bool exists = from && row < channels && column < args.d_state;
-            const float x = exists ? from[state(args) + int64_t(row) * args.d_state + column] : 0.0f;
-            to.value[row * to.row + column] = x;
-            to.operand.set(row, column, x);
+};
+
+// The state, (p, n), in the registers of the block: each warp keeps some tiles. p · n is at most 8192.
+struct State {
+    static constexpr int KEPT = 2;
+    Tile<4> tiles[KEPT];
+
+    // f(tile, row, column) for each tile of this warp.
+    template <typename F> __device__ __forceinline__ void each(const Walk& at, F f) {
+        const int columns = (at.n + 31) / 32;
+#pragma unroll
+        for (int k = 0; k < KEPT; k++) {
+            const int i = threadIdx.x / 32 + k * WARPS;
+            if (i < at.p / 16 * columns) f(tiles[k], i / columns * 16, i % columns * 32);
         }
     }
-    template <int TERMS> __device__ void end(const Ssd& args, const State<TERMS>& from, float* to) const {
-        for (int i = threadIdx.x; i < channels * args.d_state; i += THREADS) {
-            const int row = i / args.d_state, column = i % args.d_state;
-            to[state(args) + int64_t(row) * args.d_state + column] = from.value[row * from.row + column];
-        }
+    // f(row, column, x, y) for each pair of neighbours.
+    template <typename F> __device__ __forceinline__ void each_pair(const Walk& at, F f) {
+        each(at, [&](Tile<4>& tile, int row0, int column0) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int column = column0 + 8 * k + tile.column();
+                    if (column < at.n) f(row0 + tile.row(half), column, tile.v[k][2 * half], tile.v[k][2 * half + 1]);
+                }
+            }
+        });
+    }
+    // Reads a (batch, nheads, headdim, d_state) state; zeros if there is none.
+    __device__ __forceinline__ void begin(const Ssd& args, const Walk& at, const float* from) {
+        if (from) from += ((int64_t(at.batch) * args.nheads + at.head) * args.headdim + at.first) * args.d_state;
+        each_pair(at, [&](int row, int column, float& x, float& y) {
+            const bool exists = from && row < at.channels;
+            x = exists && column < args.d_state ? from[int64_t(row) * args.d_state + column] : 0.0f;
+            y = exists && column + 1 < args.d_state ? from[int64_t(row) * args.d_state + column + 1] : 0.0f;
+        });
+    }
+    __device__ __forceinline__ void end(const Ssd& args, const Walk& at, float* to) {
+        to += ((int64_t(at.batch) * args.nheads + at.head) * args.headdim + at.first) * args.d_state;
+        each_pair(at, [&](int row, int column, float x, float y) {
+            if (row >= at.channels) return;
+            if (column < args.d_state) to[int64_t(row) * args.d_state + column] = x;
+            if (column + 1 < args.d_state) to[int64_t(row) * args.d_state + column + 1] = y;
+        });
+    }
+    // state = decay · state + Σ_j inputs[j] ⊗ b[j]
+    template <int TI, int TC>
+    __device__ __forceinline__ void advance(const Walk& at, const Matrix<TC>& inputs, const Matrix<TI>& b, float decay, int q) {
+        each(at, [&](Tile<4>& tile, int row0, int column0) {
+            tile.scale(decay);
+            multiply<TRANSPOSED, AS_STORED>(tile, inputs, row0, b, column0, at.n, 0, q);
+        });
     }
 };
+
+// One tile of outputs: rows row0.., columns column0.. of y before skip and gate, then those.
+template <int N, typename T, int TI, int TC>
+__device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const Steps& steps, const Matrix<TI>& c,
+                                        const Matrix<TI>& x, const Matrix<TC>& state, const Matrix<TC>& scores, int row0,
+                                        int column0, bool has_state, int64_t first, int tokens) {
+    const bool gated = args.z && !args.y_ungated;
+    Pack<T, 2> gates[N][2];
+    if (gated) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = row0 + Tile<N>::row(half);
+            const T* z = row_of<T>(args.z, args.z_stride, at.batch, first + min(i, tokens - 1), at.head) + at.first;
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                const int j = column0 + 8 * k + Tile<N>::column();
+                gates[k][half].values[0] = z[min(j, at.channels - 1)];
+                gates[k][half].values[1] = z[min(j + 1, at.channels - 1)];
+            }
+        }
+    }
+    Tile<N> tile;
+    tile.clear();
+    if (has_state) {
+        multiply<AS_STORED, TRANSPOSED>(tile, c, row0, state, column0, at.p, 0, at.n);
+        tile.scale_rows(steps.from_start[row0 + tile.row(0)], steps.from_start[row0 + tile.row(1)]);
+    }
+    multiply<AS_STORED, AS_STORED>(tile, scores, row0, x, column0, at.p, 0, row0 + 16);
+    if (args.d) {
+        const float* const d = args.d + (args.d_per_channel ? int64_t(at.head) * args.headdim + at.first : at.head);
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            const int j = column0 + 8 * k + tile.column();
+            const float d0 = d[args.d_per_channel ? min(j, at.channels - 1) : 0];
+            const float d1 = d[args.d_per_channel ? min(j + 1, at.channels - 1) : 0];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float2 xs = x.at2(row0 + tile.row(half), min(j, at.p - 2));
+                tile.v[k][2 * half] = fmaf(d0, xs.x, tile.v[k][2 * half]);
+                tile.v[k][2 * half + 1] = fmaf(d1, xs.y, tile.v[k][2 * half + 1]);
+            }
+        }
+    }
+    if (gated) {
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+#pragma unroll
+                for (int w = 0; w < 2; w++) {
+                    const float gate = to_float(gates[k][half].values[w]);
+                    tile.v[k][2 * half + w] *= gate * sigmoid_unit(gate);
+                }
+            }
+        }
+    }
+    const bool pairs = args.headdim % 2 == 0 && column0 + 8 * N <= at.channels;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int i = row0 + tile.row(half), j = column0 + tile.column();
+        if (i >= tokens) break;
+        const int64_t to =
+            ((int64_t(at.batch) * args.seqlen + first + i) * args.nheads + at.head) * args.headdim + at.first + j;
+        const auto store = [&](auto* y) {
+            using Y = std::remove_pointer_t<decltype(y)>;
+            if (pairs) {
+#pragma unroll
+                for (int k = 0; k < N; k++) {
+                    Pack<Y, 2> out;
+                    out.values[0] = from_float<Y>(tile.v[k][2 * half]), out.values[1] = from_float<Y>(tile.v[k][2 * half + 1]);
+                    *reinterpret_cast<Pack<Y, 2>*>(y + 8 * k) = out;
+                }
+            } else {
+#pragma unroll
+                for (int k = 0; k < N; k++) {
+                    if (j + 8 * k < at.channels) y[8 * k] = from_float<Y>(tile.v[k][2 * half]);
+                    if (j + 8 * k + 1 < at.channels) y[8 * k + 1] = from_float<Y>(tile.v[k][2 * half + 1]);
+                }
+            }
+        };
+        if (args.y_ungated) {
+            store(args.y_ungated + to);
+        } else {
+            store(static_cast<T*>(args.y) + to);
+        }
+    }
+}
 
 template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
     constexpr int TI = Terms<T>::INPUT, TC = Terms<T>::COMPUTED;
     extern __shared__ __align__(16) unsigned char shared[];
     const Walk at(args);
-    const int q = args.q, p = at.p, n = at.n;
+    const int q = args.q, p = at.p, n = at.n, warp = threadIdx.x / 32;
+    const Pieces of_n(n), of_p(p);
 
     bf16* room = reinterpret_cast<bf16*>(shared);
-    const Matrix<TI> c(room, q, n), b(room, q, n), x(room, q, p);
-    State<TC> state(room, p, n);
-    bf16* const both = room;  // first scores, then inputs of the state
-    const Matrix<TC> scores(both, q, q, 0), inputs(both, q, p, 0);
-    float* numbers = reinterpret_cast<float*>(both + TC * q * padded_row(max(q, p)));
-    state.value = numbers;
-    numbers += p * state.row;
+    const Matrix<TI> c(room, q, n), x(room, q, p), even_b(room, q, n), odd_b(room, q, n);
+    const Matrix<TC> operand(room, p, n);
+    // First scores, then what the state receives.
+    const Matrix<TC> scores(room, q, q, 0), inputs(room, q, p, 0);
+    float* numbers = reinterpret_cast<float*>(room + TC * q * padded_row(max(q, p)));
     const Steps steps(numbers, q);
-    float* const skip = numbers;
 
-    const int warp = threadIdx.x / 32;
-    for (int i = threadIdx.x; i < p; i += THREADS) {
-        const int64_t at_d = args.d_per_channel ? int64_t(at.head) * args.headdim + at.first + i : at.head;
-        skip[i] = args.d && i < at.channels ? args.d[at_d] : 0.0f;
+    const auto tokens_of = [&](int chunk) { return min(q, args.seqlen - chunk * q); };
+    const auto load_b = [&](int chunk) {
+        load_rows(chunk % 2 ? odd_b : even_b, of_n, row_of<T>(args.b, args.b_stride, at.batch, int64_t(chunk) * q, at.group),
+                  args.b_stride[1], tokens_of(chunk), args.d_state, q, n, args.aligned);
+    };
+    const auto load_c = [&](int chunk) {
+        load_rows(c, of_n, row_of<T>(args.c, args.c_stride, at.batch, int64_t(chunk) * q, at.group), args.c_stride[1],
+                  tokens_of(chunk), args.d_state, q, n, args.aligned);
+    };
+    const auto load_x = [&](int chunk) {
+        load_rows(x, of_p, row_of<T>(args.x, args.x_stride, at.batch, int64_t(chunk) * q, at.head) + at.first,
+                  args.x_stride[1], tokens_of(chunk), at.channels, q, p, args.aligned);
+    };
+    State state;
+    state.begin(args, at, args.initial_state);
+    const auto show_state = [&] {
+        state.each_pair(at, [&](int row, int column, float x, float y) { operand.set2(row, column, x, y); });
+    };
+    show_state();
+    if (args.chunks > 0) {
+        load_b(0), load_c(0), load_x(0);
+        steps.load(steps_of(args, at.batch, at.head, 0), q);
     }
-    at.begin(args, state, args.initial_state);
-    bool has_state = args.initial_state;
-
     for (int chunk = 0; chunk < args.chunks; chunk++) {
         const int64_t first = int64_t(chunk) * q;
-        const int tokens = min(int64_t(q), args.seqlen - first);
-        load_rows(c, row_of<T>(args.c, args.c_stride, at.batch, first, at.group), args.c_stride[1], tokens, args.d_state, q, n,
-             args.aligned);
-        load_rows(b, row_of<T>(args.b, args.b_stride, at.batch, first, at.group), args.b_stride[1], tokens, args.d_state, q, n,
-             args.aligned);
-        load_rows(x, row_of<T>(args.x, args.x_stride, at.batch, first, at.head) + at.first, args.x_stride[1], tokens,
-             at.channels, q, p, args.aligned);
-        steps.load(steps_of(args, at.batch, at.head, chunk), q);
+        const Matrix<TI>& b = chunk % 2 ? odd_b : even_b;
+        const bool more = chunk + 1 < args.chunks;
         loads_arrive();
         __syncthreads();
-
+        Steps::Next next_steps;
+        if (more) {
+            load_b(chunk + 1);
+            next_steps = Steps::fetch(steps_of(args, at.batch, at.head, chunk + 1), q);
+        }
         {
             const int columns = (q + 31) / 32;
             for (int i = warp; i < q / 16 * columns; i += WARPS) {
@@ -149,67 +252,44 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
                 Tile<4> tile;
                 tile.clear();
                 multiply<AS_STORED, TRANSPOSED>(tile, c, row0, b, column0, min(q, row0 + 16), 0, n);
-                tile.each([&](int, int, int i, int j, float x, float y) {
-                    i += row0, j += column0;
-                    if (j >= q) return;
-                    x = j <= i ? x * steps.between(i, j) * steps.dt[j] : 0.0f;
-                    y = j + 1 <= i ? y * steps.between(i, j + 1) * steps.dt[j + 1] : 0.0f;
-                    scores.set2(i, j, x, y);
+                each_decay(steps, row0, column0, q, [&](int i, int j, int k, int half, float first, float second) {
+                    const float2 dt = *reinterpret_cast<const float2*>(steps.dt + j);
+                    scores.set2(i, j, tile.v[k][2 * half] * first * dt.x, tile.v[k][2 * half + 1] * second * dt.y);
                 });
             }
         }
         __syncthreads();
-
-        {
-            const int columns = (p + 15) / 16;
+        const bool has_state = chunk > 0 || args.initial_state;
+        if (p > 32) {
+            const int columns = (p + 31) / 32;
             for (int i = warp; i < q / 16 * columns; i += WARPS) {
-                const int row0 = i / columns * 16, column0 = i % columns * 16;
-                Tile<2> tile;
-                tile.clear();
-                if (has_state) {
-                    multiply<AS_STORED, TRANSPOSED>(tile, c, row0, state.operand, column0, p, 0, n);
-                    tile.scale_rows(steps.from_start[row0 + tile.row(0)], steps.from_start[row0 + tile.row(1)]);
-                }
-                multiply<AS_STORED, AS_STORED>(tile, scores, row0, x, column0, p, 0, row0 + 16);
-                tile.each([&](int, int, int i, int j, float y0, float y1) {
-                    i += row0, j += column0;
-                    if (i >= tokens) return;
-                    const float2 xs = x.at2(i, j);
-                    const float out[2] = {fmaf(skip[j], xs.x, y0), fmaf(skip[j + 1], xs.y, y1)};
-                    const int64_t row = ((int64_t(at.batch) * args.seqlen + first + i) * args.nheads + at.head);
-                    const int64_t to = row * args.headdim + at.first + j;
-                    const T* z = args.z ? row_of<T>(args.z, args.z_stride, at.batch, first + i, at.head) : nullptr;
-#pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        if (j + k >= at.channels) continue;
-                        if (args.y_ungated) {
-                            args.y_ungated[to + k] = out[k];
-                            continue;
-                        }
-                        float y = out[k];
-                        if (z) {
-                            const float gate = to_float(z[at.first + j + k]);
-                            y *= gate * sigmoid_unit(gate);
-                        }
-                        static_cast<T*>(args.y)[to + k] = from_float<T>(y);
-                    }
-                });
+                outputs<4, T>(args, at, steps, c, x, operand, scores, i / columns * 16, i % columns * 32, has_state, first,
+                              tokens_of(chunk));
+            }
+        } else {
+            const int columns = p / 16;
+            for (int i = warp; i < q / 16 * columns; i += WARPS) {
+                outputs<2, T>(args, at, steps, c, x, operand, scores, i / columns * 16, i % columns * 16, has_state, first,
+                              tokens_of(chunk));
             }
         }
         __syncthreads();
-
-        for (int i = threadIdx.x; i < q * p / 2; i += THREADS) {
-            const int token = i / (p / 2), column = i % (p / 2) * 2;
+        if (more) load_c(chunk + 1);
+        of_p.each(q, p, [&](int token, int column) {
+            float values[8];
+            x.at8(token, column, values);
             const float weight = steps.dt[token] * steps.to_end[token];
-            const float2 v = x.at2(token, column);
-            inputs.set2(token, column, weight * v.x, weight * v.y);
-        }
+#pragma unroll
+            for (int k = 0; k < 8; k++) values[k] *= weight;
+            inputs.set8(token, column, values);
+        });
+        const float total = steps.from_start[q - 1];
         __syncthreads();
-        advance(state, inputs, b, steps.from_start[q - 1], p, n, q);
-        has_state = true;
-        __syncthreads();
+        if (more) load_x(chunk + 1), steps.put(next_steps, q);
+        state.advance(at, inputs, b, total, q);
+        show_state();
     }
-    if (args.final_state) at.end(args, state, args.final_state);
+    if (args.final_state) state.end(args, at, args.final_state);
 }
 
 // From the first chunk, with b and x, the states before each; from the last, with c and the gradients of y before the gate,
@@ -219,74 +299,96 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
     extern __shared__ __align__(16) unsigned char shared[];
     const Walk at(args);
     const bool reverse = blockIdx.y;
-    const int q = args.q, p = at.p, n = at.n;
+    const int q = args.q, p = at.p, n = at.n, whole_p = padded(args.headdim);
+    const Pieces of_n(n), of_p(p);
 
     bf16* room = reinterpret_cast<bf16*>(shared);
-    const Matrix<TI> b(room, q, n);
-    State<TC> state(room, p, n);
+    const Matrix<TI> even_b(room, q, n), odd_b(room, q, n);
     const Matrix<TC> inputs(room, q, p);
     float* numbers = reinterpret_cast<float*>(room);
-    state.value = numbers;
-    numbers += p * state.row;
     const Steps steps(numbers, q);
 
-    at.begin(args, state, reverse ? args.grad_state : args.initial_state);
-    __syncthreads();
-    for (int i = 0; i < args.chunks; i++) {
-        const int chunk = reverse ? args.chunks - 1 - i : i;
-        const int64_t first = int64_t(chunk) * q;
-        const int tokens = min(int64_t(q), args.seqlen - first);
-        {
-            const int whole_p = padded(args.headdim);
-            bf16* const to = (reverse ? args.grad_states : args.states) + state_at(args, at.batch, chunk, at.head, TC);
-            const int pieces = n / 8;
-            for (int i = threadIdx.x; i < TC * p * pieces; i += THREADS) {
-                const int term = i / (p * pieces), row = i / pieces % p, column = i % pieces * 8;
-                *reinterpret_cast<int4*>(to + (int64_t(term) * whole_p + at.first + row) * n + column) =
-                    *reinterpret_cast<const int4*>(state.operand.start + term * state.operand.term +
-                                                   row * state.operand.row + column);
-            }
+    const void* const rows = reverse ? args.c : args.b;
+    const int64_t(&row_stride)[3] = reverse ? args.c_stride : args.b_stride;
+    const void* const values = reverse ? args.grad_y : args.x;
+    const int64_t(&stride)[3] = reverse ? args.grad_y_stride : args.x_stride;
+    const auto chunk_of = [&](int i) { return reverse ? args.chunks - 1 - i : i; };
+    const auto tokens_of = [&](int chunk) { return min(q, args.seqlen - chunk * q); };
+    const auto load_b = [&](int i) {
+        const int chunk = chunk_of(i);
+        load_rows(i % 2 ? odd_b : even_b, of_n, row_of<T>(rows, row_stride, at.batch, int64_t(chunk) * q, at.group),
+                  row_stride[1], tokens_of(chunk), args.d_state, q, n, args.aligned);
+    };
+
+    // Pieces of the values of a chunk, and of its gates, on their way: two a thread at most.
+    constexpr int PIECES = 2;
+    struct Piece { Raw<T, 8> values, gates; };
+    Piece pieces[PIECES];
+    Steps::Next next_steps;
+    const auto fetch = [&](int i) {
+        const int chunk = chunk_of(i), tokens = tokens_of(chunk);
+        load_b(i);
+        next_steps = Steps::fetch(steps_of(args, at.batch, at.head, chunk), q);
+#pragma unroll
+        for (int k = 0; k < PIECES; k++) {
+            const int token = of_p.row + k * of_p.rows;
+            if (!values || token >= tokens || of_p.column >= at.channels) continue;
+            const int64_t t = int64_t(chunk) * q + token;
+            fetch_piece(pieces[k].values, row_of<T>(values, stride, at.batch, t, at.head) + at.first, of_p.column, at.channels,
+                        args.aligned);
+            if (!reverse || !args.z) continue;
+            fetch_piece(pieces[k].gates, row_of<T>(args.z, args.z_stride, at.batch, t, at.head) + at.first, of_p.column,
+                        at.channels, args.aligned);
         }
+    };
+
+    State state;
+    state.begin(args, at, reverse ? args.grad_state : args.initial_state);
+    if (args.chunks > 0) fetch(0);
+    for (int i = 0; i < args.chunks; i++) {
+        const int chunk = chunk_of(i), tokens = tokens_of(chunk);
+        steps.put(next_steps, q);
+        __syncthreads();
+        bf16* const to = (reverse ? args.grad_states : args.states) + state_at(args, at.batch, chunk, at.head, TC) +
+                         int64_t(at.first) * n;
+        state.each_pair(at, [&](int row, int column, float x, float y) {
+#pragma unroll
+            for (int k = 0; k < TC; k++) {
+                const __nv_bfloat162 part = __floats2bfloat162_rn(x, y);
+                *reinterpret_cast<__nv_bfloat162*>(to + (int64_t(k) * whole_p + row) * n + column) = part;
+                x -= __low2float(part), y -= __high2float(part);
+            }
+        });
         if (!reverse && i + 1 == args.chunks) break;
-        const void* rows = reverse ? args.c : args.b;
-        const int64_t(&row_stride)[3] = reverse ? args.c_stride : args.b_stride;
-        load_rows(b, row_of<T>(rows, row_stride, at.batch, first, at.group), row_stride[1], tokens, args.d_state, q, n,
-             args.aligned);
-        steps.load(steps_of(args, at.batch, at.head, chunk), q);
+#pragma unroll
+        for (int k = 0; k < PIECES; k++) {
+            const int token = of_p.row + k * of_p.rows;
+            if (token >= q || of_p.column >= p) continue;
+            const bool exists = values && token < tokens && of_p.column < at.channels;
+            const float weight = reverse ? steps.from_start[token] : steps.dt[token] * steps.to_end[token];
+            float v[8];
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                v[c] = exists ? weight * pieces[k].values.get(c) : 0.0f;
+                if (exists && reverse && args.z) {
+                    const float gate = pieces[k].gates.get(c);
+                    v[c] *= gate * sigmoid_unit(gate);
+                }
+            }
+            inputs.set8(token, of_p.column, v);
+        }
+        const float total = steps.from_start[q - 1];
         loads_arrive();
         __syncthreads();
-        const void* values = reverse ? args.grad_y : args.x;
-        const int64_t(&stride)[3] = reverse ? args.grad_y_stride : args.x_stride;
-        if (values) {
-            each_piece(row_of<T>(values, stride, at.batch, first, at.head) + at.first, stride[1], tokens, at.channels, q, p,
-                       args.aligned, [&](int token, int column, float(&v)[8]) {
-                           const float weight = reverse ? steps.from_start[token] : steps.dt[token] * steps.to_end[token];
-                           if (reverse && args.z && token < tokens) {
-                               const T* z = row_of<T>(args.z, args.z_stride, at.batch, first + token, at.head);
-#pragma unroll
-                               for (int k = 0; k < 8; k++) {
-                                   if (column + k >= at.channels) continue;
-                                   const float gate = to_float(z[at.first + column + k]);
-                                   v[k] *= gate * sigmoid_unit(gate);
-                               }
-                           }
-#pragma unroll
-                           for (int k = 0; k < 8; k++) v[k] *= weight;
-                           inputs.set8(token, column, v);
-                       });
-        } else {
-            for (int i = threadIdx.x; i < q * p; i += THREADS) inputs.set(i / p, i % p, 0.0f);
-        }
-        __syncthreads();
-        advance(state, inputs, b, steps.from_start[q - 1], p, n, q);
-        __syncthreads();
+        if (i + 1 < args.chunks) fetch(i + 1);
+        state.advance(at, inputs, i % 2 ? odd_b : even_b, total, q);
     }
-    if (reverse) at.end(args, state, args.grad_initial_state);
+    if (reverse) state.end(args, at, args.grad_initial_state);
 }
 
 }  // namespace
 
-#define INSTANTIATE(DTYPE, T)                                                                                         \
+#define INSTANTIATE(T, DTYPE)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS) ssd_steps_##DTYPE(const __grid_constant__ Ssd p) {          \
         steps<T>(p);                                                                                                  \
     }                                                                                                                 \
@@ -297,6 +399,4 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
         states<T>(p);                                                                                                 \
     }
 
-INSTANTIATE(f32, float)
-INSTANTIATE(f16, f16)
-INSTANTIATE(bf16, bf16)
+FOR_EACH_DTYPE(INSTANTIATE)

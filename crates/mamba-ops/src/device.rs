@@ -14,6 +14,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
 };
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
@@ -216,8 +217,7 @@ impl Gpu {
 
     /// How many multiprocessors there are to fill.
     pub(crate) fn multiprocessors(&self) -> usize {
-        let count = self.stream.context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-        count.map_or(1, |count| count.max(1) as usize)
+        multiprocessors(&self.device)
     }
 
     /// Enqueues a kernel; nothing if the grid is empty.
@@ -365,12 +365,19 @@ pub(crate) fn gradients<const I: usize>(
     Ok(grads)
 }
 
+/// How many multiprocessors there are to fill.
+pub(crate) fn multiprocessors(device: &CudaDevice) -> usize {
+    attribute(device, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, 1)
+}
+
 /// The bytes of shared memory that a block can have.
 pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
-    const ALWAYS: usize = 48 << 10;
-    let stream = device.cuda_stream();
-    let bytes = stream.context().attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
-    bytes.map_or(ALWAYS, |bytes| bytes.max(0) as usize)
+    attribute(device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 48 << 10)
+}
+
+fn attribute(device: &CudaDevice, attribute: CUdevice_attribute, default: usize) -> usize {
+    let value = device.cuda_stream().context().attribute(attribute);
+    value.ok().and_then(|value| usize::try_from(value).ok()).filter(|&value| value > 0).unwrap_or(default)
 }
 
 /// An extent as kernels take it.

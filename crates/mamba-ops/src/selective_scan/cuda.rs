@@ -45,7 +45,7 @@ const WIDE_16: Shape = Shape {
     states_of_thread: 4,
     lanes: 4,
     warps: 8,
-    piece: 8,
+    piece: 4,
 };
 const WIDE_64: Shape = Shape {
     forward: "selective_scan_fwd_wide64",
@@ -53,7 +53,7 @@ const WIDE_64: Shape = Shape {
     states_of_thread: 4,
     lanes: 16,
     warps: 4,
-    piece: 8,
+    piece: 4,
 };
 const WIDE_256: Shape = Shape {
     forward: "selective_scan_fwd_wide256",
@@ -97,7 +97,7 @@ impl Shape {
 
     fn shared_forward(self) -> usize {
         let activations = self.channels() * (TILE + 1);
-        size_of::<f32>() * (2 * activations + self.channels().next_multiple_of(4) + self.coefficients())
+        size_of::<f32>() * (2 * activations + 2 * self.channels().next_multiple_of(4) + self.coefficients())
     }
 
     fn shared_backward(self) -> usize {
@@ -105,7 +105,7 @@ impl Shape {
         let kept = TILE / self.piece * self.states_of_thread * self.threads();
         let sums = 2 * self.warps * self.piece * 2 * self.states();
         let activations = 4 * activations + activations.next_multiple_of(4);
-        size_of::<f32>() * (activations + self.coefficients() + kept + sums)
+        size_of::<f32>() * (activations + self.coefficients() + kept + sums + self.channels())
     }
 
     fn launch(self, sizes: Sizes, shared: usize) -> Launch {
@@ -178,7 +178,7 @@ struct Scan {
     b_group_len: i32,
     c_group_len: i32,
     delta_softplus: i32,
-    padding: i32,
+    packs: i32,
 }
 
 #[repr(C)]
@@ -206,24 +206,51 @@ unsafe impl Arguments for Sum {}
 
 /// The strides of an activation by batch, channel, token.
 fn activation(x: &Tensor, layout: SequenceLayout) -> [i64; 3] {
-    match (*x.stride(), layout) {
-        ([batch, dim, time], SequenceLayout::ChannelsFirst)
-        | ([batch, time, dim], SequenceLayout::ChannelsLast) => [batch, dim, time].map(|n| n as i64),
+    match (x.stride(), layout) {
+        (&[batch, dim, time], SequenceLayout::ChannelsFirst)
+        | (&[batch, time, dim], SequenceLayout::ChannelsLast) => [batch, dim, time].map(|n| n as i64),
         _ => [0; 3],
     }
 }
 
 /// The strides of a varying coefficient by batch, group, state, token; its groups may be left out.
-fn coefficient(strides: &[usize], layout: SequenceLayout) -> [i64; 4] {
-    match (*strides, layout) {
-        ([batch, state, time], SequenceLayout::ChannelsFirst)
-        | ([batch, time, state], SequenceLayout::ChannelsLast) => [batch, 0, state, time].map(|n| n as i64),
-        ([batch, group, state, time], SequenceLayout::ChannelsFirst)
-        | ([batch, time, group, state], SequenceLayout::ChannelsLast) => {
+fn coefficient(x: &Tensor, layout: SequenceLayout) -> [i64; 4] {
+    match (x.stride(), layout) {
+        (&[batch, state, time], SequenceLayout::ChannelsFirst)
+        | (&[batch, time, state], SequenceLayout::ChannelsLast) => [batch, 0, state, time].map(|n| n as i64),
+        (&[batch, group, state, time], SequenceLayout::ChannelsFirst)
+        | (&[batch, time, group, state], SequenceLayout::ChannelsLast) => {
             [batch, group, state, time].map(|n| n as i64)
         }
         _ => [0; 4],
     }
+}
+
+/// The strides of an activation that lies in memory row by row.
+fn contiguous_activation(sizes: Sizes, layout: SequenceLayout) -> [i64; 3] {
+    let Sizes { dim, seqlen, .. } = sizes;
+    let strides = match layout {
+        SequenceLayout::ChannelsFirst => [dim * seqlen, seqlen, 1],
+        SequenceLayout::ChannelsLast => [dim * seqlen, 1, dim],
+    };
+    strides.map(|n| n as i64)
+}
+
+/// The strides of a varying coefficient that lies in memory row by row.
+fn contiguous_coefficient(sizes: Sizes, groups: usize, layout: SequenceLayout) -> [i64; 4] {
+    let Sizes { seqlen, d_state, .. } = sizes;
+    let strides = match layout {
+        SequenceLayout::ChannelsFirst => [groups * d_state * seqlen, d_state * seqlen, seqlen, 1],
+        SequenceLayout::ChannelsLast => [groups * d_state * seqlen, d_state, 1, groups * d_state],
+    };
+    strides.map(|n| n as i64)
+}
+
+/// Whether every row of a tensor begins at a multiple of 16 bytes and is contiguous.
+fn in_packs(x: Option<&Tensor>, pointer: Pointer) -> bool {
+    let Some(x) = x else { return true };
+    let [outer @ .., last] = x.stride() else { return false };
+    pointer.address.is_multiple_of(16) && *last == 1 && outer.iter().all(|stride| stride % 8 == 0)
 }
 
 /// The inputs as kernels read them: activations as they lie in memory, everything else contiguous and f32.
@@ -250,14 +277,18 @@ fn arguments(
     pointers: &[Pointer],
 ) -> Result<Scan> {
     let Sizes { batch, dim, seqlen, d_state, b_groups, c_groups } = node.sizes;
-    let u = host::slot(OP, inputs, U)?;
     let address = |slot: usize| pointers[slot].address;
     let only = |condition: bool, slot: usize| if condition { address(slot) } else { 0 };
     let strides = |slot: usize| inputs[slot].as_ref().map_or([0; 3], |x| activation(x, node.layout));
-    let coefficient =
-        |slot: usize| inputs[slot].as_ref().map_or([0; 4], |x| coefficient(x.stride(), node.layout));
-    let contiguous = |[batch, dim, time]: [usize; 3]| [batch, dim, time].map(|n| n as i64);
-    int(OP, u.elem_count() / batch.max(1) / dim.max(1))?;
+    let coefficient = |slot: usize| inputs[slot].as_ref().map_or([0; 4], |x| coefficient(x, node.layout));
+    let varies = |slot: usize| match slot {
+        B => b_groups.is_some(),
+        C => c_groups.is_some(),
+        _ => true,
+    };
+    let row = if node.layout == SequenceLayout::ChannelsFirst { seqlen } else { dim };
+    let mut in_rows = [U, DELTA, Z, B, C].into_iter().filter(|&slot| varies(slot));
+    let packs = row % 8 == 0 && in_rows.all(|slot| in_packs(inputs[slot].as_ref(), pointers[slot]));
     Ok(Scan {
         u: address(U),
         delta: address(DELTA),
@@ -273,10 +304,7 @@ fn arguments(
         u_stride: strides(U),
         delta_stride: strides(DELTA),
         z_stride: strides(Z),
-        y_stride: match node.layout {
-            SequenceLayout::ChannelsFirst => contiguous([dim * seqlen, seqlen, 1]),
-            SequenceLayout::ChannelsLast => contiguous([dim * seqlen, 1, dim]),
-        },
+        y_stride: contiguous_activation(node.sizes, node.layout),
         b_stride: coefficient(B),
         c_stride: coefficient(C),
         batch: int(OP, batch)?,
@@ -288,6 +316,7 @@ fn arguments(
         b_group_len: int(OP, group_len(node.sizes, b_groups))?,
         c_group_len: int(OP, group_len(node.sizes, c_groups))?,
         delta_softplus: i32::from(node.delta_softplus),
+        packs: i32::from(packs),
         ..Scan::default()
     })
 }
@@ -351,7 +380,10 @@ pub(super) fn backward(
             (None, None) => None,
             _ => Some(rows(blocks * seqlen * 2 * shape.states())?),
         };
+        let inputs_of_kernel = arguments(node, shape, &prepared, &pointers)?;
+        let packs = in_packs(grads[0].as_ref(), pointers[SLOTS + 1]);
         let args = Scan {
+            packs: inputs_of_kernel.packs & i32::from(packs),
             checkpoints: pointers[SLOTS].address,
             grad_y: pointers[SLOTS + 1].address,
             grad_y_stride: grads[0].as_ref().map_or([0; 3], |x| self::activation(x, node.layout)),
@@ -366,7 +398,7 @@ pub(super) fn backward(
             grad_d: d_rows.pointer().address,
             grad_delta_bias: bias_rows.pointer().address,
             partials: device::pointer(&partials).address,
-            ..arguments(node, shape, &prepared, &pointers)?
+            ..inputs_of_kernel
         };
         let kernel = Kernel { module: &MODULE, name: shape.backward, dtype: Some(u.dtype()) };
         // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
@@ -386,7 +418,7 @@ pub(super) fn backward(
             let args = Sum {
                 partials: partials.pointer().address,
                 out: out.pointer().address,
-                out_stride: self::coefficient(&x.shape().stride_contiguous(), node.layout),
+                out_stride: contiguous_coefficient(node.sizes, groups, node.layout),
                 batch: int(OP, batch)?,
                 groups: int(OP, groups)?,
                 seqlen: int(OP, seqlen)?,

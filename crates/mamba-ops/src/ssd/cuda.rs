@@ -19,7 +19,10 @@ const WARPS: usize = THREADS / 32;
 /// Tokens of a chunk: as many as shared memory has room for. The caller's `chunk_size` is a hint for caches of CPUs.
 const CHUNKS: [usize; 3] = [64, 32, 16];
 
-/// Elements of a `(tokens, d_state)` matrix that a block of the kernel of gradients can keep in registers.
+/// Channels of a block that walks over chunks.
+const CHANNELS: [usize; 3] = [64, 32, 16];
+
+/// Elements of a matrix that a block can keep in registers.
 const KEPT: usize = 8192;
 
 /// Matrices in shared memory: how many bf16 terms make up an input, and how many what is computed.
@@ -62,83 +65,80 @@ impl Extents {
         Self { terms: Terms::of(dtype), tokens, channels, states: sizes.d_state.next_multiple_of(16) }
     }
 
+    /// Numbers of the steps of a chunk.
     fn steps(self) -> usize {
-        6 * self.tokens
-    }
-
-    /// The state of a walk over chunks, as an operand and in f32.
-    fn state(self) -> usize {
-        matrix(self.terms.computed, self.channels, self.states)
-            + size_of::<f32>() * self.channels * (self.states + 8)
+        5 * self.tokens
     }
 
     fn of_scan(self) -> usize {
         let Self { terms, tokens, channels, states } = self;
-        2 * matrix(terms.input, tokens, states)
+        3 * matrix(terms.input, tokens, states)
             + matrix(terms.input, tokens, channels)
+            + matrix(terms.computed, channels, states)
             + matrix(terms.computed, tokens, tokens.max(channels))
-            + self.state()
-            + size_of::<f32>() * (self.steps() + channels)
+            + size_of::<f32>() * self.steps()
     }
 
     fn of_states(self) -> usize {
         let Self { terms, tokens, channels, states } = self;
-        matrix(terms.input, tokens, states)
+        2 * matrix(terms.input, tokens, states)
             + matrix(terms.computed, tokens, channels)
-            + self.state()
             + size_of::<f32>() * self.steps()
     }
 
-    fn of_gradients(self) -> usize {
+    fn of_gradients(self, gated: bool) -> usize {
         let Self { terms, tokens, channels, states } = self;
         let numbers = tokens * (tokens + 1) // pairs of tokens
             + tokens * (2 * states.div_ceil(32) + channels.div_ceil(32) + 1)
+            + tokens / 16 * channels
             + WARPS;
         2 * matrix(terms.input, tokens, states)
             + matrix(terms.input, tokens, channels)
-            + matrix(terms.computed, tokens, channels)
-            + matrix(terms.computed, channels, states)
+            + matrix(if gated { terms.computed } else { terms.input }, tokens, channels)
+            + 2 * matrix(terms.computed, channels, states)
             + matrix(terms.computed, tokens, tokens)
             + size_of::<f32>() * (self.steps() + numbers)
+    }
+
+    /// Whether a block has registers for a matrix with a row for each of these rows and a column for each state.
+    fn keeps(self, rows: usize) -> bool {
+        rows * self.states.next_multiple_of(32) <= KEPT
     }
 }
 
 /// How the kernels divide the work.
 #[derive(Clone, Copy)]
 struct Plan {
-    /// Tokens of a chunk and channels of a block, in walks over the chunks.
+    /// Walks over the chunks; the channels are those of a block.
     scan: Extents,
-    /// All channels of a head.
+    /// The kernel of gradients; the channels are those of a head.
     gradients: Extents,
-    /// Channels of a block in walks; a multiple of 16.
-    p_tile: usize,
 }
 
 impl Plan {
     /// None if not even the smallest tiles have room.
     fn new(device: &CudaDevice, sizes: Sizes, dtype: DType) -> Option<Self> {
-        // A multiprocessor that holds two blocks computes in one while the other waits for memory.
+        let multiprocessors = device::multiprocessors(device);
         let room = device::shared_memory(device);
-        let fits = |tokens: &usize, channels: usize, room: usize| {
-            Extents::new(sizes, dtype, *tokens, channels).of_scan() <= room
+        let scans = CHUNKS.into_iter().flat_map(|tokens| CHANNELS.map(|channels| (tokens, channels)));
+        let scans = scans.map(|(tokens, channels)| Extents::new(sizes, dtype, tokens, channels));
+        let fits = |extents: &Extents, room: usize| extents.keeps(extents.channels) && extents.of_scan() <= room;
+        // A multiprocessor that holds two blocks computes in one while the other waits for memory.
+        let half = |extents: &Extents| extents.tokens >= 32 && fits(extents, room / 2);
+        let wide = scans.clone().find(half).or_else(|| scans.clone().find(|extents| fits(extents, room)))?;
+        // Narrower blocks do some work twice, but are better than idle multiprocessors.
+        let blocks = |channels: usize| sizes.batch * sizes.nheads * sizes.headdim.div_ceil(channels);
+        let scan = match blocks(wide.channels) < multiprocessors && wide.channels > 32 {
+            true => Extents { channels: 32, ..wide },
+            false => wide,
         };
-        let half = CHUNKS.into_iter().find(|tokens| fits(tokens, 32, room / 2)).map(|tokens| (tokens, 32));
-        let whole = || {
-            let all = CHUNKS.into_iter().flat_map(|tokens| [32, 16].map(|channels| (tokens, channels)));
-            all.into_iter().find(|(tokens, channels)| fits(tokens, *channels, room))
-        };
-        let (tokens, p_tile) = half.or_else(whole)?;
-        let gradients = CHUNKS.into_iter().find(|tokens| {
-            let extents = Extents::new(sizes, dtype, *tokens, sizes.headdim);
-            tokens * extents.states.next_multiple_of(32) <= KEPT
-                && extents.of_gradients() <= room
-                && Extents { channels: extents.channels.min(p_tile), ..extents }.of_states() <= room
+        let gradients = CHUNKS.into_iter().find_map(|tokens| {
+            let extents = Extents::new(sizes, dtype, tokens, sizes.headdim);
+            let walk = Extents { channels: extents.channels.min(scan.channels), ..extents };
+            let fits = extents.of_gradients(true) <= room && walk.of_states() <= room;
+            (extents.keeps(tokens) && fits).then_some(extents)
         })?;
-        Some(Self {
-            scan: Extents::new(sizes, dtype, tokens, p_tile),
-            gradients: Extents::new(sizes, dtype, gradients, sizes.headdim),
-            p_tile,
-        })
+        Some(Self { scan, gradients })
     }
 }
 
@@ -189,7 +189,7 @@ struct Ssd {
     headdim: i32,
     ngroups: i32,
     d_state: i32,
-    tokens: i32,
+    q: i32,
     chunks: i32,
     p_tile: i32,
     splits: i32,
@@ -277,7 +277,7 @@ fn arguments(
         headdim: int(OP, headdim)?,
         ngroups: int(OP, ngroups)?,
         d_state: int(OP, d_state)?,
-        tokens: int(OP, extents.tokens)?,
+        q: int(OP, extents.tokens)?,
         chunks: int(OP, seqlen.div_ceil(extents.tokens))?,
         p_tile: int(OP, p_tile)?,
         splits: 1,
@@ -298,7 +298,7 @@ fn plan(x: &Tensor, sizes: Sizes) -> Result<Plan> {
 /// Makes the steps of all chunks, `(batch, nheads, tokens)` of four numbers, and has `args` point to them.
 fn with_steps(gpu: &Gpu, dtype: DType, args: &mut Ssd) -> Result<Buffer> {
     let pieces = args.batch as usize * args.nheads as usize * args.chunks as usize;
-    let steps = gpu.buffer(DType::F32, pieces * args.tokens as usize * 4)?;
+    let steps = gpu.buffer(DType::F32, pieces * args.q as usize * 4)?;
     args.steps = steps.pointer().address;
     let launch = Launch { blocks: [pieces.div_ceil(WARPS), 1, 1], threads: [THREADS, 1], shared: 0 };
     let kernel = Kernel { module: &FORWARD, name: "ssd_steps", dtype: Some(dtype) };
@@ -315,7 +315,7 @@ fn walks(sizes: Sizes, p_tile: usize) -> usize {
 /// The scan; to `y_ungated`, if given, instead of `y`.
 fn scan(gpu: &Gpu, dtype: DType, sizes: Sizes, plan: Plan, mut args: Ssd) -> Result<()> {
     let _steps = with_steps(gpu, dtype, &mut args)?;
-    let blocks = [walks(sizes, plan.p_tile), 1, 1];
+    let blocks = [walks(sizes, plan.scan.channels), 1, 1];
     let launch = Launch { blocks, threads: [THREADS, 1], shared: plan.scan.of_scan() };
     let kernel = Kernel { module: &FORWARD, name: "ssd_scan", dtype: Some(dtype) };
     // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
@@ -333,7 +333,7 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<F
         let args = Ssd {
             y: y.pointer().address,
             final_state: final_state.pointer().address,
-            ..arguments(node, plan.scan, plan.p_tile, &inputs, &pointers)?
+            ..arguments(node, plan.scan, plan.scan.channels, &inputs, &pointers)?
         };
         scan(gpu, x.dtype(), node.sizes, plan, args)?;
         Ok(Forward {
@@ -365,7 +365,7 @@ pub(super) fn backward(
         if let Some(ungated) = &ungated {
             let args = Ssd {
                 y_ungated: ungated.pointer().address,
-                ..arguments(node, plan.scan, plan.p_tile, &prepared, &pointers)?
+                ..arguments(node, plan.scan, plan.scan.channels, &prepared, &pointers)?
             };
             scan(gpu, dtype, node.sizes, plan, args)?;
         }
@@ -404,20 +404,22 @@ pub(super) fn backward(
             grad_dt_bias_rows: bias_rows.pointer().address,
             grad_d_rows: device::pointer(&d_rows).address,
             splits: int(OP, splits)?,
-            ..arguments(node, plan.gradients, plan.p_tile, &prepared, &pointers)?
+            ..arguments(node, plan.gradients, plan.scan.channels, &prepared, &pointers)?
         };
         args.aligned &= i32::from(aligned(grad_y.as_ref(), pointers[SLOTS]));
         let _steps = with_steps(gpu, dtype, &mut args)?;
-        let channels = plan.gradients.channels.min(plan.p_tile);
+        let channels = plan.gradients.channels.min(plan.scan.channels);
         let shared = Extents { channels, ..plan.gradients }.of_states();
         let launch =
-            Launch { blocks: [walks(node.sizes, plan.p_tile), 2, 1], threads: [THREADS, 1], shared };
+            Launch { blocks: [walks(node.sizes, plan.scan.channels), 2, 1], threads: [THREADS, 1], shared };
         let kernel = Kernel { module: &FORWARD, name: "ssd_states", dtype: Some(dtype) };
         // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
         unsafe { gpu.launch(kernel, launch, args) }?;
+        let gated = ungated.is_some();
         let blocks = [batch * ngroups * chunks * splits, 1, 1];
-        let launch = Launch { blocks, threads: [THREADS, 1], shared: plan.gradients.of_gradients() };
-        let kernel = Kernel { module: &BACKWARD, name: "ssd_gradients", dtype: Some(dtype) };
+        let launch = Launch { blocks, threads: [THREADS, 1], shared: plan.gradients.of_gradients(gated) };
+        let name = if gated { "ssd_gradients_gated" } else { "ssd_gradients" };
+        let kernel = Kernel { module: &BACKWARD, name, dtype: Some(dtype) };
         // SAFETY: as above.
         unsafe { gpu.launch(kernel, launch, args) }?;
 
