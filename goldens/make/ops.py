@@ -99,8 +99,8 @@ def run(function, inputs, cotangents, dtype=torch.float64):
 
 
 def emit(op, case, draw, inputs, options, reference, recurrence, *, producer, version,
-         others=(), kernel=None, differentiable=True):
-    """Runs, checks and writes one case."""
+         others=(), kernel=None, differentiable=True, extra=None):
+    """Runs, checks and writes one case. A kernel may leave gradients out; `extra` is stored as it is."""
     if arguments.op not in (None, op):
         return
     context = f"{op}/{case}"
@@ -129,11 +129,11 @@ def emit(op, case, draw, inputs, options, reference, recurrence, *, producer, ve
             agree("other reference", {**other_outs, **other_grads}[name], value, 1e-10, f"{context}: {name}")
     if kernel is not None and not arguments.skip_kernels:
         with upstream.interpreted():
-            kernel_outs, kernel_grads = run(kernel, inputs, cotangents, torch.float32)
-        for name, value in {**outs, **grads}.items():
+            kernel_outs, kernel_grads = run(kernel, inputs, None if extra else cotangents, torch.float32)
+        for name, value in {**outs, **({} if extra else grads)}.items():
             agree("kernel", {**kernel_outs, **kernel_grads}[name], value, 1e-5, f"{context}: {name}")
 
-    tensors = {f"in.{name}": value for name, value in inputs.items()}
+    tensors = {f"in.{name}": value for name, value in inputs.items()} | (extra or {})
     tensors |= {f"out.{name}": value for name, value in outs.items()}
     if differentiable:
         tensors |= {f"cot.{name}": value for name, value in cotangents.items()}
@@ -150,6 +150,32 @@ def flag(value):
 
 def only(**values):
     return {name: value for name, value in values.items() if value is not None}
+
+
+def sequences(seq_idx):
+    """Row, start and end of each run of equal ids that are not negative, which mark padding."""
+    found = []
+    for row, ids in enumerate(seq_idx):
+        borders = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
+        found += [(row, start, end) for start, end in zip(borders, borders[1:]) if ids[start] >= 0]
+    return found
+
+
+def one_by_one(function, seq_idx, axis, like, packed, inputs, join):
+    """`function` on each sequence alone: `packed` inputs, and its first output, have time on `axis`; states come one each."""
+    y, states = join.zeros_like(inputs[like]), []
+    if join is np:
+        y = y.astype(np.result_type(*inputs.values()))
+    else:
+        y = y.clone()
+    for i, (row, start, end) in enumerate(sequences(seq_idx)):
+        at = (slice(row, row + 1),) + (slice(None),) * (axis - 1) + (slice(start, end),)
+        part = {name: value[at] if name in packed else value[i : i + 1] if name == "initial_states" else value
+                for name, value in inputs.items()}
+        out, state = function(**part).values()
+        y[at] = out
+        states.append(state)
+    return y, join.concatenate(states) if join is np else torch.cat(states)
 
 
 # --------------------------------------------------------------------------------------------------- selective_scan
@@ -322,6 +348,57 @@ def ssd():
     ssd_case("length_70", batch=1, seqlen=70, p=2, n=3, chunk=16, d="head", bias=True, softplus=True)
     ssd_case("strong_decay", strong=True, bias=True, softplus=True)
     ssd_case("half_inputs", seqlen=16, p=4, n=8, d="head", z=True, bias=True, softplus=True, grid="half")
+    ssd_packed_case("packed", [[0] * 5 + [1] + [2] * 3 + [3] * 8], cu_seqlens=[0, 5, 6, 9, 17])
+    ssd_packed_case("packed_groups", [[0] * 4 + [1] * 4 + [2] * 9], heads=4, groups=2, cu_seqlens=[0, 4, 8, 17])
+    ssd_packed_case("packed_initial_states", [[0] * 7 + [1] * 2 + [2] * 4], initial=True)
+    ssd_packed_case("packed_padding", [[-1, -1, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, -1, 3, 3, 3]], initial=True)
+
+
+def ssd_packed_case(case, seq_idx, *, heads=2, p=3, groups=1, n=5, chunk=4, initial=False, cu_seqlens=None):
+    """Sequences behind one another: references run on each alone; the kernel takes `seq_idx` and `cu_seqlens`."""
+    draw = Draw("ssd", case, "f32")
+    seq_idx = np.array(seq_idx, dtype=np.int64)
+    batch, seqlen = seq_idx.shape
+    inputs = only(
+        x=draw.normal(batch, seqlen, heads, p),
+        dt=draw.normal(batch, seqlen, heads, mean=-1),
+        a=draw.round(-np.exp(draw.normal(heads, scale=0.7))),
+        b=draw.normal(batch, seqlen, groups, n),
+        c=draw.normal(batch, seqlen, groups, n),
+        d=draw.normal(heads),
+        z=draw.normal(batch, seqlen, heads, p),
+        dt_bias=draw.normal(heads, scale=0.5),
+        initial_states=draw.normal(len(sequences(seq_idx)), heads, p, n) if initial else None,
+    )
+    packed = ("x", "dt", "b", "c", "z")
+
+    def listing(x, dt, a, b, c, d, z, dt_bias, initial_states=None):
+        spread = lambda m: m.repeat_interleave(heads // groups, dim=2)  # noqa: E731
+        dt = F.softplus(dt + dt_bias)
+        y, state = ssd_minimal_discrete(x * dt[..., None], a * dt, spread(b), spread(c), x.shape[1],
+                                        None if initial_states is None else initial_states[:, None])
+        return {"y": (y + x * d[:, None]) * F.silu(z), "final_state": state}
+
+    def reference(**inputs):
+        y, state = one_by_one(listing, seq_idx, 1, "x", packed, inputs, torch)
+        return {"y": y, "final_state": state}
+
+    def recurrence(**inputs):
+        alone = lambda **part: recurrences.ssd(**part, dt_softplus=True, dt_limit=(0.0, float("inf")))  # noqa: E731
+        y, state = one_by_one(alone, seq_idx, 1, "x", packed, inputs, np)
+        return {"y": y, "final_state": state}
+
+    def kernel(x, dt, a, b, c, d, z, dt_bias):
+        y, state = ssd_combined.mamba_chunk_scan_combined(
+            x, dt, a, b, c, chunk, D=d, z=z, dt_bias=dt_bias, dt_softplus=True,
+            seq_idx=torch.tensor(seq_idx, dtype=torch.int32), return_varlen_states=True,
+            cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32))
+        return {"y": y, "final_state": state}
+
+    emit("ssd", case, draw, inputs,
+         {"chunk_size": str(chunk), "dt_softplus": "true", "dt_limit": "0.0,inf", "d_kind": "head", "ngroups": str(groups)},
+         reference, recurrence, version=MAMBA, kernel=kernel if cu_seqlens else None, extra={"seq_idx": seq_idx},
+         producer="mamba_ssm.modules.ssd_minimal.ssd_minimal_discrete on each sequence, with bias, softplus, D and z around it")
 
 
 # -------------------------------------------------------------------------------------------- selective_state_update
@@ -415,6 +492,45 @@ def conv_case(case, *, batch=2, dim=3, seqlen=7, width=4, bias=True, initial=Fal
          producer="causal_conv1d.causal_conv1d_interface.causal_conv1d_ref", version=CONV)
 
 
+def conv_packed_case(case, seq_idx, *, dim=3, width=4, bias=True, initial=False, activation="silu"):
+    """`y` by the reference with `seq_idx` where that can, windows by the reference on each sequence alone."""
+    draw = Draw("causal_conv1d", case, "f32")
+    seq_idx = np.array(seq_idx, dtype=np.int64)
+    batch, seqlen = seq_idx.shape
+    inputs = only(
+        x=draw.normal(batch, dim, seqlen),
+        weight=draw.normal(dim, width, scale=0.6),
+        bias=draw.normal(dim, scale=0.5) if bias else None,
+        initial_states=draw.normal(len(sequences(seq_idx)), dim, width - 1) if initial else None,
+    )
+    upstream_activation = None if activation == "none" else activation
+
+    def alone(x, weight, bias=None, initial_states=None):
+        y, states = causal_conv1d_ref(x, weight, bias, initial_states, return_final_states=True,
+                                      activation=upstream_activation)
+        return {"y": y, "final_states": states}
+
+    def each_alone(**inputs):
+        y, states = one_by_one(alone, seq_idx, 2, "x", ("x",), inputs, torch)
+        return {"y": y, "final_states": states}
+
+    def at_once(**inputs):
+        # A reference with `seq_idx` has one initial state a row.
+        y = causal_conv1d_ref(**inputs, activation=upstream_activation, seq_idx=torch.tensor(seq_idx))
+        return {"y": y, "final_states": each_alone(**inputs)["final_states"]}
+
+    def recurrence(**inputs):
+        one = lambda **part: recurrences.causal_conv1d(**part, activation=activation)  # noqa: E731
+        y, states = one_by_one(one, seq_idx, 2, "x", ("x",), inputs, np)
+        return {"y": y, "final_states": states}
+
+    emit("causal_conv1d", case, draw, inputs, {"activation": activation, "width": str(width)},
+         each_alone if initial else at_once, recurrence, version=CONV, others=() if initial else [each_alone],
+         producer="causal_conv1d.causal_conv1d_interface.causal_conv1d_ref"
+         + (" on each sequence" if initial else " with seq_idx; windows: on each sequence"),
+         extra={"seq_idx": seq_idx})
+
+
 def causal_conv1d():
     conv_case("minimal", batch=1, dim=1, seqlen=3, width=2, bias=False, activation="none")
     conv_case("width_2_silu", width=2)
@@ -435,6 +551,10 @@ def causal_conv1d():
     conv_case("length_70", batch=1, dim=5, seqlen=70)
     conv_case("dim_17", dim=17, seqlen=9)
     conv_case("half_inputs", dim=8, seqlen=17, initial=True, grid="half")
+    conv_packed_case("packed", [[0] * 5 + [1] + [2] * 2 + [3] * 6])
+    conv_packed_case("packed_width_2_none_no_bias", [[4] * 3 + [1] * 4], width=2, bias=False, activation="none")
+    conv_packed_case("packed_padding", [[-1, 0, 0, 0, 1, 1, -1, -1], [2, 2, 2, 2, 2, 2, 3, -1]])
+    conv_packed_case("packed_initial_states", [[0, 0, 0, 1, 2, 2, 2, 2, 2]], initial=True)
 
 
 def conv_update_case(case, *, batch=2, dim=3, seqlen=None, width=4, state_len=None, bias=True, activation="silu",

@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use mamba_ops::{
-    CausalConv1d, CausalConv1dUpdate, GatedRmsNorm, Mamba1Inner, Mamba2SplitConv1dScan, Norm, SelectiveScan,
-    SelectiveStateUpdate, SequenceLayout, SsdChunkScan, causal_conv1d, causal_conv1d_update, mamba1_inner,
-    mamba2_split_conv1d_scan, norm, selective_scan, selective_state_update, ssd_chunk_scan,
+    CausalConv1d, CausalConv1dUpdate, GatedRmsNorm, Mamba1Inner, Mamba2SplitConv1dScan, Norm, Packing,
+    SelectiveScan, SelectiveStateUpdate, SequenceLayout, SsdChunkScan, causal_conv1d, causal_conv1d_update,
+    mamba1_inner, mamba2_split_conv1d_scan, norm, selective_scan, selective_state_update, ssd_chunk_scan,
 };
 
 use crate::laws::{self, GoldenTensors, Op, Role, Tensors};
@@ -72,6 +72,7 @@ pub struct Mamba2 {
     pub states: bool,
     pub dt_limit: (f64, f64),
     pub chunk_size: usize,
+    pub packing: Option<Packing>,
 }
 
 impl Mamba2 {
@@ -91,6 +92,7 @@ impl Mamba2 {
             states: true,
             dt_limit: (0.0, f64::INFINITY),
             chunk_size: 16,
+            packing: None,
         }
     }
 
@@ -122,8 +124,9 @@ impl Mamba2 {
             insert("out_proj", random.normal(&[5, self.d_ssm()]));
         }
         if self.states {
-            insert("initial_conv_state", random.normal(&[batch, self.conv_dim(), width - 1]));
-            insert("initial_ssm_state", random.normal(&[batch, nheads, headdim, d_state]));
+            let sequences = self.packing.as_ref().map_or(batch, Packing::len);
+            insert("initial_conv_state", random.normal(&[sequences, self.conv_dim(), width - 1]));
+            insert("initial_ssm_state", random.normal(&[sequences, nheads, headdim, d_state]));
         }
         inputs
     }
@@ -147,6 +150,7 @@ impl Mamba2 {
             chunk_size: self.chunk_size,
             initial_conv_state: inputs.get("initial_conv_state"),
             initial_ssm_state: inputs.get("initial_ssm_state"),
+            packing: self.packing.as_ref(),
             ..Mamba2SplitConv1dScan::new(
                 &inputs["zxbcdt"],
                 &inputs["conv_weight"],
@@ -194,6 +198,7 @@ impl Mamba2 {
             bias: inputs.get("conv_bias"),
             initial_state: inputs.get("initial_conv_state"),
             layout: SequenceLayout::ChannelsLast,
+            packing: self.packing.as_ref(),
             ..CausalConv1d::new(&xbc, &inputs["conv_weight"])
         })?;
         let (d_ssm, bc) = (self.d_ssm(), ngroups * d_state);
@@ -209,6 +214,7 @@ impl Mamba2 {
             dt_limit: self.dt_limit,
             chunk_size: self.chunk_size,
             initial_state: inputs.get("initial_ssm_state"),
+            packing: self.packing.as_ref(),
             ..SsdChunkScan::new(&x, &dt, &inputs["a"], &b, &c)
         })?;
         let y = scan.y.reshape((batch, seqlen, d_ssm))?;
@@ -264,6 +270,7 @@ pub struct Mamba1 {
     pub out_proj: bool,
     pub states: bool,
     pub delta_softplus: bool,
+    pub packing: Option<Packing>,
 }
 
 impl Mamba1 {
@@ -280,6 +287,7 @@ impl Mamba1 {
             out_proj: false,
             states,
             delta_softplus,
+            packing: None,
         }
     }
 
@@ -303,8 +311,9 @@ impl Mamba1 {
             insert("out_proj", random.normal(&[5, dim]));
         }
         if self.states {
-            insert("initial_conv_state", random.normal(&[batch, dim, width - 1]));
-            insert("initial_ssm_state", random.normal(&[batch, dim, d_state]));
+            let sequences = self.packing.as_ref().map_or(batch, Packing::len);
+            insert("initial_conv_state", random.normal(&[sequences, dim, width - 1]));
+            insert("initial_ssm_state", random.normal(&[sequences, dim, d_state]));
         }
         inputs
     }
@@ -319,6 +328,7 @@ impl Mamba1 {
             delta_softplus: self.delta_softplus,
             initial_conv_state: inputs.get("initial_conv_state"),
             initial_ssm_state: inputs.get("initial_ssm_state"),
+            packing: self.packing.as_ref(),
             ..Mamba1Inner::new(get("xz"), get("conv_weight"), get("x_proj"), get("dt_proj"), get("a"))
         })?;
         Ok(outputs(output.y, output.final_conv_state, output.final_ssm_state))
@@ -339,6 +349,7 @@ impl Mamba1 {
             bias: inputs.get("conv_bias"),
             initial_state: inputs.get("initial_conv_state"),
             layout,
+            packing: self.packing.as_ref(),
             ..CausalConv1d::new(&channels(&inputs["xz"], 0, self.dim)?, &inputs["conv_weight"])
         })?;
         let [delta, b, c] = self.coefficients(&conv.y, inputs)?;
@@ -349,6 +360,7 @@ impl Mamba1 {
             delta_softplus: self.delta_softplus,
             initial_state: inputs.get("initial_ssm_state"),
             layout,
+            packing: self.packing.as_ref(),
             ..SelectiveScan::new(&conv.y, &delta, &inputs["a"], &b, &c)
         })?;
         let y = match inputs.get("out_proj") {
@@ -399,6 +411,7 @@ pub trait Block: std::fmt::Debug + Clone + Sync {
     fn unfused(&self, inputs: &Tensors) -> Result<Tensors>;
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor>;
     fn with_seqlen(&self, seqlen: usize) -> Self;
+    fn with_packing(&self, packing: Option<Packing>) -> Self;
 }
 
 impl Block for Mamba1 {
@@ -422,6 +435,12 @@ impl Block for Mamba1 {
 
     fn with_seqlen(&self, seqlen: usize) -> Self {
         Self { seqlen, ..self.clone() }
+    }
+
+    fn with_packing(&self, packing: Option<Packing>) -> Self {
+        let (batch, seqlen) =
+            packing.as_ref().map_or((self.batch, self.seqlen), |packing| (packing.batch(), packing.seqlen()));
+        Self { batch, seqlen, packing, ..self.clone() }
     }
 }
 
@@ -447,6 +466,12 @@ impl Block for Mamba2 {
     fn with_seqlen(&self, seqlen: usize) -> Self {
         Self { seqlen, ..self.clone() }
     }
+
+    fn with_packing(&self, packing: Option<Packing>) -> Self {
+        let (batch, seqlen) =
+            packing.as_ref().map_or((self.batch, self.seqlen), |packing| (packing.batch(), packing.seqlen()));
+        Self { batch, seqlen, packing, ..self.clone() }
+    }
 }
 
 /// The laws with the block itself as the reference of finite differences, else with the ops one after another.
@@ -463,8 +488,8 @@ impl<B: Block, const ITSELF: bool> Op for Subject<B, ITSELF> {
         role(name)
     }
 
-    fn time_axis(_: &B, _: &str) -> Option<usize> {
-        None
+    fn time_axis(_: &B, name: &str) -> Option<usize> {
+        (name == B::MAIN || name == "y").then_some(1)
     }
 
     fn fused(case: &B, inputs: &Tensors) -> Result<Tensors> {
@@ -477,6 +502,12 @@ impl<B: Block, const ITSELF: bool> Op for Subject<B, ITSELF> {
 
     fn golden(_: &Golden) -> std::result::Result<(B, GoldenTensors), String> {
         Err("none".into())
+    }
+}
+
+impl<B: Block, const ITSELF: bool> laws::PackedOp for Subject<B, ITSELF> {
+    fn packed(case: &B, packing: Option<Packing>) -> B {
+        case.with_packing(packing)
     }
 }
 
@@ -495,6 +526,9 @@ fn mamba2_cases() -> Vec<Mamba2> {
     cases.push(Mamba2 { d_has_headdim: true, width: 3, ..Mamba2::new([2, 9, 2, 4, 2, 3]) });
     cases.push(Mamba2 { options: false, states: false, ..Mamba2::new([2, 9, 4, 4, 2, 3]) });
     cases.push(Mamba2 { dt_limit: (0.2, 0.7), chunk_size: 64, ..Mamba2::new([2, 70, 4, 4, 2, 3]) });
+    for packing in laws::packings().into_iter().skip(3) {
+        cases.push(Mamba2 { out_proj: true, ..Mamba2::new([0, 0, 4, 3, 2, 5]) }.with_packing(Some(packing)));
+    }
     cases
 }
 
@@ -506,6 +540,9 @@ fn mamba1_cases() -> Vec<Mamba1> {
     cases.push(Mamba1 { out_proj: true, ..Mamba1::new([2, 9, 6, 4, 1]) });
     cases.push(Mamba1 { options: false, states: false, width: 2, ..Mamba1::new([2, 9, 17, 16, 3]) });
     cases.push(Mamba1 { delta_softplus: false, ..Mamba1::new([2, 9, 6, 4, 2]) });
+    for packing in laws::packings().into_iter().skip(3) {
+        cases.push(Mamba1::new([0, 0, 6, 4, 2]).with_packing(Some(packing)));
+    }
     cases
 }
 
@@ -525,7 +562,15 @@ fn differentiate(run: impl Fn(&Tensors) -> Result<Tensors>, inputs: &Tensors) ->
         .reduce(|a, b| (a + b).unwrap())
         .unwrap();
     let store = loss.backward().unwrap();
-    let gradients = vars.iter().map(|(name, var)| ((*name).clone(), store.get(var).unwrap().clone()));
+    let gradients = vars.iter().map(|(name, var)| {
+        let gradient = match store.get(var) {
+            Some(gradient) => gradient.clone(),
+            // From padding nothing leads to an input in a reference.
+            None if var.dtype() == DType::F64 => var.zeros_like().unwrap(),
+            None => panic!("no gradient reached `{name}`"),
+        };
+        ((*name).clone(), gradient)
+    });
     (outputs.iter().map(|(name, y)| (name.clone(), y.detach())).collect(), gradients.collect())
 }
 
@@ -624,6 +669,15 @@ fn mamba1_prefill_and_decode() {
         Mamba1::new([2, 0, 6, 4, 2]),
         Mamba1 { out_proj: true, states: false, width: 3, ..Mamba1::new([1, 0, 17, 16, 1]) },
     ]);
+}
+
+#[test]
+fn packed() {
+    laws::packed::<Subject<Mamba2, false>>(&Mamba2::new([0, 0, 4, 3, 2, 5]));
+    let case = Mamba2 { norm: None, out_proj: true, chunk_size: 64, ..Mamba2::new([0, 0, 2, 5, 1, 3]) };
+    laws::packed::<Subject<Mamba2, false>>(&case);
+    laws::packed::<Subject<Mamba1, false>>(&Mamba1 { out_proj: true, ..Mamba1::new([0, 0, 6, 4, 2]) });
+    laws::packed::<Subject<Mamba1, false>>(&Mamba1 { states: false, ..Mamba1::new([0, 0, 5, 3, 1]) });
 }
 
 #[test]

@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use mamba_ops::{
-    Activation, CausalConv1d, CausalConv1dUpdate, SequenceLayout, causal_conv1d, causal_conv1d_update,
+    Activation, CausalConv1d, CausalConv1dUpdate, Packing, SequenceLayout, causal_conv1d,
+    causal_conv1d_update,
 };
 
-use crate::laws::{self, GoldenTensors, Op, Role, Tensors};
+use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
 use crate::support::tolerance::{self, max_error, relative_rms};
@@ -20,6 +21,7 @@ pub struct Case {
     pub state: bool,
     pub activation: Activation,
     pub layout: SequenceLayout,
+    pub packing: Option<Packing>,
 }
 
 use Activation::{Identity, Silu};
@@ -27,12 +29,13 @@ use SequenceLayout::{ChannelsFirst, ChannelsLast};
 
 pub struct Conv;
 
-fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> CausalConv1d<'a> {
+fn arguments<'a>(case: &'a Case, inputs: &'a Tensors) -> CausalConv1d<'a> {
     CausalConv1d {
         bias: inputs.get("bias"),
         initial_state: inputs.get("initial_state"),
         activation: case.activation,
         layout: case.layout,
+        packing: case.packing.as_ref(),
         ..CausalConv1d::new(&inputs["x"], &inputs["weight"])
     }
 }
@@ -53,7 +56,8 @@ impl Op for Conv {
             inputs.insert("bias".into(), random.normal(&[dim]));
         }
         if case.state {
-            inputs.insert("initial_state".into(), random.normal(&[batch, dim, width - 1]));
+            let sequences = case.packing.as_ref().map_or(batch, Packing::len);
+            inputs.insert("initial_state".into(), random.normal(&[sequences, dim, width - 1]));
         }
         inputs
     }
@@ -96,8 +100,17 @@ impl Op for Conv {
             state: tensors.inputs.contains_key("initial_state"),
             activation: activation(golden),
             layout: ChannelsFirst,
+            packing: laws::packing(golden),
         };
         Ok((case, tensors))
+    }
+}
+
+impl PackedOp for Conv {
+    fn packed(case: &Case, packing: Option<Packing>) -> Case {
+        let (batch, seqlen) =
+            packing.as_ref().map_or((case.batch, case.seqlen), |packing| (packing.batch(), packing.seqlen()));
+        Case { batch, seqlen, packing, ..case.clone() }
     }
 }
 
@@ -111,7 +124,7 @@ fn activation(golden: &Golden) -> Activation {
 
 fn case(sizes: [usize; 4], bias: bool, state: bool, activation: Activation, layout: SequenceLayout) -> Case {
     let [batch, dim, seqlen, width] = sizes;
-    Case { batch, dim, seqlen, width, bias, state, activation, layout }
+    Case { batch, dim, seqlen, width, bias, state, activation, layout, packing: None }
 }
 
 fn cases() -> Vec<Case> {
@@ -128,6 +141,9 @@ fn cases() -> Vec<Case> {
         cases.push(case([0, 4, 7, 4], true, true, Silu, layout));
         cases.push(case([3, 1, 40, 4], true, false, Silu, layout));
         cases.push(case([1, 70, 500, 4], true, true, Silu, layout));
+        for packing in laws::packings() {
+            cases.push(Conv::packed(&case([0, 5, 0, 4], true, true, Silu, layout), Some(packing)));
+        }
     }
     cases
 }
@@ -135,6 +151,18 @@ fn cases() -> Vec<Case> {
 #[test]
 fn reference() {
     laws::reference::<Conv>(&cases());
+}
+
+#[test]
+fn packed() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        for (width, bias, state, activation) in
+            [(4, true, true, Silu), (2, false, true, Identity), (8, true, false, Silu), (1, true, true, Silu)]
+        {
+            laws::packed::<Conv>(&case([0, 5, 0, width], bias, state, activation, layout));
+        }
+        laws::packed::<Conv>(&case([0, 530, 0, 4], true, true, Silu, layout));
+    }
 }
 
 #[test]
@@ -172,12 +200,13 @@ fn threads() {
 fn finite_differences() {
     let all = [ChannelsFirst, ChannelsLast]
         .map(|layout| [Silu, Identity].map(|act| case([2, 3, 6, 4], true, true, act, layout)));
-    laws::finite_differences::<Conv>(&all.concat());
+    let packed = Conv::packed(&case([0, 3, 0, 4], true, true, Silu, ChannelsLast), laws::packings().pop());
+    laws::finite_differences::<Conv>(&[all.concat(), vec![packed]].concat());
 }
 
 #[test]
 fn golden() {
-    assert_eq!(laws::golden::<Conv>("ops/causal_conv1d", &[]), 21);
+    assert_eq!(laws::golden::<Conv>("ops/causal_conv1d", &[]), 25);
 }
 
 /// The update moves the window and gives what the golden has, for one and several tokens.

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use mamba_ops::simd::Isa;
-use mamba_ops::{Activation, NormKind, SequenceLayout};
+use mamba_ops::{Activation, NormKind, PackedSequence, Packing, SequenceLayout};
 
 use crate::laws::{self, Op, Tensors};
 use crate::oracle::{self, Coefficient, Ssm};
@@ -67,6 +67,30 @@ fn options(count: usize) -> Factor {
     vec![1.0; count]
 }
 
+/// The packing of a case: each row one sequence, or cut at random, with some padding.
+pub fn cut([batch, seqlen]: [usize; 2], random: &mut Random) -> Packing {
+    let mut ids = vec![];
+    for _ in 0..batch {
+        let mut row: Vec<i64> = vec![];
+        while row.len() < seqlen {
+            let len = random.uniform(1.0, 2.0 + seqlen as f64 / 2.0) as usize;
+            // A run of padding now and then.
+            let id = if random.uniform(0.0, 1.0) < 0.2 { -1 } else { ids.len() as i64 + row.len() as i64 };
+            row.extend(std::iter::repeat_n(id, len.min(seqlen - row.len())));
+        }
+        ids.extend(row);
+    }
+    Packing::from_seq_idx(&Tensor::from_vec(ids, (batch, seqlen), &Device::Cpu).unwrap()).unwrap()
+}
+
+/// Where the sequences of a case lie.
+fn sequences(packing: Option<&Packing>, [batch, seqlen]: [usize; 2]) -> Vec<PackedSequence> {
+    match packing {
+        Some(packing) => packing.sequences().to_vec(),
+        None => (0..batch).map(|row| PackedSequence { row, start: 0, len: seqlen }).collect(),
+    }
+}
+
 fn outputs(y: Vec<f64>, state: Vec<f64>) -> Values {
     [("y".into(), y), ("final_state".into(), state)].into()
 }
@@ -81,6 +105,7 @@ pub fn ssd_oracle(case: &ssd::Case, inputs: &Tensors, cotangents: &Tensors) -> (
     let get = |name: &str| v.get(name).map(Vec::as_slice);
     let ssm = Ssm {
         batch: case.batch,
+        sequences: &sequences(case.packing.as_ref(), [case.batch, case.seqlen]),
         seqlen: case.seqlen,
         dim: case.nheads * case.headdim,
         d_state: case.d_state,
@@ -130,6 +155,7 @@ fn ssd_chunk_scan() {
         options(2), // bias and softplus
         options(2), // initial state
         options(2), // dt_limit
+        options(2), // packed
     ];
     let cases = cover(&factors, 1.5e6);
     println!("{} cases", cases.len());
@@ -143,6 +169,8 @@ fn ssd_chunk_scan() {
             state: level[8] == 1,
             dt_limit: [(0.0, f64::INFINITY), (0.02, 0.4)][level[9]],
             chunk_size: CHUNK,
+            packing: (level[10] == 1)
+                .then(|| cut([[0, 1, 3][level[4]], lengths[level[3]]], &mut Random::new(seed as u64))),
             ..ssd::Case::new([
                 [0, 1, 3][level[4]],
                 lengths[level[3]],
@@ -174,6 +202,7 @@ pub fn scan_oracle(case: &selective_scan::Case, inputs: &Tensors, cotangents: &T
     };
     let ssm = Ssm {
         batch: case.batch,
+        sequences: &sequences(case.packing.as_ref(), [case.batch, case.seqlen]),
         seqlen: case.seqlen,
         dim: case.dim,
         d_state: case.d_state,
@@ -251,6 +280,7 @@ fn selective_scan() {
         options(2), // bias
         options(2), // softplus
         options(2), // initial state
+        options(2), // packed
     ];
     let cases = cover(&factors, 1.5e6);
     println!("{} cases", cases.len());
@@ -264,6 +294,8 @@ fn selective_scan() {
             delta_bias: level[7] == 1,
             delta_softplus: level[8] == 1,
             state: level[9] == 1,
+            packing: (level[10] == 1)
+                .then(|| cut([[0, 1, 3][level[3]], lengths[level[2]]], &mut Random::new(seed as u64))),
             ..selective_scan::Case::new(
                 [[0, 1, 3][level[3]], dim, lengths[level[2]], states[level[0]]],
                 [ChannelsFirst, ChannelsLast][level[4]],
@@ -280,7 +312,7 @@ fn conv_oracle(case: &causal_conv1d::Case, inputs: &Tensors, cotangents: &Tensor
     let v = all_values(inputs);
     let x = last(&inputs["x"]);
     let conv = oracle::Conv {
-        batch: case.batch,
+        sequences: &sequences(case.packing.as_ref(), [case.batch, case.seqlen]),
         seqlen: case.seqlen,
         dim: case.dim,
         width: case.width,
@@ -315,6 +347,7 @@ fn causal_conv1d() {
         options(2), // activation
         options(2), // bias
         options(2), // initial state
+        options(2), // packed
     ];
     let cases = cover(&factors, 1.5e6);
     println!("{} cases", cases.len());
@@ -328,6 +361,8 @@ fn causal_conv1d() {
             state: level[7] == 1,
             activation: [Activation::Identity, Activation::Silu][level[5]],
             layout: [ChannelsFirst, ChannelsLast][level[4]],
+            packing: (level[8] == 1)
+                .then(|| cut([[0, 1, 3][level[3]], lengths[level[1]]], &mut Random::new(seed as u64))),
         };
         let inputs = causal_conv1d::Conv::inputs(&case, &mut Random::new(seed as u64));
         check::<causal_conv1d::Conv>(&case, &inputs, conv_oracle);
@@ -438,6 +473,7 @@ fn selective_state_update() {
         let ngroups = ngroups.unwrap_or(1);
         let ssm = Ssm {
             batch: case.batch,
+            sequences: &sequences(None, [case.batch, 1]),
             seqlen: 1,
             dim: nheads * headdim,
             d_state: case.d_state,

@@ -5,12 +5,13 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use mamba_ops::Packing;
 use mamba_ops::simd::Isa;
 
 use crate::support::golden::Golden;
 use crate::support::random::Random;
-use crate::support::tolerance::{self, max_error, of_rounding, relative_rms};
+use crate::support::tolerance::{self, max_error, of_rounding, relative_rms, values};
 
 /// Tensors by argument name.
 pub type Tensors = BTreeMap<String, Tensor>;
@@ -45,6 +46,18 @@ pub trait Op {
     fn reference(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
     /// The case of a golden file, with its tensors by our names; an error says why it does not apply.
     fn golden(golden: &Golden) -> std::result::Result<(Self::Case, GoldenTensors), String>;
+}
+
+/// An op that takes packed sequences: whatever is no parameter has an axis of time, or is a state of each sequence.
+/// (Halves are left to the law of reference: gradients of parts, each rounded, do not add up to that of the whole.)
+pub trait PackedOp: Op {
+    /// The case with the sizes of a packing.
+    fn packed(case: &Self::Case, packing: Option<Packing>) -> Self::Case;
+}
+
+/// The packing that a golden file was made with.
+pub fn packing(golden: &Golden) -> Option<Packing> {
+    golden.tensors.get("seq_idx").map(|ids| Packing::from_seq_idx(ids).unwrap())
 }
 
 /// The tensors of a golden file under our names.
@@ -253,6 +266,113 @@ pub fn split<O: Op>(case: &O::Case) {
         let got: Tensors = [("y".to_owned(), y), ("final_state".to_owned(), state.unwrap())].into();
         agree(&got, &whole, tolerance::FORWARD, &context);
     }
+}
+
+/// Sequences of all kinds: none at all, empty ones, shorter than a window, at the borders of tiles and chunks; rows with
+/// padding, and rows of nothing else.
+pub fn packings() -> Vec<Packing> {
+    let ids = |rows: &[&[(i64, usize)]]| {
+        let row =
+            |row: &&[(i64, usize)]| -> Vec<i64> { row.iter().flat_map(|&(id, len)| vec![id; len]).collect() };
+        let rows: Vec<Vec<i64>> = rows.iter().map(row).collect();
+        Packing::from_seq_idx(&Tensor::new(rows, &Device::Cpu).unwrap()).unwrap()
+    };
+    vec![
+        Packing::from_lengths(&[]),
+        Packing::from_lengths(&[0, 0]),
+        Packing::from_lengths(&[9]),
+        Packing::from_lengths(&[3, 0, 1, 2, 9, 0, 1]),
+        Packing::from_lengths(&[16, 15, 17, 1, 32]),
+        Packing::from_lengths(&[65, 64, 1, 63]),
+        ids(&[
+            &[(-1, 2), (5, 3), (-1, 1), (5, 7), (0, 4)],
+            &[(0, 17)],
+            &[(1, 1), (0, 15), (-7, 1)],
+            &[(-1, 17)],
+        ]),
+        ids(&[&[(-1, 5)], &[(-1, 5)]]),
+    ]
+}
+
+/// Packed sequences are what each of them is alone, in values, states and every gradient; padding has neither.
+pub fn packed<O: PackedOp>(case: &O::Case) {
+    for (seed, packing) in packings().into_iter().enumerate() {
+        let case = O::packed(case, Some(packing.clone()));
+        let inputs = O::inputs(&case, &mut Random::new(seed as u64));
+        for (dtype, forward, backward) in
+            [(DType::F64, 1e-12, 1e-11), (DType::F32, tolerance::FORWARD, tolerance::BACKWARD)]
+        {
+            let inputs = cast::<O>(&inputs, dtype).unwrap();
+            let outputs = O::fused(&case, &inputs).unwrap();
+            let cotangents = cotangents(&outputs, &mut Random::new(seed as u64 + 1)).unwrap();
+            let (want, want_gradients) = one_by_one::<O>(&case, &packing, &inputs, &cotangents);
+            for isa in if dtype == DType::F64 { vec![Isa::current()] } else { Isa::available() } {
+                let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
+                let (got, gradients) = isa
+                    .scope(|| differentiate(&|x| O::fused(&case, x), &inputs, &cotangents))
+                    .unwrap_or_else(|e| panic!("{context}: {e}"));
+                agree(&got, &want, forward, &context);
+                agree(&gradients, &want_gradients, backward, &format!("{context} gradient"));
+            }
+        }
+    }
+}
+
+/// Each sequence of a packing by itself: outputs, and the gradients added up.
+fn one_by_one<O: PackedOp>(
+    case: &O::Case,
+    packing: &Packing,
+    inputs: &Tensors,
+    cotangents: &Tensors,
+) -> (Tensors, Tensors) {
+    let zeros = |all: &Tensors| -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
+        all.iter().map(|(n, x)| (n.clone(), (x.dims().to_vec(), vec![0.0; x.elem_count()]))).collect()
+    };
+    let (mut outputs, mut gradients) = (zeros(&O::fused(case, inputs).unwrap()), zeros(inputs));
+    let is_state = |name: &str| name.starts_with("initial_") || name.starts_with("final_");
+    // The place of each element of a part in the whole.
+    let places = |name: &str, dims: &[usize], i: usize| -> Vec<u32> {
+        let all = Tensor::arange(0u32, dims.iter().product::<usize>() as u32, &Device::Cpu).unwrap();
+        let all = all.reshape(dims).unwrap();
+        let sequence = packing.sequences()[i];
+        let part = match (O::time_axis(case, name), is_state(name)) {
+            (Some(axis), _) => {
+                all.narrow(0, sequence.row, 1).unwrap().narrow(axis, sequence.start, sequence.len).unwrap()
+            }
+            (None, true) => all.narrow(0, i, 1).unwrap(),
+            (None, false) => all,
+        };
+        if part.elem_count() == 0 { vec![] } else { part.flatten_all().unwrap().to_vec1().unwrap() }
+    };
+    let part = |name: &str, x: &Tensor, i: usize| {
+        let (mut dims, sequence) = (x.dims().to_vec(), packing.sequences()[i]);
+        match (O::time_axis(case, name), is_state(name)) {
+            (Some(axis), _) => (dims[0], dims[axis]) = (1, sequence.len),
+            (None, true) => dims[0] = 1,
+            (None, false) => {}
+        }
+        let all = values(x);
+        let part: Vec<f64> = places(name, x.dims(), i).into_iter().map(|at| all[at as usize]).collect();
+        Tensor::from_vec(part, dims, &Device::Cpu).unwrap().to_dtype(x.dtype()).unwrap()
+    };
+    for i in 0..packing.len() {
+        let alone = O::packed(case, None);
+        let parts = |all: &Tensors| all.iter().map(|(name, x)| (name.clone(), part(name, x, i))).collect();
+        let (inputs, cotangents): (Tensors, Tensors) = (parts(inputs), parts(cotangents));
+        let (ys, grads) = differentiate(&|x| O::fused(&alone, x), &inputs, &cotangents).unwrap();
+        for (wholes, parts) in [(&mut outputs, ys), (&mut gradients, grads)] {
+            for (name, x) in parts {
+                let (dims, whole) = wholes.get_mut(&name).unwrap();
+                for (at, value) in places(&name, dims, i).into_iter().zip(values(&x)) {
+                    whole[at as usize] += value;
+                }
+            }
+        }
+    }
+    let tensors = |all: BTreeMap<String, (Vec<usize>, Vec<f64>)>| {
+        all.into_iter().map(|(n, (dims, v))| (n, Tensor::from_vec(v, dims, &Device::Cpu).unwrap())).collect()
+    };
+    (tensors(outputs), tensors(gradients))
 }
 
 /// Law 3: strided views give the bits that contiguous tensors give.

@@ -3,8 +3,9 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use mamba_ops::{
     Activation, CausalConv1d, CausalConv1dUpdate, GatedRmsNorm, Mamba1Inner, Mamba2SplitConv1dScan, Norm,
-    SelectiveScan, SelectiveStateUpdate, SequenceLayout, SsdChunkScan, causal_conv1d, causal_conv1d_update,
-    mamba1_inner, mamba2_split_conv1d_scan, norm, selective_scan, selective_state_update, ssd_chunk_scan,
+    Packing, SelectiveScan, SelectiveStateUpdate, SequenceLayout, SsdChunkScan, causal_conv1d,
+    causal_conv1d_update, mamba1_inner, mamba2_split_conv1d_scan, norm, selective_scan,
+    selective_state_update, ssd_chunk_scan,
 };
 
 use crate::laws::Tensors;
@@ -456,6 +457,33 @@ fn options() {
     let (state, token, token_dt, token_b) =
         (zeros(&[2, 4, 3, 6]), zeros(&[2, 4, 3]), zeros(&[2, 4]), zeros(&[2, 2, 6]));
     let update = SelectiveStateUpdate::new(&state, &token, &token_dt, &a, &token_b, &token_b);
+    // Packings of another batch, of more tokens, and of a row with padding that is too short.
+    let ids = Tensor::new(&[[0i64, 0, -1, 1], [2, 2, 2, 2]], &Device::Cpu).unwrap();
+    let padded = Packing::from_seq_idx(&ids).unwrap();
+    for packing in [Packing::from_lengths(&[5]), Packing::from_lengths(&[5, 5]), padded] {
+        let packing = Some(&packing);
+        let (xd, w) = (zeros(&[2, 6, 5]), zeros(&[6, 3]));
+        let conv = causal_conv1d(&CausalConv1d { packing, ..CausalConv1d::new(&xd, &w) });
+        fails(conv.map(drop), "causal_conv1d", "packing");
+        let (n, bc) = (zeros(&[6, 4]), zeros(&[2, 4, 5]));
+        let scan = SelectiveScan { packing, ..SelectiveScan::new(&xd, &xd, &n, &bc, &bc) };
+        fails(selective_scan(&scan).map(drop), "selective_scan", "packing");
+        fails(ssd_chunk_scan(&SsdChunkScan { packing, ..ssd }).map(drop), "ssd_chunk_scan", "packing");
+        let result = mamba2_split_conv1d_scan(&Mamba2SplitConv1dScan { packing, ..block }).map(drop);
+        fails(result, "mamba2_split_conv1d_scan", "packing");
+        let (xz, x_proj, dt_proj) = (zeros(&[2, 5, 12]), zeros(&[15, 6]), zeros(&[6, 7]));
+        let inner = Mamba1Inner { packing, ..Mamba1Inner::new(&xz, &w, &x_proj, &dt_proj, &n) };
+        fails(mamba1_inner(&inner).map(drop), "mamba1_inner", "packing");
+    }
+    // States are one a sequence.
+    let (x, packing) = (zeros(&[1, 6, 5]), Packing::from_lengths(&[2, 3]));
+    let (w, state) = (zeros(&[6, 3]), zeros(&[1, 6, 2]));
+    let args =
+        CausalConv1d { packing: Some(&packing), initial_state: Some(&state), ..CausalConv1d::new(&x, &w) };
+    let message = causal_conv1d(&args).unwrap_err().to_string();
+    let expected =
+        "causal_conv1d: `initial_state` has shape [1, 6, 2], expected (sequences 2, dim 6, width - 1 2)";
+    assert!(message.contains(expected), "{message}");
     let (nan, inf) = (f64::NAN, f64::INFINITY);
     for dt_limit in [(nan, 1.0), (0.0, nan), (1.0, 0.5), (inf, inf), (-inf, -inf), (inf, -inf)] {
         fails(ssd_chunk_scan(&SsdChunkScan { dt_limit, ..ssd }).map(drop), "ssd_chunk_scan", "dt_limit");

@@ -1,5 +1,7 @@
 //! The ops in `f64` as plain loops over numbers, forward and backward: no tensors, no graph, so sequences may be long.
 
+use mamba_ops::PackedSequence;
+
 /// `ln(1 + e^x)`.
 fn softplus(x: f64) -> f64 {
     if x > 30.0 { x + (-x).exp() } else { x.exp().ln_1p() }
@@ -30,6 +32,8 @@ pub enum Coefficient<'a> {
 /// Both state space models: channels with a state each; some parameters are shared by neighbouring channels.
 pub struct Ssm<'a> {
     pub batch: usize,
+    /// Where each sequence lies; where `batch` stands in the shape of a state, it is their number.
+    pub sequences: &'a [PackedSequence],
     pub seqlen: usize,
     pub dim: usize,
     pub d_state: usize,
@@ -77,12 +81,10 @@ impl Coefficient<'_> {
     }
 
     /// Where those of a channel and token begin.
-    fn start(&self, ssm: &Ssm, batch: usize, t: usize, channel: usize) -> usize {
+    fn start(&self, ssm: &Ssm, token: usize, channel: usize) -> usize {
         match self {
             Self::Constant(_) => channel * ssm.d_state,
-            Self::Varying(_, groups) => {
-                ((batch * ssm.seqlen + t) * groups + channel / (ssm.dim / groups)) * ssm.d_state
-            }
+            Self::Varying(_, groups) => (token * groups + channel / (ssm.dim / groups)) * ssm.d_state,
         }
     }
 }
@@ -102,7 +104,7 @@ impl Ssm<'_> {
     fn run(&self, cotangents: Option<(&[f64], &[f64])>) -> (Vec<f64>, Vec<f64>, SsmGradients) {
         let Self { batch, seqlen, dim, d_state: n, .. } = *self;
         let mut y = vec![0.0; batch * seqlen * dim];
-        let mut last = vec![0.0; batch * dim * n];
+        let mut last = vec![0.0; self.sequences.len() * dim * n];
         let mut g = SsmGradients {
             x: vec![0.0; self.x.len()],
             dt: vec![0.0; self.dt.len()],
@@ -119,10 +121,12 @@ impl Ssm<'_> {
         let mut history: Vec<f64> = vec![];
         let mut decays: Vec<f64> = vec![];
         let (b_values, c_values) = (self.b.values(), self.c.values());
-        for row in 0..batch * dim {
-            let (element, channel) = (row / dim, row % dim);
-            let at = |t: usize| (element * seqlen + t) * dim + channel;
-            let dt_at = |t: usize| (element * seqlen + t) * (dim / self.dt_share) + channel / self.dt_share;
+        for row in 0..self.sequences.len() * dim {
+            let (sequence, channel) = (self.sequences[row / dim], row % dim);
+            // Tokens of all rows before the first one of the sequence.
+            let (first, len) = (sequence.row * seqlen + sequence.start, sequence.len);
+            let at = |t: usize| (first + t) * dim + channel;
+            let dt_at = |t: usize| (first + t) * (dim / self.dt_share) + channel / self.dt_share;
             let raw =
                 |t: usize| self.dt[dt_at(t)] + self.dt_bias.map_or(0.0, |(v, share)| v[channel / share]);
             let delta = |t: usize| {
@@ -142,10 +146,10 @@ impl Ssm<'_> {
             }
             history.clear();
             decays.clear();
-            for t in 0..seqlen {
+            for t in 0..len {
                 let (delta, x) = (delta(t), self.x[at(t)]);
-                let b = &b_values[self.b.start(self, element, t, channel)..][..n];
-                let c = &c_values[self.c.start(self, element, t, channel)..][..n];
+                let b = &b_values[self.b.start(self, first + t, channel)..][..n];
+                let c = &c_values[self.c.start(self, first + t, channel)..][..n];
                 if cotangents.is_some() {
                     history.extend_from_slice(&h);
                 }
@@ -172,17 +176,17 @@ impl Ssm<'_> {
                 Some(cotangents) => cotangents,
                 None => {
                     if let Some(z) = self.z {
-                        (0..seqlen).for_each(|t| y[at(t)] *= silu(z[at(t)]));
+                        (0..len).for_each(|t| y[at(t)] *= silu(z[at(t)]));
                     }
                     decays.clear();
                     continue;
                 }
             };
             dh.copy_from_slice(&grad_state[row * n..][..n]);
-            for t in (0..seqlen).rev() {
+            for t in (0..len).rev() {
                 let (delta, x) = (delta(t), self.x[at(t)]);
                 let (b_start, c_start) =
-                    (self.b.start(self, element, t, channel), self.c.start(self, element, t, channel));
+                    (self.b.start(self, first + t, channel), self.c.start(self, first + t, channel));
                 let mut gy = grad_y[at(t)];
                 if let Some(z) = self.z {
                     let z = z[at(t)];
@@ -198,7 +202,7 @@ impl Ssm<'_> {
                 for i in 0..n {
                     let (ai, j) = if a.len() == 1 { (0, t) } else { (i, t * n + i) };
                     let (decay, b, c) = (decays[j], b_values[b_start + i], c_values[c_start + i]);
-                    let after = if t + 1 < seqlen { history[(t + 1) * n + i] } else { h[i] };
+                    let after = if t + 1 < len { history[(t + 1) * n + i] } else { h[i] };
                     dh[i] += gy * c;
                     g.c[c_start + i] += gy * after;
                     g.b[b_start + i] += dh[i] * delta * x;
@@ -228,7 +232,7 @@ impl Ssm<'_> {
 
 /// The depthwise convolution.
 pub struct Conv<'a> {
-    pub batch: usize,
+    pub sequences: &'a [PackedSequence],
     pub seqlen: usize,
     pub dim: usize,
     pub width: usize,
@@ -253,18 +257,19 @@ pub struct ConvGradients {
 impl Conv<'_> {
     /// `y`, the final window and the gradients of `Σ y · grad_y + Σ window · grad_state`.
     pub fn backward(&self, grad_y: &[f64], grad_state: &[f64]) -> (Vec<f64>, Vec<f64>, ConvGradients) {
-        let Self { batch, seqlen, dim, width, .. } = *self;
+        let Self { sequences, dim, width, .. } = *self;
         let mut y = vec![0.0; self.x.len()];
-        let mut last = vec![0.0; batch * dim * (width - 1)];
+        let mut last = vec![0.0; sequences.len() * dim * (width - 1)];
         let mut g = ConvGradients {
             x: vec![0.0; self.x.len()],
             weight: vec![0.0; self.weight.len()],
             bias: vec![0.0; self.bias.map_or(0, <[f64]>::len)],
             initial_state: vec![0.0; self.initial_state.map_or(0, <[f64]>::len)],
         };
-        for row in 0..batch * dim {
-            let (element, channel) = (row / dim, row % dim);
-            let at = |t: usize| (element * seqlen + t) * dim + channel;
+        for row in 0..sequences.len() * dim {
+            let (sequence, channel) = (sequences[row / dim], row % dim);
+            let (first, seqlen) = (sequence.row * self.seqlen + sequence.start, sequence.len);
+            let at = |t: usize| (first + t) * dim + channel;
             let window = |k: usize| row * (width - 1) + k;
             let before = |k: usize| self.initial_state.map_or(0.0, |state| state[window(k)]);
             let line: Vec<f64> =

@@ -1,9 +1,9 @@
 //! Cases of `selective_scan`.
 
 use candle_core::{DType, Device, Result, Tensor};
-use mamba_ops::{SelectiveScan, SequenceLayout, selective_scan};
+use mamba_ops::{Packing, SelectiveScan, SequenceLayout, selective_scan};
 
-use crate::laws::{self, GoldenTensors, Op, Role, Tensors};
+use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
 use crate::support::tolerance::{self, relative_rms, values};
@@ -25,6 +25,7 @@ pub struct Case {
     pub delta_softplus: bool,
     pub state: bool,
     pub layout: SequenceLayout,
+    pub packing: Option<Packing>,
 }
 
 impl Case {
@@ -42,13 +43,14 @@ impl Case {
             delta_softplus: true,
             state: true,
             layout,
+            packing: None,
         }
     }
 }
 
 pub struct Scan;
 
-fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> SelectiveScan<'a> {
+fn arguments<'a>(case: &'a Case, inputs: &'a Tensors) -> SelectiveScan<'a> {
     let get = |name: &str| &inputs[name];
     SelectiveScan {
         d: inputs.get("d"),
@@ -57,6 +59,7 @@ fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> SelectiveScan<'a> {
         delta_softplus: case.delta_softplus,
         initial_state: inputs.get("initial_state"),
         layout: case.layout,
+        packing: case.packing.as_ref(),
         ..SelectiveScan::new(get("u"), get("delta"), get("a"), get("b"), get("c"))
     }
 }
@@ -95,7 +98,8 @@ impl Op for Scan {
             inputs.insert("delta_bias".into(), random.tensor(&[dim], 0.0, 0.3));
         }
         if case.state {
-            inputs.insert("initial_state".into(), random.normal(&[batch, dim, d_state]));
+            let sequences = case.packing.as_ref().map_or(batch, Packing::len);
+            inputs.insert("initial_state".into(), random.normal(&[sequences, dim, d_state]));
         }
         inputs
     }
@@ -155,8 +159,17 @@ impl Op for Scan {
             delta_softplus: golden.flag("delta_softplus"),
             state: false,
             layout: ChannelsFirst,
+            packing: laws::packing(golden),
         };
         Ok((case, tensors))
+    }
+}
+
+impl PackedOp for Scan {
+    fn packed(case: &Case, packing: Option<Packing>) -> Case {
+        let (batch, seqlen) =
+            packing.as_ref().map_or((case.batch, case.seqlen), |packing| (packing.batch(), packing.seqlen()));
+        Case { batch, seqlen, packing, ..case.clone() }
     }
 }
 
@@ -180,6 +193,9 @@ fn cases() -> Vec<Case> {
         cases.push(Case { d: false, z: false, ..Case::new([2, 20, 70, 4], layout) });
         cases.push(Case { delta_bias: false, state: false, ..Case::new([1, 20, 70, 4], layout) });
         cases.push(Case { delta_softplus: false, ..Case::new([1, 20, 70, 4], layout) });
+        for packing in laws::packings() {
+            cases.push(Scan::packed(&Case::new([0, 18, 0, 3], layout), Some(packing)));
+        }
     }
     cases
 }
@@ -187,6 +203,18 @@ fn cases() -> Vec<Case> {
 #[test]
 fn reference() {
     laws::reference::<Scan>(&cases());
+}
+
+#[test]
+fn packed() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        for (b, c) in [(Some(1), Some(1)), (Some(2), Some(3)), (None, Some(1)), (Some(6), None), (None, None)]
+        {
+            laws::packed::<Scan>(&Case { b, c, ..Case::new([0, 6, 0, 3], layout) });
+        }
+        laws::packed::<Scan>(&Case { state: false, z: false, ..Case::new([0, 18, 0, 4], layout) });
+        laws::packed::<Scan>(&Case { d: false, delta_softplus: false, ..Case::new([0, 140, 0, 2], layout) });
+    }
 }
 
 #[test]
@@ -227,6 +255,7 @@ fn finite_differences() {
         cases.push(Case { b: None, c: Some(2), delta_softplus: false, ..Case::new([2, 4, 5, 3], layout) });
         cases.push(Case { b: Some(2), c: None, ..Case::new([2, 4, 5, 3], layout) });
     }
+    cases.push(Scan::packed(&Case::new([0, 4, 0, 3], ChannelsLast), Some(laws::packings()[3].clone())));
     laws::finite_differences::<Scan>(&cases);
 }
 

@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use mamba_ops::simd::Isa;
-use mamba_ops::{SsdChunkScan, ssd_chunk_scan};
+use mamba_ops::{Packing, SsdChunkScan, ssd_chunk_scan};
 
-use crate::laws::{self, GoldenTensors, Op, Role, Tensors};
+use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
 use crate::support::tolerance::{self, relative_rms, values};
@@ -25,6 +25,7 @@ pub struct Case {
     pub dt_limit: (f64, f64),
     pub chunk_size: usize,
     pub state: bool,
+    pub packing: Option<Packing>,
 }
 
 impl Case {
@@ -43,6 +44,7 @@ impl Case {
             dt_limit: (0.0, f64::INFINITY),
             chunk_size: 16,
             state: true,
+            packing: None,
         }
     }
 
@@ -54,7 +56,7 @@ impl Case {
 
 pub struct Ssd;
 
-fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> SsdChunkScan<'a> {
+fn arguments<'a>(case: &'a Case, inputs: &'a Tensors) -> SsdChunkScan<'a> {
     let get = |name: &str| &inputs[name];
     SsdChunkScan {
         d: inputs.get("d"),
@@ -64,6 +66,7 @@ fn arguments<'a>(case: &Case, inputs: &'a Tensors) -> SsdChunkScan<'a> {
         dt_limit: case.dt_limit,
         chunk_size: case.chunk_size,
         initial_state: inputs.get("initial_state"),
+        packing: case.packing.as_ref(),
         ..SsdChunkScan::new(get("x"), get("dt"), get("a"), get("b"), get("c"))
     }
 }
@@ -90,7 +93,8 @@ impl Op for Ssd {
             inputs.insert("dt_bias".into(), random.tensor(&[nheads], 0.0, 0.3));
         }
         if case.state {
-            inputs.insert("initial_state".into(), random.normal(&[batch, nheads, headdim, d_state]));
+            let sequences = case.packing.as_ref().map_or(batch, Packing::len);
+            inputs.insert("initial_state".into(), random.normal(&[sequences, nheads, headdim, d_state]));
         }
         inputs
     }
@@ -138,8 +142,17 @@ impl Op for Ssd {
             dt_limit: (low.parse().unwrap(), high.parse().unwrap()),
             chunk_size: golden.number("chunk_size").unwrap() as usize,
             state: has("initial_state"),
+            packing: laws::packing(golden),
         };
         Ok((case, tensors))
+    }
+}
+
+impl PackedOp for Ssd {
+    fn packed(case: &Case, packing: Option<Packing>) -> Case {
+        let (batch, seqlen) =
+            packing.as_ref().map_or((case.batch, case.seqlen), |packing| (packing.batch(), packing.seqlen()));
+        Case { batch, seqlen, packing, ..case.clone() }
     }
 }
 
@@ -164,12 +177,23 @@ fn cases() -> Vec<Case> {
     cases.push(Case::bare([2, 40, 4, 5, 2, 3]));
     cases.push(Case { z: true, ..Case::bare([2, 40, 4, 5, 2, 3]) });
     cases.push(Case { state: true, ..Case::bare([2, 40, 4, 5, 2, 3]) });
+    for packing in laws::packings() {
+        cases.push(Ssd::packed(&Case::new([0, 0, 6, 5, 2, 3]), Some(packing)));
+    }
     cases
 }
 
 #[test]
 fn reference() {
     laws::reference::<Ssd>(&cases());
+}
+
+#[test]
+fn packed() {
+    laws::packed::<Ssd>(&Case::new([0, 0, 4, 5, 2, 3]));
+    laws::packed::<Ssd>(&Case { chunk_size: 64, d: Some(2), ..Case::new([0, 0, 13, 3, 1, 17]) });
+    laws::packed::<Ssd>(&Case { chunk_size: 33, dt_limit: (0.1, 0.6), ..Case::new([0, 0, 6, 17, 6, 4]) });
+    laws::packed::<Ssd>(&Case::bare([0, 0, 4, 5, 2, 3]));
 }
 
 #[test]
@@ -200,12 +224,13 @@ fn finite_differences() {
         Case::new([2, 5, 4, 3, 2, 3]),
         Case { d: Some(2), dt_limit: (0.1, 0.4), ..Case::new([2, 5, 4, 3, 1, 3]) },
         Case::bare([2, 5, 2, 3, 1, 3]),
+        Ssd::packed(&Case::new([0, 0, 4, 3, 2, 3]), Some(laws::packings()[3].clone())),
     ]);
 }
 
 #[test]
 fn golden() {
-    assert_eq!(laws::golden::<Ssd>("ops/ssd", &[]), 32);
+    assert_eq!(laws::golden::<Ssd>("ops/ssd", &[]), 36);
 }
 
 fn cast(inputs: &Tensors, dtype: DType) -> Tensors {

@@ -2,6 +2,8 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
+use crate::packing::Packing;
+
 /// A named extent, as in `("batch", 2)`.
 pub(crate) type Dim = (&'static str, usize);
 
@@ -82,6 +84,19 @@ impl<'a> Checker<'a> {
             )
         }
         Ok(())
+    }
+
+    /// Whether the packing fits; what stands for the batch in the shapes of states.
+    pub(crate) fn packing(&self, packing: Option<&Packing>, batch: usize, seqlen: usize) -> Result<Dim> {
+        let Some(packing) = packing else { return Ok(("batch", batch)) };
+        self.require((packing.batch(), packing.seqlen()) == (batch, seqlen), || {
+            format!(
+                "`packing` is of (batch {}, seqlen {}), expected (batch {batch}, seqlen {seqlen})",
+                packing.batch(),
+                packing.seqlen()
+            )
+        })?;
+        Ok(("sequences", packing.len()))
     }
 
     /// The bounds of a step size.

@@ -25,6 +25,14 @@ impl SequenceLayout {
         }
     }
 
+    /// The axis of time of an activation.
+    pub(crate) fn time_axis(self) -> usize {
+        match self {
+            Self::ChannelsFirst => 2,
+            Self::ChannelsLast => 1,
+        }
+    }
+
     /// The inverse of [`dim_and_seqlen`](Self::dim_and_seqlen), for any pair.
     pub(crate) fn order<T>(self, dim: T, seqlen: T) -> [T; 2] {
         match self {

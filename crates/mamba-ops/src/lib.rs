@@ -55,6 +55,7 @@
 //!   runs its reference: plain tensor operations, right and slow.
 //! - The gradient of every input exists, through every output. An op without a backward refuses inputs that track.
 //! - A state that comes out may go in again: a sequence can be cut anywhere.
+//! - Sequences of different lengths may share a batch: [`Packing`] says where each of them lies.
 //! - The same inputs give the same bits, whatever the number of threads. [`simd::Isa`] says which instructions run.
 //! - Inputs may be strided. Wrong ones are errors that name op, argument, what came and what was expected.
 //!
@@ -72,6 +73,7 @@ pub mod linear;
 mod mamba1_inner;
 mod mamba2_split_conv1d_scan;
 pub mod norm;
+mod packing;
 mod projection;
 mod reference;
 pub mod selective_scan;
@@ -90,6 +92,7 @@ pub use mamba2_split_conv1d_scan::{
     GatedRmsNorm, Mamba2SplitConv1dScan, Mamba2SplitConv1dScanOutput, mamba2_split_conv1d_scan,
 };
 pub use norm::{Norm, NormKind, NormOutput, norm};
+pub use packing::{PackedSequence, Packing};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
 pub use selective_state_update::{SelectiveStateUpdate, selective_state_update};
 pub use ssd::{SsdChunkScan, SsdChunkScanOutput, ssd_chunk_scan};

@@ -6,6 +6,7 @@ use crate::args::{Checker, Dim};
 use crate::causal_conv1d::{CausalConv1d, causal_conv1d};
 use crate::checkpoint;
 use crate::layout::SequenceLayout;
+use crate::packing::Packing;
 use crate::projection::{channels, project};
 use crate::selective_scan::{SelectiveScan, selective_scan};
 
@@ -38,6 +39,8 @@ pub struct Mamba1Inner<'a> {
     pub initial_conv_state: Option<&'a Tensor>,
     /// The state before the first token, `(batch, dim, d_state)`; zeros if absent.
     pub initial_ssm_state: Option<&'a Tensor>,
+    /// Where sequences lie in the batch; each row is one if absent.
+    pub packing: Option<&'a Packing>,
 }
 
 impl<'a> Mamba1Inner<'a> {
@@ -62,19 +65,20 @@ impl<'a> Mamba1Inner<'a> {
             delta_softplus: true,
             initial_conv_state: None,
             initial_ssm_state: None,
+            packing: None,
         }
     }
 
     fn sizes(&self) -> Result<Sizes> {
         let check = Checker::new(OP, "xz", self.xz)?;
-        let [batch, _, channels] = check.main_dims(["batch", "seqlen", "2 dim"])?;
+        let [batch, seqlen, channels] = check.main_dims(["batch", "seqlen", "2 dim"])?;
         check.require(channels.is_multiple_of(2), || {
             format!("`xz` has shape {:?}, expected (batch, seqlen, 2 dim)", self.xz.dims())
         })?;
         let dim = channels / 2;
         let last = |x: &Tensor| x.dims().last().copied().unwrap_or(0);
         let (width, dt_rank, d_state) = (last(self.conv_weight), last(self.dt_proj), last(self.a));
-        let (b, d, n): (Dim, Dim, Dim) = (("batch", batch), ("dim", dim), ("d_state", d_state));
+        let (d, n): (Dim, Dim) = (("dim", dim), ("d_state", d_state));
         check.parameter("a", self.a, &[d, n])?;
         check.parameter("conv_weight", self.conv_weight, &[d, ("width", width)])?;
         check.require(width > 0, || "`conv_weight` has width 0, expected at least 1".into())?;
@@ -90,11 +94,12 @@ impl<'a> Mamba1Inner<'a> {
             let d_model = out_proj.dims().first().copied().unwrap_or(0);
             check.parameter("out_proj", out_proj, &[("d_model", d_model), d])?;
         }
+        let sequences = check.packing(self.packing, batch, seqlen)?;
         if let Some(state) = self.initial_conv_state {
-            check.state("initial_conv_state", state, &[b, d, ("width - 1", width - 1)])?;
+            check.state("initial_conv_state", state, &[sequences, d, ("width - 1", width - 1)])?;
         }
         if let Some(state) = self.initial_ssm_state {
-            check.state("initial_ssm_state", state, &[b, d, n])?;
+            check.state("initial_ssm_state", state, &[sequences, d, n])?;
         }
         Ok(Sizes { dim, d_state, dt_rank })
     }
@@ -118,6 +123,13 @@ struct Sizes {
     dt_rank: usize,
 }
 
+/// What the function needs besides tensors.
+struct Options {
+    sizes: Sizes,
+    delta_softplus: bool,
+    packing: Option<Packing>,
+}
+
 /// Runs a Mamba block from its first projection on: convolution, projections to `dt`, `B` and `C`, scan and gate, and
 /// the last projection if given.
 ///
@@ -130,11 +142,11 @@ struct Sizes {
 /// `conv_weight`: `(dim, width)` · `x_proj`: `(dt_rank + 2 · d_state, dim)` · `dt_proj`: `(dim, dt_rank)` · `a`:
 /// `(dim, d_state)` · `conv_bias`, `delta_bias`, `d`: `(dim,)` · `out_proj`: `(d_model, dim)` · `initial_conv_state`,
 /// `final_conv_state`: `(batch, dim, width - 1)` · `initial_ssm_state`, `final_ssm_state`: `(batch, dim, d_state)`, both
-/// always `f32` (`f64` if `xz` is).
+/// always `f32` (`f64` if `xz` is), and by sequence instead of batch with [`packing`](Packing).
 /// # Gradients
 /// For every input, through every output, by [`checkpoint`](crate::checkpoint()).
 /// # Errors
-/// If a shape, dtype or device disagrees with `xz`.
+/// If a shape, dtype, device or the packing disagrees with `xz`.
 /// # Example
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -156,7 +168,7 @@ struct Sizes {
 /// `mamba_inner_fn` in state-spaces/mamba.
 pub fn mamba1_inner(args: &Mamba1Inner) -> Result<Mamba1InnerOutput> {
     let sizes = args.sizes()?;
-    let delta_softplus = args.delta_softplus;
+    let options = Options { sizes, delta_softplus: args.delta_softplus, packing: args.packing.cloned() };
     let inputs = [
         Some(args.xz),
         Some(args.conv_weight),
@@ -170,7 +182,7 @@ pub fn mamba1_inner(args: &Mamba1Inner) -> Result<Mamba1InnerOutput> {
         args.initial_conv_state,
         args.initial_ssm_state,
     ];
-    let outputs = checkpoint::with_slots(OP, &inputs, move |inputs| forward(sizes, delta_softplus, inputs))?;
+    let outputs = checkpoint::with_slots(OP, &inputs, move |inputs| forward(&options, inputs))?;
     match <[Tensor; 3]>::try_from(outputs) {
         Ok([y, final_conv_state, final_ssm_state]) => {
             Ok(Mamba1InnerOutput { y, final_conv_state, final_ssm_state })
@@ -179,7 +191,7 @@ pub fn mamba1_inner(args: &Mamba1Inner) -> Result<Mamba1InnerOutput> {
     }
 }
 
-fn forward(sizes: Sizes, delta_softplus: bool, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> {
+fn forward(options: &Options, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> {
     let [xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, a, d, out_proj, conv_state, ssm_state] =
         inputs
     else {
@@ -190,12 +202,13 @@ fn forward(sizes: Sizes, delta_softplus: bool, inputs: &[Option<Tensor>]) -> Res
     else {
         bail!("{OP}: a required input is missing")
     };
-    let Sizes { dim, d_state, dt_rank } = sizes;
-    let layout = SequenceLayout::ChannelsLast;
+    let Sizes { dim, d_state, dt_rank } = options.sizes;
+    let (layout, packing) = (SequenceLayout::ChannelsLast, options.packing.as_ref());
     let conv = causal_conv1d(&CausalConv1d {
         bias: conv_bias.as_ref(),
         initial_state: conv_state.as_ref(),
         layout,
+        packing,
         ..CausalConv1d::new(&channels(xz, 0, dim)?, conv_weight)
     })?;
     let projected = project(&conv.y, x_proj)?;
@@ -204,9 +217,10 @@ fn forward(sizes: Sizes, delta_softplus: bool, inputs: &[Option<Tensor>]) -> Res
         d: d.as_ref(),
         z: Some(&channels(xz, dim, dim)?),
         delta_bias: delta_bias.as_ref(),
-        delta_softplus,
+        delta_softplus: options.delta_softplus,
         initial_state: ssm_state.as_ref(),
         layout,
+        packing,
         ..SelectiveScan::new(
             &conv.y,
             &delta,

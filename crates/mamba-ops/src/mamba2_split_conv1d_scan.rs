@@ -7,6 +7,7 @@ use crate::causal_conv1d::{CausalConv1d, causal_conv1d};
 use crate::checkpoint;
 use crate::layout::SequenceLayout;
 use crate::norm::{Norm, norm};
+use crate::packing::Packing;
 use crate::projection::{channels, project};
 use crate::ssd::{SsdChunkScan, ssd_chunk_scan};
 
@@ -46,6 +47,8 @@ pub struct Mamba2SplitConv1dScan<'a> {
     pub initial_conv_state: Option<&'a Tensor>,
     /// The state before the first token, `(batch, nheads, headdim, d_state)`; zeros if absent.
     pub initial_ssm_state: Option<&'a Tensor>,
+    /// Where sequences lie in the batch; each row is one if absent.
+    pub packing: Option<&'a Packing>,
 }
 
 /// The norm of [`Mamba2SplitConv1dScan`]: an RMSNorm gated by `silu(z)`.
@@ -80,6 +83,7 @@ impl<'a> Mamba2SplitConv1dScan<'a> {
             chunk_size: 64,
             initial_conv_state: None,
             initial_ssm_state: None,
+            packing: None,
         }
     }
 
@@ -136,12 +140,12 @@ impl<'a> Mamba2SplitConv1dScan<'a> {
         }
         check.dt_limit(self.dt_limit)?;
         check.require(self.chunk_size > 0, || "`chunk_size` is 0, expected at least 1".into())?;
-        let b: Dim = ("batch", batch);
+        let sequences = check.packing(self.packing, batch, seqlen)?;
         if let Some(state) = self.initial_conv_state {
-            check.state("initial_conv_state", state, &[b, conv_dim, ("width - 1", width - 1)])?;
+            check.state("initial_conv_state", state, &[sequences, conv_dim, ("width - 1", width - 1)])?;
         }
         if let Some(state) = self.initial_ssm_state {
-            let expected = [b, h, ("headdim", headdim), ("d_state", d_state)];
+            let expected = [sequences, h, ("headdim", headdim), ("d_state", d_state)];
             check.state("initial_ssm_state", state, &expected)?;
         }
         Ok(Sizes { batch, seqlen, nheads, headdim, ngroups, d_state })
@@ -170,7 +174,6 @@ struct Sizes {
 }
 
 /// What the function needs besides tensors.
-#[derive(Debug, Clone, Copy)]
 struct Options {
     sizes: Sizes,
     /// Eps, group size, norm before gate.
@@ -178,6 +181,7 @@ struct Options {
     dt_softplus: bool,
     dt_limit: (f64, f64),
     chunk_size: usize,
+    packing: Option<Packing>,
 }
 
 /// Runs a Mamba-2 block from its first projection on: convolution, scan, gate and norm, and the second projection if
@@ -194,11 +198,11 @@ struct Options {
 /// `conv_dim = d_ssm + 2 · ngroups · d_state` · `a`, `dt_bias`: `(nheads,)` · `d`: `(nheads,)` or `(nheads, headdim)` ·
 /// `norm.weight`: `(d_ssm,)` · `out_proj`: `(d_model, d_ssm)` · `initial_conv_state`, `final_conv_state`:
 /// `(batch, conv_dim, width - 1)` · `initial_ssm_state`, `final_ssm_state`: `(batch, nheads, headdim, d_state)`, both
-/// always `f32` (`f64` if `zxbcdt` is).
+/// always `f32` (`f64` if `zxbcdt` is), and by sequence instead of batch with [`packing`](Packing).
 /// # Gradients
 /// For every input, through every output, by [`checkpoint`](crate::checkpoint()).
 /// # Errors
-/// If a shape, dtype or device disagrees with `zxbcdt`, or an option makes no sense.
+/// If a shape, dtype, device or the packing disagrees with `zxbcdt`, or an option makes no sense.
 /// # Example
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
@@ -227,7 +231,8 @@ pub fn mamba2_split_conv1d_scan(args: &Mamba2SplitConv1dScan) -> Result<Mamba2Sp
     let Mamba2SplitConv1dScan { dt_softplus, dt_limit, chunk_size, .. } = *args;
     let norm =
         args.norm.map_or((0.0, None, false), |norm| (norm.eps, norm.group_size, norm.norm_before_gate));
-    let options = Options { sizes, norm, dt_softplus, dt_limit, chunk_size };
+    let packing = args.packing.cloned();
+    let options = Options { sizes, norm, dt_softplus, dt_limit, chunk_size, packing };
     let inputs = [
         Some(args.zxbcdt),
         Some(args.conv_weight),
@@ -266,6 +271,7 @@ fn forward(options: &Options, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> 
         bias: conv_bias.as_ref(),
         initial_state: conv_state.as_ref(),
         layout: SequenceLayout::ChannelsLast,
+        packing: options.packing.as_ref(),
         ..CausalConv1d::new(&channels(zxbcdt, d_ssm, d_ssm + 2 * bc)?, conv_weight)
     })?;
     let heads = |x: &Tensor| x.reshape((batch, seqlen, nheads, headdim));
@@ -280,6 +286,7 @@ fn forward(options: &Options, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> 
         dt_limit: options.dt_limit,
         chunk_size: options.chunk_size,
         initial_state: ssm_state.as_ref(),
+        packing: options.packing.as_ref(),
         ..SsdChunkScan::new(
             &heads(&channels(&conv.y, 0, d_ssm)?)?,
             &dt,

@@ -2,6 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
+use crate::reference::part;
+
 /// `x Wᵀ` over the last axis of `(batch, seqlen, in)`, in the dtype of `x`; `weight`: `(out, in)`.
 pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let ((batch, seqlen, d_in), d_out) = (x.dims3()?, weight.dim(0)?);
@@ -13,12 +15,7 @@ pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.reshape((batch * seqlen, d_in))?.matmul(&weight.t()?)?.reshape((batch, seqlen, d_out))
 }
 
-/// The channels `[start, start + len)` of `(batch, seqlen, channels)`; of an empty tensor a new one, for candle's views of
-/// it may begin past the end of its storage, and then panic.
+/// The channels `[start, start + len)` of `(batch, seqlen, channels)`.
 pub(crate) fn channels(x: &Tensor, start: usize, len: usize) -> Result<Tensor> {
-    let (batch, seqlen, _) = x.dims3()?;
-    if x.elem_count() == 0 {
-        return Tensor::zeros((batch, seqlen, len), x.dtype(), x.device());
-    }
-    x.narrow(2, start, len)
+    part(x, 2, start, len)
 }

@@ -1,6 +1,23 @@
-//! Elementwise functions of the references, differentiable everywhere and free of overflow.
+//! What the references are made of: elementwise functions, differentiable everywhere and free of overflow, and views that
+//! candle can read.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
+
+/// An input in the dtype of the computation. An empty one is made anew: a view of nothing may begin past the end of its
+/// storage, and candle then panics when it reads it.
+pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    if x.elem_count() == 0 { Tensor::zeros(x.shape(), dtype, x.device()) } else { x.to_dtype(dtype) }
+}
+
+/// The part `[start, start + len)` of an axis, which candle can read even if it is empty.
+pub(crate) fn part(x: &Tensor, axis: usize, start: usize, len: usize) -> Result<Tensor> {
+    if len > 0 && x.elem_count() > 0 {
+        return x.narrow(axis, start, len);
+    }
+    let mut dims = x.dims().to_vec();
+    dims[axis] = len;
+    Tensor::zeros(dims, x.dtype(), x.device())
+}
 
 /// `x · sigmoid(x)`.
 pub(crate) fn silu(x: &Tensor) -> Result<Tensor> {

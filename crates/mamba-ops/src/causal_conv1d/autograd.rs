@@ -8,6 +8,7 @@ use super::{CausalConv1d, CausalConv1dOutput, OP, Sizes, cpu, window_dtype};
 use crate::autograd::{self, Forward, FusedFn};
 use crate::host;
 use crate::layout::{Activation, SequenceLayout};
+use crate::packing::Packing;
 use crate::simd::Isa;
 
 // Slots of the inputs.
@@ -19,12 +20,14 @@ pub(super) const SLOTS: usize = 4;
 
 pub(super) struct Node {
     pub sizes: Sizes,
+    pub packing: Packing,
     pub layout: SequenceLayout,
     pub activation: Activation,
 }
 
 pub(super) fn apply(args: &CausalConv1d, sizes: Sizes) -> Result<CausalConv1dOutput> {
-    let node = Node { sizes, layout: args.layout, activation: args.activation };
+    let packing = args.packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
+    let node = Node { sizes, packing, layout: args.layout, activation: args.activation };
     let inputs = [Some(args.x), Some(args.weight), args.bias, args.initial_state];
     let [y, final_state] = autograd::apply(node, &inputs)?;
     Ok(CausalConv1dOutput { y, final_state })
@@ -43,6 +46,7 @@ impl Node {
         let initial_state = host::read_opt("initial_state", inputs[INITIAL_STATE].as_ref())?;
         f(&cpu::Conv {
             sizes: self.sizes,
+            packing: &self.packing,
             layout: self.layout,
             activation: self.activation,
             x: &x,

@@ -9,6 +9,7 @@ use pulp::{Simd, WithSimd};
 use super::Sizes;
 use crate::host::{SharedMut, add_rows, parallel, transposed, uninit};
 use crate::layout::{Activation, SequenceLayout};
+use crate::packing::{PackedSequence, Packing};
 use crate::simd::Isa;
 use crate::simd::slice::{axpy, dot, map2, map3, silu, silu_backward, sum};
 
@@ -22,6 +23,7 @@ const STRIP: usize = 512;
 #[derive(Clone, Copy)]
 pub(super) struct Conv<'a> {
     pub sizes: Sizes,
+    pub packing: &'a Packing,
     pub layout: SequenceLayout,
     pub activation: Activation,
     pub x: &'a [f32],
@@ -47,22 +49,23 @@ enum Wanted<'a> {
 }
 
 pub(super) fn forward(conv: &Conv, isa: Isa) -> Vec<f32> {
-    let Sizes { batch, dim, seqlen, .. } = conv.sizes;
-    let mut out = uninit(conv.x.len());
+    let Sizes { dim, sequences, .. } = conv.sizes;
+    let mut out = conv.packing.room(conv.x.len());
     let y = SharedMut::new(&mut out);
     match conv.layout {
-        SequenceLayout::ChannelsFirst => parallel(batch * dim, conv.operations(), |row| {
+        SequenceLayout::ChannelsFirst => parallel(sequences * dim, conv.operations(), |row| {
+            let (start, len) = conv.row(row);
             // SAFETY: rows do not overlap.
-            let y = unsafe { y.get(row * seqlen, seqlen) };
+            let y = unsafe { y.get(start, len) };
             isa.dispatch(ForwardRow { conv, row, y });
         }),
         SequenceLayout::ChannelsLast => {
-            let taps = Taps::new(conv);
-            parallel(batch * conv.blocks(), conv.operations(), |task| {
-                let (b, first, tokens) = conv.block(task);
+            let (taps, blocks) = (Taps::new(conv), conv.blocks());
+            parallel(blocks.len(), conv.operations(), |task| {
+                let block = blocks[task];
                 // SAFETY: blocks of tokens do not overlap.
-                let y = unsafe { y.get((b * seqlen + first) * dim, tokens * dim) };
-                isa.dispatch(ForwardBlock { conv, taps: &taps, b, first, y });
+                let y = unsafe { y.get(conv.at(&block.sequence, 0, block.first), block.tokens * dim) };
+                isa.dispatch(ForwardBlock { conv, taps: &taps, block, y });
             });
         }
     }
@@ -70,10 +73,10 @@ pub(super) fn forward(conv: &Conv, isa: Isa) -> Vec<f32> {
 }
 
 pub(super) fn backward(conv: &Conv, isa: Isa, grad_y: Option<&[f32]>, grad_state: Option<&[f32]>) -> Grads {
-    let Sizes { batch, dim, seqlen, width } = conv.sizes;
-    let mut x = uninit(conv.x.len());
+    let Sizes { dim, width, sequences, .. } = conv.sizes;
+    let mut x = conv.packing.room(conv.x.len());
     let (mut weight, mut bias) = (vec![0.0; dim * width], vec![0.0; dim]);
-    let mut initial_state = vec![0.0; batch * dim * (width - 1)];
+    let mut initial_state = vec![0.0; sequences * dim * (width - 1)];
     {
         let [dx, window] = [&mut x, &mut initial_state].map(|x| SharedMut::new(x));
         match conv.layout {
@@ -82,32 +85,31 @@ pub(super) fn backward(conv: &Conv, isa: Isa, grad_y: Option<&[f32]>, grad_state
                 parallel(dim, conv.operations() * 3, |c| {
                     // SAFETY: channels do not overlap.
                     let (dw, db) = unsafe { (dw.get(c * width, width), db.get(c, 1)) };
-                    for row in (0..batch).map(|b| b * dim + c) {
+                    for row in (0..sequences).map(|i| i * dim + c) {
+                        let (start, len) = conv.row(row);
                         // SAFETY: nor do rows.
-                        let (dx, window) = unsafe {
-                            (dx.get(row * seqlen, seqlen), window.get(row * (width - 1), width - 1))
-                        };
+                        let (dx, window) =
+                            unsafe { (dx.get(start, len), window.get(row * (width - 1), width - 1)) };
                         isa.dispatch(BackwardRow { conv, row, grad_y, dx, window, dw, db: &mut db[0] });
                     }
                 });
             }
             SequenceLayout::ChannelsLast => {
-                let (taps, tasks) = (Taps::new(conv), batch * conv.blocks());
+                let (taps, blocks) = (Taps::new(conv), conv.blocks());
                 // One partial sum a task, `(width + 1, dim)`, added in the order of tasks.
-                let mut partial = vec![0.0; tasks * (width + 1) * dim];
+                let mut partial = vec![0.0; blocks.len() * (width + 1) * dim];
                 let sums = SharedMut::new(&mut partial);
-                parallel(tasks, conv.operations() * 3, |task| {
-                    let (b, first, tokens) = conv.block(task);
+                parallel(blocks.len(), conv.operations() * 3, |task| {
+                    let block = blocks[task];
                     // SAFETY: blocks of tokens do not overlap, and each task has its own sums.
                     let (dx, sums) = unsafe {
                         let sums = sums.get(task * (width + 1) * dim, (width + 1) * dim);
-                        (dx.get((b * seqlen + first) * dim, tokens * dim), sums)
+                        (dx.get(conv.at(&block.sequence, 0, block.first), block.tokens * dim), sums)
                     };
                     isa.dispatch(BackwardBlock {
                         conv,
                         taps: &taps,
-                        b,
-                        first,
+                        block,
                         grad_y,
                         dx,
                         window: &window,
@@ -123,10 +125,11 @@ pub(super) fn backward(conv: &Conv, isa: Isa, grad_y: Option<&[f32]>, grad_state
     if let Some(grad_state) = grad_state {
         // The final window is the last width - 1 entries of (initial window, x).
         for (row, grads) in grad_state.chunks_exact((width - 1).max(1)).enumerate() {
+            let sequence = conv.sequence(row);
             for (i, grad) in grads.iter().enumerate() {
-                match (seqlen + i).checked_sub(width - 1) {
-                    Some(t) => x[conv.at(row / dim, row % dim, t)] += grad,
-                    None => initial_state[row * (width - 1) + seqlen + i] += grad,
+                match (sequence.len + i).checked_sub(width - 1) {
+                    Some(t) => x[conv.at(sequence, row % dim, t)] += grad,
+                    None => initial_state[row * (width - 1) + sequence.len + i] += grad,
                 }
             }
         }
@@ -189,31 +192,55 @@ fn step_rows(conv: &Conv, first: usize, width: usize, y: &mut [f32], state: &mut
 
 /// The last `width - 1` entries of (initial window, x), channels first.
 pub(super) fn final_state(conv: &Conv) -> Vec<f32> {
-    let Sizes { batch, dim, seqlen, width } = conv.sizes;
-    let mut state = uninit(batch * dim * (width - 1));
+    let Sizes { dim, width, sequences, .. } = conv.sizes;
+    let mut state = uninit(sequences * dim * (width - 1));
     for (row, window) in state.chunks_exact_mut((width - 1).max(1)).enumerate() {
-        let (b, c) = (row / dim, row % dim);
+        let sequence = conv.sequence(row);
         for (i, value) in window.iter_mut().enumerate() {
-            *value = match (seqlen + i).checked_sub(width - 1) {
-                Some(t) => conv.x[conv.at(b, c, t)],
-                None => conv.before(row, width - 1 - seqlen - i),
+            *value = match (sequence.len + i).checked_sub(width - 1) {
+                Some(t) => conv.x[conv.at(sequence, row % dim, t)],
+                None => conv.before(row, width - 1 - sequence.len - i),
             };
         }
     }
     state
 }
 
-impl Conv<'_> {
-    /// The place of channel `c` of token `t` in `x` and `y`.
-    fn at(&self, b: usize, c: usize, t: usize) -> usize {
+/// Neighbouring tokens of one sequence, channels last.
+#[derive(Clone, Copy)]
+struct Block {
+    /// The sequence, and its place among all.
+    sequence: PackedSequence,
+    index: usize,
+    first: usize,
+    tokens: usize,
+}
+
+impl<'a> Conv<'a> {
+    /// The place of channel `c` of token `t` of a sequence in `x` and `y`.
+    #[inline(always)]
+    fn at(&self, sequence: &PackedSequence, c: usize, t: usize) -> usize {
         let Sizes { dim, seqlen, .. } = self.sizes;
         match self.layout {
-            SequenceLayout::ChannelsFirst => (b * dim + c) * seqlen + t,
-            SequenceLayout::ChannelsLast => (b * seqlen + t) * dim + c,
+            SequenceLayout::ChannelsFirst => (sequence.row * dim + c) * seqlen + sequence.start + t,
+            SequenceLayout::ChannelsLast => (sequence.row * seqlen + sequence.start + t) * dim + c,
         }
     }
 
-    /// The input `m ≥ 1` tokens before the first one of row `(b, c)`.
+    /// The sequence of row `(sequence, channel)`.
+    #[inline(always)]
+    fn sequence(&self, row: usize) -> &'a PackedSequence {
+        &self.packing.sequences()[row / self.sizes.dim]
+    }
+
+    /// Where row `(sequence, channel)` begins in `x` and how long it is, channels first.
+    #[inline(always)]
+    fn row(&self, row: usize) -> (usize, usize) {
+        let sequence = self.sequence(row);
+        (self.at(sequence, row % self.sizes.dim, 0), sequence.len)
+    }
+
+    /// The input `m ≥ 1` tokens before the first one of row `(sequence, channel)`.
     fn before(&self, row: usize, m: usize) -> f32 {
         let window = self.sizes.width - 1;
         self.initial_state.map_or(0.0, |state| state[row * window + window - m])
@@ -223,15 +250,15 @@ impl Conv<'_> {
         self.x.len() * (self.sizes.width + 8)
     }
 
-    /// Tasks of a batch element, channels last.
-    fn blocks(&self) -> usize {
-        self.sizes.seqlen.div_ceil(TOKENS)
-    }
-
-    /// The batch element of a task, its first token and how many it has.
-    fn block(&self, task: usize) -> (usize, usize, usize) {
-        let first = task % self.blocks() * TOKENS;
-        (task / self.blocks(), first, TOKENS.min(self.sizes.seqlen - first))
+    /// The tasks, channels last; an empty sequence has none.
+    fn blocks(&self) -> Vec<Block> {
+        let mut blocks = vec![];
+        for (index, &sequence) in self.packing.sequences().iter().enumerate() {
+            for first in (0..sequence.len).step_by(TOKENS) {
+                blocks.push(Block { sequence, index, first, tokens: TOKENS.min(sequence.len - first) });
+            }
+        }
+        blocks
     }
 
     /// From sums over taps, in place, to what is wanted, at `at` in the layout of `y`.
@@ -254,8 +281,9 @@ impl Conv<'_> {
 /// `bias + Σ_m w_m x_{t-m}` and what is wanted of it.
 #[inline(always)]
 fn convolve_row<S: Simd>(simd: S, conv: &Conv, row: usize, wanted: Wanted, y: &mut [f32]) {
-    let Sizes { dim, seqlen, width, .. } = conv.sizes;
-    let x = &conv.x[row * seqlen..][..seqlen];
+    let Sizes { dim, width, .. } = conv.sizes;
+    let (start, len) = conv.row(row);
+    let x = &conv.x[start..][..len];
     let weight = &conv.weight[row % dim * width..][..width];
     for (i, y) in y.chunks_mut(STRIP).enumerate() {
         let first = i * STRIP;
@@ -269,7 +297,7 @@ fn convolve_row<S: Simd>(simd: S, conv: &Conv, row: usize, wanted: Wanted, y: &m
                 axpy(simd, &mut y[split..], w, &x[from..]);
             }
         }
-        conv.finish(simd, wanted, row * seqlen + first, y);
+        conv.finish(simd, wanted, start + first, y);
     }
 }
 
@@ -300,17 +328,18 @@ impl WithSimd for BackwardRow<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { conv, row, grad_y, dx, window, dw, db } = self;
-        let Sizes { dim, seqlen, width, .. } = conv.sizes;
+        let Sizes { dim, width, .. } = conv.sizes;
         convolve_row(simd, conv, row, Wanted::Gradient(grad_y), dx); // g
-        let x = &conv.x[row * seqlen..][..seqlen];
+        let (start, len) = conv.row(row);
+        let x = &conv.x[start..][..len];
         *db += sum(simd, dx);
         for (m, dw) in dw.iter_mut().rev().enumerate() {
-            let split = m.min(seqlen);
+            let split = m.min(len);
             let before: f32 = (0..split).map(|t| dx[t] * conv.before(row, m - t)).sum();
-            *dw += before + dot(simd, &dx[split..], &x[..seqlen - split]);
+            *dw += before + dot(simd, &dx[split..], &x[..len - split]);
         }
         let weight = &conv.weight[row % dim * width..][..width];
-        window_gradients(weight, seqlen, |t| dx[t], window);
+        window_gradients(weight, len, |t| dx[t], window);
         correlate(simd, weight, dx);
     }
 }
@@ -351,27 +380,27 @@ fn window_gradients(weight: &[f32], seqlen: usize, g: impl Fn(usize) -> f32, win
 struct Taps {
     /// `(width, dim)`.
     weight: Vec<f32>,
-    /// `(batch, width - 1, dim)`.
+    /// `(sequences, width - 1, dim)`.
     windows: Vec<f32>,
 }
 
 impl Taps {
     fn new(conv: &Conv) -> Self {
-        let Sizes { batch, dim, width, .. } = conv.sizes;
+        let Sizes { dim, width, sequences, .. } = conv.sizes;
         let windows = match conv.initial_state {
             Some(state) => transposed(state, dim, width - 1),
-            None => vec![0.0; batch * dim * (width - 1)],
+            None => vec![0.0; sequences * dim * (width - 1)],
         };
         Self { weight: transposed(conv.weight, dim, width), windows }
     }
 
     /// The channels from `start` of the token `m` before token `t`, from the input or from the window.
     #[inline(always)]
-    fn token<'a>(&'a self, conv: &Conv<'a>, b: usize, t: usize, m: usize, start: usize) -> &'a [f32] {
-        let Sizes { dim, seqlen, width, .. } = conv.sizes;
+    fn token<'a>(&'a self, conv: &Conv<'a>, block: &Block, t: usize, m: usize, start: usize) -> &'a [f32] {
+        let Sizes { dim, width, .. } = conv.sizes;
         match t.checked_sub(m) {
-            Some(t) => &conv.x[(b * seqlen + t) * dim + start..],
-            None => &self.windows[(b * (width - 1) + width - 1 + t - m) * dim + start..],
+            Some(t) => &conv.x[conv.at(&block.sequence, start, t)..],
+            None => &self.windows[(block.index * (width - 1) + width - 1 + t - m) * dim + start..],
         }
     }
 
@@ -381,40 +410,40 @@ impl Taps {
         &self,
         simd: S,
         conv: &Conv,
-        [b, t, start]: [usize; 3],
+        block: &Block,
+        [t, start]: [usize; 2],
         wanted: Wanted,
         y: &mut [f32],
     ) {
-        let Sizes { dim, seqlen, .. } = conv.sizes;
         match conv.bias {
             Some(bias) => y.copy_from_slice(&bias[start..start + y.len()]),
             None => y.fill(0.0),
         }
-        for (m, w) in self.weight.chunks_exact(dim).rev().enumerate() {
-            let x = self.token(conv, b, t, m, start);
+        for (m, w) in self.weight.chunks_exact(conv.sizes.dim).rev().enumerate() {
+            let x = self.token(conv, block, t, m, start);
             map3(simd, y, &w[start..], x, |y, w, x| simd.mul_add_e_f32s(w, x, y));
         }
-        conv.finish(simd, wanted, (b * seqlen + t) * dim + start, y);
+        conv.finish(simd, wanted, conv.at(&block.sequence, start, t), y);
     }
 }
 
 struct ForwardBlock<'a> {
     conv: &'a Conv<'a>,
     taps: &'a Taps,
-    b: usize,
-    first: usize,
+    block: Block,
     y: &'a mut [f32],
 }
 impl WithSimd for ForwardBlock<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { conv, taps, b, first, y } = self;
+        let Self { conv, taps, block, y } = self;
         let dim = conv.sizes.dim;
         for start in (0..dim).step_by(STRIP) {
             let end = dim.min(start + STRIP);
             for (i, y) in y.chunks_exact_mut(dim).enumerate() {
-                taps.convolve(simd, conv, [b, first + i, start], Wanted::Output, &mut y[start..end]);
+                let at = [block.first + i, start];
+                taps.convolve(simd, conv, &block, at, Wanted::Output, &mut y[start..end]);
             }
         }
     }
@@ -423,8 +452,7 @@ impl WithSimd for ForwardBlock<'_> {
 struct BackwardBlock<'a> {
     conv: &'a Conv<'a>,
     taps: &'a Taps,
-    b: usize,
-    first: usize,
+    block: Block,
     grad_y: Option<&'a [f32]>,
     dx: &'a mut [f32],
     window: &'a SharedMut<'a>,
@@ -435,24 +463,24 @@ impl WithSimd for BackwardBlock<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { conv, taps, b, first, grad_y, dx, window, sums } = self;
-        let Sizes { dim, seqlen, width, .. } = conv.sizes;
+        let Self { conv, taps, block, grad_y, dx, window, sums } = self;
+        let (Sizes { dim, width, .. }, first) = (conv.sizes, block.first);
         let (weight_sums, bias_sums) = sums.split_at_mut(width * dim);
         // g of the tokens of this block and of those that reach back into it.
-        let reach = (TOKENS + width - 1).min(seqlen - first);
+        let reach = (TOKENS + width - 1).min(block.sequence.len - first);
         let mut strip = uninit(reach * STRIP.min(dim));
         for start in (0..dim).step_by(STRIP) {
             let end = dim.min(start + STRIP);
             let columns = end - start;
             for (i, g) in strip.chunks_exact_mut(columns).take(reach).enumerate() {
-                taps.convolve(simd, conv, [b, first + i, start], Wanted::Gradient(grad_y), g);
+                taps.convolve(simd, conv, &block, [first + i, start], Wanted::Gradient(grad_y), g);
             }
             for (i, dx) in dx.chunks_exact_mut(dim).enumerate() {
                 let (dx, g) = (&mut dx[start..end], &strip[i * columns..]);
                 map2(simd, &mut bias_sums[start..end], g, |sum, g| simd.add_f32s(sum, g));
                 dx.fill(0.0);
                 for m in 0..width {
-                    let (w, x) = ((width - 1 - m) * dim, taps.token(conv, b, first + i, m, start));
+                    let (w, x) = ((width - 1 - m) * dim, taps.token(conv, &block, first + i, m, start));
                     let sums = &mut weight_sums[w + start..w + end];
                     map3(simd, sums, g, x, |sum, g, x| simd.mul_add_e_f32s(g, x, sum));
                     if i + m < reach {
@@ -463,10 +491,11 @@ impl WithSimd for BackwardBlock<'_> {
             }
             if first == 0 {
                 for c in start..end {
-                    // SAFETY: the first block of each batch element writes its windows.
-                    let window = unsafe { window.get((b * dim + c) * (width - 1), width - 1) };
+                    // SAFETY: the first block of each sequence writes its windows.
+                    let window = unsafe { window.get((block.index * dim + c) * (width - 1), width - 1) };
                     let weight = &conv.weight[c * width..][..width];
-                    window_gradients(weight, seqlen, |t| strip[t * columns + c - start], window);
+                    let g = |t: usize| strip[t * columns + c - start];
+                    window_gradients(weight, block.sequence.len, g, window);
                 }
             }
         }

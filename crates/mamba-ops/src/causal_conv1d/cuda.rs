@@ -138,7 +138,7 @@ fn run(gpu: &Gpu, sizes: Sizes, packs: usize, longest: usize) -> usize {
 }
 
 fn arguments(node: &Node, [x, weight, bias, initial_state]: [Pointer; SLOTS], run: usize) -> Result<Conv> {
-    let Sizes { batch, dim, seqlen, width } = node.sizes;
+    let Sizes { batch, dim, seqlen, width, .. } = node.sizes;
     let [batch, dim, seqlen, width] = [int(OP, batch)?, int(OP, dim)?, int(OP, seqlen)?, int(OP, width)?];
     let silu = i32::from(node.activation == Activation::Silu);
     let (x, initial_state, run) = (x.address, initial_state.address, run as i32);
@@ -204,7 +204,7 @@ pub(super) fn backward(
     grads: &[Option<Tensor>; 2],
 ) -> Result<[Option<Tensor>; SLOTS]> {
     let x = host::slot(OP, inputs, X)?;
-    let Sizes { batch, dim, seqlen, width } = node.sizes;
+    let Sizes { batch, dim, seqlen, width, .. } = node.sizes;
     let [a, b, c, d] = inputs.each_ref().map(Option::as_ref);
     device::pointers(OP, [a, b, c, d, grads[0].as_ref(), grads[1].as_ref()], |gpu, pointers| {
         let [px, weight, bias, initial_state, grad_y, grad_state] = pointers;
@@ -262,7 +262,7 @@ pub(super) fn backward(
 }
 
 pub(super) fn update(args: &CausalConv1dUpdate, sizes: Sizes) -> Result<Tensor> {
-    let Sizes { batch, dim, seqlen, width } = sizes;
+    let Sizes { batch, dim, seqlen, width, .. } = sizes;
     let CausalConv1dUpdate { x, state, weight, bias, activation, layout } = *args;
     device::pointers(UPDATE_OP, [Some(x), Some(weight), bias], |gpu, [px, weight, bias]| {
         let y = gpu.buffer(x.dtype(), x.elem_count())?;

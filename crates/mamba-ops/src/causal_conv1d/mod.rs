@@ -8,8 +8,9 @@ pub mod reference;
 
 use candle_core::{DType, Result, Tensor};
 
-use crate::args::Checker;
+use crate::args::{Checker, Dim};
 use crate::layout::{Activation, SequenceLayout};
+use crate::packing::Packing;
 use crate::simd::Isa;
 use crate::{args, host};
 
@@ -31,13 +32,24 @@ pub struct CausalConv1d<'a> {
     pub activation: Activation,
     /// How `x` and `y` are laid out.
     pub layout: SequenceLayout,
+    /// Where sequences lie in the batch; each row is one if absent.
+    pub packing: Option<&'a Packing>,
 }
 
 impl<'a> CausalConv1d<'a> {
     /// The required arguments; everything else absent, SiLU, channels first.
     pub fn new(x: &'a Tensor, weight: &'a Tensor) -> Self {
         let (activation, layout) = (Activation::default(), SequenceLayout::default());
-        Self { x, weight, bias: None, initial_state: None, activation, layout }
+        Self { x, weight, bias: None, initial_state: None, activation, layout, packing: None }
+    }
+
+    /// Whether there are fused kernels; those for GPUs take filters that are not wide, and sequences that are not packed.
+    fn fused(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if self.x.device().is_cuda() && (self.weight.dims()[1] > cuda::WIDEST || self.packing.is_some()) {
+            return false;
+        }
+        args::fused(self.x)
     }
 
     /// Checks the arguments; `op` and `state_name` are the names in errors.
@@ -54,11 +66,12 @@ impl<'a> CausalConv1d<'a> {
         if let Some(bias) = self.bias {
             check.parameter("bias", bias, &[("dim", dim)])?;
         }
+        let sequences: Dim = check.packing(self.packing, batch, seqlen)?;
         if let Some(state) = self.initial_state {
             let window = ("width - 1", width - 1);
-            check.state(state_name, state, &[("batch", batch), ("dim", dim), window])?;
+            check.state(state_name, state, &[sequences, ("dim", dim), window])?;
         }
-        Ok(Sizes { batch, dim, seqlen, width })
+        Ok(Sizes { batch, dim, seqlen, width, sequences: sequences.1 })
     }
 }
 
@@ -67,7 +80,7 @@ impl<'a> CausalConv1d<'a> {
 pub struct CausalConv1dOutput {
     /// The shape and dtype of `x`.
     pub y: Tensor,
-    /// The last `width - 1` inputs, oldest first, `(batch, dim, width - 1)`, `f32`.
+    /// The last `width - 1` inputs of each sequence, oldest first, `(batch, dim, width - 1)`, `f32`.
     pub final_state: Tensor,
 }
 
@@ -77,6 +90,8 @@ struct Sizes {
     dim: usize,
     seqlen: usize,
     width: usize,
+    /// As many as there are states: the batch, unless it is packed.
+    sequences: usize,
 }
 
 /// Convolves each channel with its own causal filter.
@@ -87,12 +102,12 @@ struct Sizes {
 /// # Shapes
 /// `x`, `y`: `(batch, dim, seqlen)`, or `(batch, seqlen, dim)` with [`SequenceLayout::ChannelsLast`] ·
 /// `weight`: `(dim, width)`, any width from 1 · `bias`: `(dim,)` · `initial_state`, `final_state`:
-/// `(batch, dim, width - 1)`, `f32` (`f64` if `x` is). `x` is f32, f16, bf16 or f64; arithmetic is `f32` (`f64` for
+/// `(batch, dim, width - 1)`, or `(sequences, dim, width - 1)` with [`packing`](Packing), `f32` (`f64` if `x` is). `x` is f32, f16, bf16 or f64; arithmetic is `f32` (`f64` for
 /// `f64`).
 /// # Gradients
 /// For `x`, `weight`, `bias` and `initial_state`, through `y` and through `final_state`.
 /// # Errors
-/// If a shape, dtype or device disagrees with `x`.
+/// If a shape, dtype, device or the packing disagrees with `x`.
 /// # Example
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -115,7 +130,7 @@ struct Sizes {
 /// `causal_conv1d_ref` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let sizes = args.sizes(OP, "initial_state")?;
-    if sizes.fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if args.fused() { autograd::apply(args, sizes) } else { reference::forward(args) }
 }
 
 /// Arguments of [`causal_conv1d_update`]; see there for shapes.
@@ -165,11 +180,12 @@ pub struct CausalConv1dUpdate<'a> {
 /// `causal_conv1d_update` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
     let CausalConv1dUpdate { x, state, weight, bias, activation, layout } = *args;
-    let forward = CausalConv1d { x, weight, bias, initial_state: Some(state), activation, layout };
+    let forward =
+        CausalConv1d { x, weight, bias, initial_state: Some(state), activation, layout, packing: None };
     let sizes = forward.sizes(UPDATE_OP, "state")?;
     let check = Checker::new(UPDATE_OP, "x", x)?;
     check.in_place(state, &[("x", Some(x)), ("weight", Some(weight)), ("bias", bias)])?;
-    if !sizes.fused(x) {
+    if !forward.fused() {
         let CausalConv1dOutput { y, final_state } = reference::forward(&forward)?;
         state.slice_set(&final_state.contiguous()?, 0, 0)?;
         return Ok(y);
@@ -179,17 +195,19 @@ pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
         return cuda::update(args, sizes);
     }
     let (x, weight) = (host::read("x", x)?, host::read("weight", weight)?);
-    let bias = host::read_opt("bias", bias)?;
+    let (bias, packing) = (host::read_opt("bias", bias)?, Packing::rows(sizes.batch, sizes.seqlen));
+    let packing = &packing;
     let y = host::modify(UPDATE_OP, state, |state| {
         if sizes.seqlen == 1 {
             // Of one token both layouts are the same.
             let (x, weight, bias, initial_state) = (&*x, &*weight, bias.as_deref(), None);
-            let conv = cpu::Conv { sizes, layout, activation, x, weight, bias, initial_state };
+            let conv = cpu::Conv { sizes, packing, layout, activation, x, weight, bias, initial_state };
             return Ok(cpu::step(&conv, Isa::current(), state));
         }
         let initial_state = Some(&*state);
         let conv = cpu::Conv {
             sizes,
+            packing,
             layout,
             activation,
             x: &x,
@@ -205,17 +223,8 @@ pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
 }
 
 impl Sizes {
-    /// Whether there are fused kernels; those for GPUs take filters that are not wide.
-    fn fused(self, x: &Tensor) -> bool {
-        #[cfg(feature = "cuda")]
-        if x.device().is_cuda() && self.width > cuda::WIDEST {
-            return false;
-        }
-        args::fused(x)
-    }
-
     fn state_shape(&self) -> (usize, usize, usize) {
-        (self.batch, self.dim, self.width - 1)
+        (self.sequences, self.dim, self.width - 1)
     }
 }
 

@@ -4,15 +4,27 @@ use candle_core::{Result, Tensor};
 
 use super::{CausalConv1d, CausalConv1dOutput, window_dtype};
 use crate::layout::{Activation, SequenceLayout};
-use crate::reference::silu;
+use crate::packing::state_of;
+use crate::reference::{cast, part, silu};
 
 /// `y_t = activation(bias + Σ_k weight[k] · x_{t - width + 1 + k})`, for any device and dtype; differentiable.
+/// Packed sequences run one by one.
 ///
 /// # Errors
 /// If candle refuses an operation; shapes are checked by [`causal_conv1d`](super::causal_conv1d).
 pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let dtype = window_dtype(args.x);
-    let x = args.x.to_dtype(dtype)?;
+    if let Some(packing) = args.packing {
+        let (axis, (dim, width)) = (args.layout.time_axis(), args.weight.dims2()?);
+        let (y, final_state) =
+            packing.one_by_one(args.x, axis, (&[dim, width - 1], dtype), |sequence, i| {
+                let (x, state) = (sequence.of(args.x, axis)?, state_of(args.initial_state, i)?);
+                let alone = CausalConv1d { x: &x, initial_state: state.as_ref(), packing: None, ..*args };
+                forward(&alone).map(|output| (output.y, output.final_state))
+            })?;
+        return Ok(CausalConv1dOutput { y, final_state });
+    }
+    let x = cast(args.x, dtype)?;
     let x = match args.layout {
         SequenceLayout::ChannelsFirst => x,
         SequenceLayout::ChannelsLast => x.transpose(1, 2)?,
@@ -20,18 +32,18 @@ pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let (batch, dim, seqlen) = x.dims3()?;
     let width = args.weight.dim(1)?;
     let window = match args.initial_state {
-        Some(state) => state.to_dtype(dtype)?,
+        Some(state) => cast(state, dtype)?,
         None => Tensor::zeros((batch, dim, width - 1), dtype, x.device())?,
     };
     let extended = Tensor::cat(&[&window, &x.contiguous()?], 2)?;
-    let weight = args.weight.to_dtype(dtype)?;
+    let weight = cast(args.weight, dtype)?;
     let mut y = match args.bias {
-        Some(bias) => bias.to_dtype(dtype)?.reshape((1, dim, 1))?.broadcast_as((batch, dim, seqlen))?,
+        Some(bias) => cast(bias, dtype)?.reshape((1, dim, 1))?.broadcast_as((batch, dim, seqlen))?,
         None => Tensor::zeros((batch, dim, seqlen), dtype, x.device())?,
     };
     for k in 0..width {
-        let tap = weight.narrow(1, k, 1)?.reshape((1, dim, 1))?;
-        y = (y + extended.narrow(2, k, seqlen)?.broadcast_mul(&tap)?)?;
+        let tap = part(&weight, 1, k, 1)?.reshape((1, dim, 1))?;
+        y = (y + part(&extended, 2, k, seqlen)?.broadcast_mul(&tap)?)?;
     }
     let y = match args.activation {
         Activation::Identity => y,
@@ -41,6 +53,6 @@ pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
         SequenceLayout::ChannelsFirst => y,
         SequenceLayout::ChannelsLast => y.transpose(1, 2)?.contiguous()?,
     };
-    let final_state = extended.narrow(2, seqlen, width - 1)?.contiguous()?;
+    let final_state = part(&extended, 2, seqlen, width - 1)?.contiguous()?;
     Ok(CausalConv1dOutput { y: y.to_dtype(args.x.dtype())?, final_state })
 }

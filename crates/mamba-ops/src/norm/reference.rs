@@ -4,7 +4,7 @@ use candle_core::{D, Result, Tensor};
 
 use super::{Norm, NormKind, NormOutput};
 use crate::args::state_dtype;
-use crate::reference::silu;
+use crate::reference::{cast, silu};
 
 /// `y = (u - m) / √(Σ (u - m)² / n + eps) · weight + bias` of `u = x + residual`, gated, for any device and dtype;
 /// differentiable.
@@ -13,26 +13,26 @@ use crate::reference::silu;
 /// If candle refuses an operation; shapes are checked by [`norm`](super::norm).
 pub fn forward(args: &Norm) -> Result<NormOutput> {
     let dtype = state_dtype(args.x.dtype());
-    let x = args.x.to_dtype(dtype)?;
+    let x = cast(args.x, dtype)?;
     let sum = match args.residual {
-        Some(residual) => (x + residual.to_dtype(dtype)?)?,
+        Some(residual) => (x + cast(residual, dtype)?)?,
         None => x,
     };
     let residual = match args.residual {
         Some(_) => sum.to_dtype(args.residual_dtype())?,
-        None => args.x.to_dtype(args.residual_dtype())?,
+        None => cast(args.x, args.residual_dtype())?,
     };
-    let gate = args.z.map(|z| silu(&z.to_dtype(dtype)?)).transpose()?;
+    let gate = args.z.map(|z| silu(&cast(z, dtype)?)).transpose()?;
     let u = match &gate {
         Some(gate) if !args.norm_before_gate => (sum * gate)?,
         _ => sum,
     };
     let mut y = normalised(&u, args)?;
     if let Some(weight) = args.weight {
-        y = y.broadcast_mul(&weight.to_dtype(dtype)?)?;
+        y = y.broadcast_mul(&cast(weight, dtype)?)?;
     }
     if let Some(bias) = args.bias {
-        y = y.broadcast_add(&bias.to_dtype(dtype)?)?;
+        y = y.broadcast_add(&cast(bias, dtype)?)?;
     }
     if let (Some(gate), true) = (gate, args.norm_before_gate) {
         y = (y * gate)?;

@@ -8,6 +8,7 @@ use super::{OP, SelectiveScan, SelectiveScanOutput, Sizes, cpu};
 use crate::autograd::{self, Forward, FusedFn};
 use crate::host;
 use crate::layout::SequenceLayout;
+use crate::packing::Packing;
 use crate::simd::Isa;
 
 // Slots of the inputs.
@@ -24,6 +25,7 @@ pub(super) const SLOTS: usize = 9;
 
 pub(super) struct Node {
     pub sizes: Sizes,
+    pub packing: Packing,
     pub layout: SequenceLayout,
     pub delta_softplus: bool,
     /// Kept states are in the order of the vectors of one instruction set.
@@ -31,8 +33,10 @@ pub(super) struct Node {
 }
 
 pub(super) fn apply(args: &SelectiveScan, sizes: Sizes) -> Result<SelectiveScanOutput> {
-    let SelectiveScan { u, delta, a, b, c, d, z, delta_bias, delta_softplus, initial_state, layout } = *args;
-    let node = Node { sizes, layout, delta_softplus, isa: Isa::current() };
+    let SelectiveScan { u, delta, a, b, c, d, z, delta_bias, delta_softplus, initial_state, layout, packing } =
+        *args;
+    let packing = packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
+    let node = Node { sizes, packing, layout, delta_softplus, isa: Isa::current() };
     let inputs = [Some(u), Some(delta), Some(a), Some(b), Some(c), d, z, delta_bias, initial_state];
     let [y, final_state] = autograd::apply(node, &inputs)?;
     Ok(SelectiveScanOutput { y, final_state })
@@ -55,6 +59,7 @@ impl Node {
         let initial_state = host::read_opt("initial_state", inputs[INITIAL_STATE].as_ref())?;
         f(&cpu::Scan {
             sizes,
+            packing: &self.packing,
             layout,
             u: &u,
             delta: &delta,

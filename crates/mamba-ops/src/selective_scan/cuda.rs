@@ -276,7 +276,7 @@ fn arguments(
     inputs: &[Option<Tensor>; SLOTS],
     pointers: &[Pointer],
 ) -> Result<Scan> {
-    let Sizes { batch, dim, seqlen, d_state, b_groups, c_groups } = node.sizes;
+    let Sizes { batch, dim, seqlen, d_state, b_groups, c_groups, .. } = node.sizes;
     let address = |slot: usize| pointers[slot].address;
     let only = |condition: bool, slot: usize| if condition { address(slot) } else { 0 };
     let strides = |slot: usize| inputs[slot].as_ref().map_or([0; 3], |x| activation(x, node.layout));
@@ -359,7 +359,7 @@ pub(super) fn backward(
 ) -> Result<[Option<Tensor>; SLOTS]> {
     let prepared = prepare(node, inputs)?;
     let u = host::slot(OP, inputs, U)?;
-    let Sizes { batch, dim, seqlen, d_state, b_groups, c_groups } = node.sizes;
+    let Sizes { batch, dim, seqlen, d_state, b_groups, c_groups, .. } = node.sizes;
     let grad_state = grads[1].as_ref().map(Tensor::contiguous).transpose()?;
     let [u_, delta, a, b, c, d, z, bias, state] = prepared.each_ref().map(Option::as_ref);
     let tensors =

@@ -10,6 +10,7 @@ use candle_core::{Result, Tensor};
 
 use crate::args::{self, Checker, Dim};
 use crate::layout::SequenceLayout;
+use crate::packing::Packing;
 
 const OP: &str = "selective_scan";
 
@@ -38,6 +39,8 @@ pub struct SelectiveScan<'a> {
     pub initial_state: Option<&'a Tensor>,
     /// How `u`, `delta`, `z`, `y` and varying `b`, `c` are laid out.
     pub layout: SequenceLayout,
+    /// Where sequences lie in the batch; each row is one if absent.
+    pub packing: Option<&'a Packing>,
 }
 
 impl<'a> SelectiveScan<'a> {
@@ -55,6 +58,7 @@ impl<'a> SelectiveScan<'a> {
             delta_softplus: false,
             initial_state: None,
             layout: SequenceLayout::default(),
+            packing: None,
         }
     }
 
@@ -80,11 +84,11 @@ impl<'a> SelectiveScan<'a> {
         if let Some(z) = self.z {
             check.activation("z", z, &activation)?;
         }
+        let sequences = check.packing(self.packing, batch, seqlen)?;
         if let Some(state) = self.initial_state {
-            let expected = [("batch", batch), ("dim", dim), ("d_state", d_state)];
-            check.state("initial_state", state, &expected)?;
+            check.state("initial_state", state, &[sequences, ("dim", dim), ("d_state", d_state)])?;
         }
-        Ok(Sizes { batch, dim, seqlen, d_state, b_groups, c_groups })
+        Ok(Sizes { batch, dim, seqlen, d_state, b_groups, c_groups, sequences: sequences.1 })
     }
 
     /// Checks `b` or `c`; its number of groups, or none if it is constant.
@@ -130,7 +134,7 @@ impl<'a> SelectiveScan<'a> {
 pub struct SelectiveScanOutput {
     /// The shape and dtype of `u`.
     pub y: Tensor,
-    /// The state after the last token, `(batch, dim, d_state)`, `f32`.
+    /// The state after the last token of each sequence, `(batch, dim, d_state)`, `f32`.
     pub final_state: Tensor,
 }
 
@@ -144,20 +148,22 @@ struct Sizes {
     b_groups: Option<usize>,
     /// Groups of a varying `c`.
     c_groups: Option<usize>,
+    /// As many as there are states: the batch, unless it is packed.
+    sequences: usize,
 }
 
 impl Sizes {
-    /// Whether there are fused kernels; those for GPUs take states that are not large.
-    fn fused(self, u: &Tensor) -> bool {
+    /// Whether there are fused kernels; those for GPUs take states that are not large, and no packing.
+    fn fused(self, args: &SelectiveScan) -> bool {
         #[cfg(feature = "cuda")]
-        if u.device().is_cuda() && self.d_state > cuda::LARGEST_STATE {
+        if args.u.device().is_cuda() && (self.d_state > cuda::LARGEST_STATE || args.packing.is_some()) {
             return false;
         }
-        args::fused(u)
+        args::fused(args.u)
     }
 
     fn state_shape(&self) -> (usize, usize, usize) {
-        (self.batch, self.dim, self.d_state)
+        (self.sequences, self.dim, self.d_state)
     }
 }
 
@@ -170,13 +176,13 @@ impl Sizes {
 /// `u`, `delta`, `z`, `y`: `(batch, dim, seqlen)`, or `(batch, seqlen, dim)` with [`SequenceLayout::ChannelsLast`] ·
 /// `a`: `(dim, d_state)` · `b`, `c`: constant `(dim, d_state)`, or varying `(batch, ngroups, d_state, seqlen)`,
 /// channels last `(batch, seqlen, ngroups, d_state)`; `ngroups` divides `dim` and may be left out where it is 1 ·
-/// `d`, `delta_bias`: `(dim,)` · `initial_state`, `final_state`: `(batch, dim, d_state)`, always `f32` (`f64` if `u`
-/// is). `u` is f32, f16, bf16 or f64 and `y` has its dtype; arithmetic is `f32` (`f64` for `f64`).
+/// `d`, `delta_bias`: `(dim,)` · `initial_state`, `final_state`: `(batch, dim, d_state)`, or
+/// `(sequences, dim, d_state)` with [`packing`](Packing), always `f32` (`f64` if `u` is). `u` is f32, f16, bf16 or f64 and `y` has its dtype; arithmetic is `f32` (`f64` for `f64`).
 /// # Gradients
 /// For every input, through `y` and through `final_state`. The backward pass recomputes states from those kept
 /// every 64 tokens.
 /// # Errors
-/// If a shape, dtype or device disagrees with `u`.
+/// If a shape, dtype, device or the packing disagrees with `u`.
 /// # Example
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -199,5 +205,5 @@ impl Sizes {
 /// Gu and Dao, 2023, Algorithm 2; `selective_scan_ref` in state-spaces/mamba.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let sizes = args.sizes()?;
-    if sizes.fused(args.u) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if sizes.fused(args) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

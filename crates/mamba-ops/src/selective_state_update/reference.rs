@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::SelectiveStateUpdate;
 use crate::args::state_dtype;
-use crate::reference::{clamp, silu, softplus, sum_last};
+use crate::reference::{cast, clamp, silu, softplus, sum_last};
 
 /// `(y, h')` with `h' = exp(Δ · A) h + Δ · x ⊗ B`, `y = h' C + D · x`, for any device and dtype; `state` stays as it is.
 ///
@@ -13,14 +13,14 @@ use crate::reference::{clamp, silu, softplus, sum_last};
 pub fn forward(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
     let dtype = state_dtype(args.x.dtype());
     // Without heads, each channel is a head of one channel.
-    let x = args.x.to_dtype(dtype)?;
+    let x = cast(args.x, dtype)?;
     let x = if x.rank() == 2 { x.unsqueeze(2)? } else { x };
     let (batch, nheads, headdim) = x.dims3()?;
     let d_state = args.b.dims()[args.b.rank() - 1];
-    let state = args.state.reshape((batch, nheads, headdim, d_state))?;
+    let state = cast(args.state, dtype)?.reshape((batch, nheads, headdim, d_state))?;
     // One value a head or a channel, (…, nheads, headdim or 1).
     let channels = |x: &Tensor, leading: usize| -> Result<Tensor> {
-        let x = x.to_dtype(dtype)?;
+        let x = cast(x, dtype)?;
         if x.rank() == leading + 1 { x.unsqueeze(leading + 1) } else { Ok(x) }
     };
     let mut dt = channels(args.dt, 1)?; // (batch, nheads, headdim or 1)
@@ -31,7 +31,7 @@ pub fn forward(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
         dt = softplus(&dt)?;
     }
     let dt = clamp(&dt, args.dt_limit)?.unsqueeze(3)?;
-    let a = args.a.to_dtype(dtype)?;
+    let a = cast(args.a, dtype)?;
     let a = match (a.rank(), args.x.rank()) {
         (1, _) => a.reshape((nheads, 1, 1))?,
         (_, 2) => a.unsqueeze(1)?,
@@ -39,7 +39,7 @@ pub fn forward(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
     };
     // `b` or `c` for each head, (batch, nheads, 1, d_state).
     let heads = |x: &Tensor| -> Result<Tensor> {
-        let x = x.to_dtype(dtype)?;
+        let x = cast(x, dtype)?;
         let x = if x.rank() == 2 { x.unsqueeze(1)? } else { x };
         let ngroups = x.dim(1)?;
         x.unsqueeze(2)?
@@ -55,7 +55,7 @@ pub fn forward(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
     }
     let mut y = y.reshape(args.x.shape())?;
     if let Some(z) = args.z {
-        y = (y * silu(&z.to_dtype(dtype)?)?)?;
+        y = (y * silu(&cast(z, dtype)?)?)?;
     }
     Ok((y.to_dtype(args.x.dtype())?, next.reshape(args.state.shape())?))
 }

@@ -7,6 +7,7 @@ use super::cuda;
 use super::{OP, Sizes, SsdChunkScan, SsdChunkScanOutput, cpu};
 use crate::autograd::{self, Forward, FusedFn};
 use crate::host;
+use crate::packing::Packing;
 use crate::simd::Isa;
 
 // Slots of the inputs.
@@ -23,16 +24,31 @@ pub(super) const SLOTS: usize = 9;
 
 pub(super) struct Node {
     pub sizes: Sizes,
+    pub packing: Packing,
     pub dt_softplus: bool,
     pub dt_limit: (f32, f32),
     pub chunk_size: usize,
 }
 
 pub(super) fn apply(args: &SsdChunkScan, sizes: Sizes) -> Result<SsdChunkScanOutput> {
-    let SsdChunkScan { x, dt, a, b, c, d, z, dt_bias, dt_softplus, dt_limit, chunk_size, initial_state } =
-        *args;
+    let SsdChunkScan {
+        x,
+        dt,
+        a,
+        b,
+        c,
+        d,
+        z,
+        dt_bias,
+        dt_softplus,
+        dt_limit,
+        chunk_size,
+        initial_state,
+        packing,
+    } = *args;
+    let packing = packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
     let dt_limit = (dt_limit.0 as f32, dt_limit.1 as f32);
-    let node = Node { sizes, dt_softplus, dt_limit, chunk_size };
+    let node = Node { sizes, packing, dt_softplus, dt_limit, chunk_size };
     let inputs = [Some(x), Some(dt), Some(a), Some(b), Some(c), d, z, dt_bias, initial_state];
     let [y, final_state] = autograd::apply(node, &inputs)?;
     Ok(SsdChunkScanOutput { y, final_state })
@@ -54,6 +70,7 @@ impl Node {
         let initial_state = host::read_opt("initial_state", inputs[INITIAL_STATE].as_ref())?;
         f(&cpu::Scan {
             sizes: self.sizes,
+            packing: &self.packing,
             chunk: cpu::chunk_len(self.chunk_size),
             x: &x,
             dt: &dt,

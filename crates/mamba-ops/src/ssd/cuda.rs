@@ -253,7 +253,7 @@ fn arguments(
     inputs: &[Option<Tensor>; SLOTS],
     pointers: &[Pointer],
 ) -> Result<Ssd> {
-    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = node.sizes;
+    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state, .. } = node.sizes;
     let address = |slot: usize| pointers[slot].address;
     let stride = |slot: usize| strides(inputs[slot].as_ref());
     Ok(Ssd {
@@ -353,7 +353,7 @@ pub(super) fn backward(
     let x = host::slot(OP, &prepared, X)?;
     let dtype = x.dtype();
     let plan = plan(x, node.sizes)?;
-    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = node.sizes;
+    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state, .. } = node.sizes;
     let grad_y = grads[0].as_ref().map(rows_in_order).transpose()?;
     let grad_state = grads[1].as_ref().map(Tensor::contiguous).transpose()?;
     let [x_, dt, a, b, c, d, z, bias, state] = prepared.each_ref().map(Option::as_ref);

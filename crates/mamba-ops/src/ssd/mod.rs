@@ -9,6 +9,7 @@ pub mod reference;
 use candle_core::{Result, Tensor};
 
 use crate::args::{self, Checker, Dim};
+use crate::packing::Packing;
 
 const OP: &str = "ssd_chunk_scan";
 
@@ -39,6 +40,8 @@ pub struct SsdChunkScan<'a> {
     pub chunk_size: usize,
     /// The state before the first token, `(batch, nheads, headdim, d_state)`; zeros if absent.
     pub initial_state: Option<&'a Tensor>,
+    /// Where sequences lie in the batch; each row is one if absent.
+    pub packing: Option<&'a Packing>,
 }
 
 impl<'a> SsdChunkScan<'a> {
@@ -57,6 +60,7 @@ impl<'a> SsdChunkScan<'a> {
             dt_limit: (0.0, f64::INFINITY),
             chunk_size: 64,
             initial_state: None,
+            packing: None,
         }
     }
 
@@ -85,12 +89,13 @@ impl<'a> SsdChunkScan<'a> {
         if let Some(bias) = self.dt_bias {
             check.parameter("dt_bias", bias, &[h])?;
         }
+        let sequences = check.packing(self.packing, batch, seqlen)?;
         if let Some(state) = self.initial_state {
-            check.state("initial_state", state, &[b, h, p, n])?;
+            check.state("initial_state", state, &[sequences, h, p, n])?;
         }
         check.dt_limit(self.dt_limit)?;
         check.require(self.chunk_size > 0, || "`chunk_size` is 0, expected at least 1".into())?;
-        Ok(Sizes { batch, seqlen, nheads, headdim, ngroups, d_state })
+        Ok(Sizes { batch, seqlen, nheads, headdim, ngroups, d_state, sequences: sequences.1 })
     }
 }
 
@@ -99,7 +104,7 @@ impl<'a> SsdChunkScan<'a> {
 pub struct SsdChunkScanOutput {
     /// The shape and dtype of `x`.
     pub y: Tensor,
-    /// The state after the last token, `(batch, nheads, headdim, d_state)`, `f32`.
+    /// The state after the last token of each sequence, `(batch, nheads, headdim, d_state)`, `f32`.
     pub final_state: Tensor,
 }
 
@@ -111,20 +116,24 @@ struct Sizes {
     headdim: usize,
     ngroups: usize,
     d_state: usize,
+    /// As many as there are states: the batch, unless it is packed.
+    sequences: usize,
 }
 
 impl Sizes {
-    /// Whether there are fused kernels; those for GPUs need room for a state.
-    fn fused(self, x: &Tensor) -> bool {
+    /// Whether there are fused kernels; those for GPUs need room for a state, and take no packing.
+    fn fused(self, args: &SsdChunkScan) -> bool {
         #[cfg(feature = "cuda")]
-        if x.device().is_cuda() && !cuda::fits(x.device(), self, x.dtype()) {
+        if args.x.device().is_cuda()
+            && (args.packing.is_some() || !cuda::fits(args.x.device(), self, args.x.dtype()))
+        {
             return false;
         }
-        args::fused(x)
+        args::fused(args.x)
     }
 
     fn state_shape(&self) -> (usize, usize, usize, usize) {
-        (self.batch, self.nheads, self.headdim, self.d_state)
+        (self.sequences, self.nheads, self.headdim, self.d_state)
     }
 }
 
@@ -136,13 +145,13 @@ impl Sizes {
 /// # Shapes
 /// `x`, `z`, `y`: `(batch, seqlen, nheads, headdim)` · `dt`: `(batch, seqlen, nheads)` · `a`, `dt_bias`: `(nheads,)` ·
 /// `b`, `c`: `(batch, seqlen, ngroups, d_state)`, where `ngroups` divides `nheads` and neighbouring heads share a group ·
-/// `d`: `(nheads,)` or `(nheads, headdim)` · `initial_state`, `final_state`: `(batch, nheads, headdim, d_state)`, always
-/// `f32` (`f64` if `x` is). `x` is f32, f16, bf16 or f64 and `y` has its dtype; arithmetic is `f32` (`f64` for `f64`).
+/// `d`: `(nheads,)` or `(nheads, headdim)` · `initial_state`, `final_state`: `(batch, nheads, headdim, d_state)`, or
+/// `(sequences, nheads, headdim, d_state)` with [`packing`](Packing), always `f32` (`f64` if `x` is). `x` is f32, f16, bf16 or f64 and `y` has its dtype; arithmetic is `f32` (`f64` for `f64`).
 /// # Gradients
 /// For every input, through `y` and through `final_state`; none for a `dt` beyond `dt_limit`. The backward pass
 /// recomputes everything from the states kept before each chunk.
 /// # Errors
-/// If a shape, dtype or device disagrees with `x`, or `ngroups`, `dt_limit` or `chunk_size` make no sense.
+/// If a shape, dtype, device or the packing disagrees with `x`, or `ngroups`, `dt_limit` or `chunk_size` make no sense.
 /// # Example
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -169,5 +178,5 @@ impl Sizes {
 /// folder's `README.md`.
 pub fn ssd_chunk_scan(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     let sizes = args.sizes()?;
-    if sizes.fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if sizes.fused(args) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

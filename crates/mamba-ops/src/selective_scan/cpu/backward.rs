@@ -41,17 +41,26 @@ pub(in super::super) fn backward(
     grad_y: Option<&[f32]>,
     grad_state: Option<&[f32]>,
 ) -> Grads {
-    let Sizes { batch, dim, seqlen, d_state, .. } = scan.sizes;
-    let tasks: Vec<Vec<Block>> =
-        scan.blocks().iter().flat_map(|group| group.chunks(BLOCKS_PER_TASK).map(<[Block]>::to_vec)).collect();
-    // Sums over channels of varying b and c, one a task; sums over the batch of everything else per (batch, channel).
-    let varying = |x: &Coefficients| if x.is_varying() { tasks.len() * seqlen * d_state } else { 0 };
-    let mut u = uninit(scan.u.len());
-    let mut delta = uninit(scan.u.len());
-    let mut z = uninit(scan.z.map_or(0, <[f32]>::len));
-    let mut initial_state = uninit(batch * dim * d_state);
-    let [mut a, mut b_constant, mut c_constant] = [(); 3].map(|()| uninit(batch * dim * d_state));
-    let [mut d, mut delta_bias] = [(); 2].map(|()| uninit(batch * dim));
+    let Sizes { dim, d_state, sequences, .. } = scan.sizes;
+    let mut tokens = 0;
+    let tasks: Vec<Task> = scan
+        .blocks()
+        .iter()
+        .flat_map(|group| group.chunks(BLOCKS_PER_TASK))
+        .map(|blocks| {
+            let task = Task { blocks: blocks.to_vec(), tokens_before: tokens };
+            tokens += task.len();
+            task
+        })
+        .collect();
+    // Sums over channels of varying b and c, one a task; sums over sequences of everything else per (sequence, channel).
+    let varying = |x: &Coefficients| if x.is_varying() { tokens * d_state } else { 0 };
+    let room = |len: usize| scan.packing.room(len);
+    let [mut u, mut delta] = [(); 2].map(|()| room(scan.u.len()));
+    let mut z = room(scan.z.map_or(0, <[f32]>::len));
+    let mut initial_state = uninit(sequences * dim * d_state);
+    let [mut a, mut b_constant, mut c_constant] = [(); 3].map(|()| uninit(sequences * dim * d_state));
+    let [mut d, mut delta_bias] = [(); 2].map(|()| uninit(sequences * dim));
     let (mut b_sums, mut c_sums) = (uninit(varying(&scan.b)), uninit(varying(&scan.c)));
     {
         let outputs = Outputs {
@@ -68,45 +77,39 @@ pub(in super::super) fn backward(
             c_sums: SharedMut::new(&mut c_sums),
         };
         parallel(tasks.len(), scan.operations() * 3, |index| {
-            let blocks = &tasks[index];
-            isa.dispatch(BackwardTask {
-                scan,
-                checkpoints,
-                grad_y,
-                grad_state,
-                index,
-                blocks,
-                outputs: &outputs,
-            })
+            let (task, outputs) = (&tasks[index], &outputs);
+            isa.dispatch(BackwardTask { scan, checkpoints, grad_y, grad_state, task, outputs })
         });
     }
-    let over_batch = |values: Vec<f32>| add_rows(&values, values.len() / batch.max(1));
+    let by_state = |values: Vec<f32>| add_rows(&values, dim * d_state);
+    let by_channel = |values: Vec<f32>| add_rows(&values, dim);
     let coefficients = |x: &Coefficients, constant: Vec<f32>, sums: Vec<f32>| match x {
-        Coefficients::Constant(_) => over_batch(constant),
+        Coefficients::Constant(_) => by_state(constant),
         Coefficients::Varying { groups, .. } => varying_gradient(scan, *groups, &tasks, &sums),
     };
     Grads {
         u,
         delta,
-        a: over_batch(a),
+        a: by_state(a),
         b: coefficients(&scan.b, b_constant, b_sums),
         c: coefficients(&scan.c, c_constant, c_sums),
-        d: over_batch(d),
+        d: by_channel(d),
         z,
-        delta_bias: over_batch(delta_bias),
+        delta_bias: by_channel(delta_bias),
         initial_state,
     }
 }
 
-/// Adds the sums `(task, seqlen, d_state)` up by group, in the layout of the input.
-fn varying_gradient(scan: &Scan, groups: usize, tasks: &[Vec<Block>], sums: &[f32]) -> Vec<f32> {
+/// Adds the sums of tasks, `(tokens, d_state)` each, up by group, in the layout of the input.
+fn varying_gradient(scan: &Scan, groups: usize, tasks: &[Task], sums: &[f32]) -> Vec<f32> {
     let Sizes { batch, dim, seqlen, d_state, .. } = scan.sizes;
     let mut out = vec![0.0; batch * seqlen * groups * d_state]; // (batch, seqlen, ngroups, d_state)
-    for (task, sums) in tasks.iter().zip(sums.chunks_exact((seqlen * d_state).max(1))) {
-        let group = task[0].first / (dim / groups);
-        for (t, row) in sums.chunks_exact(d_state).enumerate() {
-            let start = ((task[0].batch * seqlen + t) * groups + group) * d_state;
-            out[start..start + d_state].iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+    for task in tasks {
+        let Block { row, start, first, .. } = task.blocks[0];
+        let (group, sums) = (first / (dim / groups), &sums[task.tokens_before * d_state..]);
+        for (t, sums) in sums.chunks_exact(d_state.max(1)).take(task.len()).enumerate() {
+            let start = ((row * seqlen + start + t) * groups + group) * d_state;
+            out[start..start + d_state].iter_mut().zip(sums).for_each(|(sum, value)| *sum += value);
         }
     }
     match scan.layout {
@@ -129,14 +132,26 @@ struct Outputs<'a> {
     c_sums: SharedMut<'a>,
 }
 
-/// Blocks of one `(batch, group)`.
+/// Neighbouring blocks of one `(sequence, group)`: never none.
+struct Task {
+    blocks: Vec<Block>,
+    /// Tokens of all tasks before this one.
+    tokens_before: usize,
+}
+
+impl Task {
+    /// Tokens of the sequence.
+    fn len(&self) -> usize {
+        self.blocks[0].len
+    }
+}
+
 struct BackwardTask<'a> {
     scan: &'a Scan<'a>,
     checkpoints: &'a [f32],
     grad_y: Option<&'a [f32]>,
     grad_state: Option<&'a [f32]>,
-    index: usize,
-    blocks: &'a [Block],
+    task: &'a Task,
     outputs: &'a Outputs<'a>,
 }
 
@@ -207,8 +222,8 @@ struct Lanes<V> {
 impl BackwardTask<'_> {
     #[inline(always)]
     fn run<S: Simd, const B_VARIES: bool, const C_VARIES: bool>(self, simd: S) {
-        let Self { scan, index, blocks, outputs, .. } = self;
-        let Sizes { dim, seqlen, d_state, .. } = scan.sizes;
+        let Self { scan, task, outputs, .. } = self;
+        let (Sizes { dim, d_state, .. }, blocks) = (scan.sizes, &task.blocks);
         let lanes = S::F32_LANES;
         let mut carries: Vec<Carry> = blocks.iter().map(|&block| self.carry::<S>(block)).collect();
         let tile_len = |varies: bool, lanes: usize| if varies { TILE * d_state * lanes } else { 0 };
@@ -224,15 +239,14 @@ impl BackwardTask<'_> {
             b_sums: vec![0.0; tile_len(B_VARIES, lanes)],
             c_sums: vec![0.0; tile_len(C_VARIES, lanes)],
         };
-        for tile in (0..scan.tiles()).rev() {
-            let first = tile * TILE;
-            let tokens = TILE.min(seqlen - first);
+        for tile in (0..blocks[0].tiles()).rev() {
+            let (first, tokens) = blocks[0].tile(tile);
             scratch.b_sums.fill(0.0);
             scratch.c_sums.fill(0.0);
             for (varies, x, out) in [(B_VARIES, &scan.b, &mut scratch.b), (C_VARIES, &scan.c, &mut scratch.c)]
             {
                 for t in 0..if varies && d_state > 0 { tokens } else { 0 } {
-                    let row = x.row(&scan.sizes, blocks[0].batch, first + t, blocks[0].first);
+                    let row = x.row(&scan.sizes, &blocks[0], first + t);
                     let values = &x.varying()[row..][..d_state];
                     out[t..].iter_mut().step_by(TILE).zip(values).for_each(|(out, value)| *out = *value);
                 }
@@ -252,7 +266,7 @@ impl BackwardTask<'_> {
             {
                 if varies {
                     // SAFETY: each task has its own sums.
-                    let out = unsafe { out.get((index * seqlen + first) * d_state, tokens * d_state) };
+                    let out = unsafe { out.get((task.tokens_before + first) * d_state, tokens * d_state) };
                     for (i, sums) in S::as_simd_f32s(sums).0.chunks_exact(TILE).enumerate() {
                         for (out, &sum) in out[i..].iter_mut().step_by(d_state).zip(sums) {
                             *out = simd.reduce_sum_f32s(sum);
@@ -262,7 +276,7 @@ impl BackwardTask<'_> {
             }
         }
         for carry in &carries {
-            let row = carry.block.batch * dim + carry.block.first;
+            let row = carry.block.sequence * dim + carry.block.first;
             let (start, len) = (row * d_state, carry.block.channels * d_state);
             let states = [
                 (&carry.h, &outputs.initial_state),
@@ -285,7 +299,7 @@ impl BackwardTask<'_> {
     #[inline(always)]
     fn carry<S: Simd>(&self, block: Block) -> Carry {
         let Sizes { dim, d_state, .. } = self.scan.sizes;
-        let row = block.batch * dim + block.first;
+        let row = block.sequence * dim + block.first;
         let zeros = || vec![0.0; BLOCK * d_state];
         Carry {
             block,
@@ -313,7 +327,7 @@ impl BackwardTask<'_> {
         let Self { scan, outputs, .. } = *self;
         let (block, len) = (carry.block, tokens * BLOCK);
         let state_len = scan.sizes.d_state * BLOCK;
-        let kept = &self.checkpoints[(block.index * scan.tiles() + tile) * state_len..][..state_len];
+        let kept = &self.checkpoints[(block.tiles_before + tile) * state_len..][..state_len];
         carry.steps.load(simd, scan, first, tokens);
         let (gated, g, gate) = (&mut scratch.gated[..len], &mut scratch.g[..len], &mut scratch.z[..len]);
         match self.grad_y {

@@ -14,16 +14,17 @@ use crate::simd::slice::{map2, mul_silu, softplus};
 pub(in super::super) struct Forward {
     pub y: Vec<f32>,
     pub final_state: Vec<f32>,
-    /// The state before each tile, `(block, tile, d_state, BLOCK)`; empty unless asked for.
+    /// The state before each tile of each block, `(d_state, BLOCK)`; empty unless asked for.
     pub checkpoints: Vec<f32>,
 }
 
 pub(in super::super) fn forward(scan: &Scan, isa: Isa, keep: bool) -> Forward {
-    let Sizes { batch, dim, d_state, .. } = scan.sizes;
+    let Sizes { dim, d_state, sequences, .. } = scan.sizes;
     let blocks: Vec<Block> = scan.blocks().concat();
-    let mut y = uninit(scan.u.len());
-    let mut final_state = uninit(batch * dim * d_state);
-    let kept = if keep { blocks.len() * scan.tiles() * d_state * BLOCK } else { 0 };
+    let mut y = scan.packing.room(scan.u.len());
+    let mut final_state = uninit(sequences * dim * d_state);
+    let tiles = blocks.last().map_or(0, |last| last.tiles_before + last.tiles());
+    let kept = if keep { tiles * d_state * BLOCK } else { 0 };
     let mut checkpoints = uninit(kept);
     {
         let outputs = Outputs {
@@ -68,21 +69,20 @@ impl ScanBlock<'_> {
     #[inline(always)]
     fn run<S: Simd, const B_VARIES: bool, const C_VARIES: bool>(self, simd: S) {
         let Self { scan, block, outputs } = self;
-        let Sizes { dim, seqlen, d_state, .. } = scan.sizes;
-        let row = block.batch * dim + block.first;
+        let Sizes { dim, d_state, .. } = scan.sizes;
+        let row = block.sequence * dim + block.first;
         let mut steps = Steps::new::<S>(scan, block);
         let mut h = gather(scan.initial_state, S::F32_LANES, d_state, block, row, 1.0);
         let (mut y, mut z) = ([0.0; TILE * BLOCK], [0.0; TILE * BLOCK]);
-        for tile in 0..scan.tiles() {
-            let first = tile * TILE;
-            let tokens = TILE.min(seqlen - first);
+        for tile in 0..block.tiles() {
+            let (first, tokens) = block.tile(tile);
             if let Some(checkpoints) = &outputs.checkpoints {
                 let len = d_state * BLOCK;
                 // SAFETY: each block keeps its own states.
-                let kept = unsafe { checkpoints.get((block.index * scan.tiles() + tile) * len, len) };
+                let kept = unsafe { checkpoints.get((block.tiles_before + tile) * len, len) };
                 kept.copy_from_slice(&h);
             }
-            if tile + 1 < scan.tiles() {
+            if tile + 1 < block.tiles() {
                 scan.prefetch(&[Some(scan.u), Some(scan.delta), scan.z], block, tile + 1);
             }
             steps.load(simd, scan, first, tokens);
@@ -184,8 +184,8 @@ impl Steps {
             for (t, y) in y.chunks_exact_mut(vectors).enumerate() {
                 let (delta, u) = (delta[t * vectors + v], u[t * vectors + v]);
                 let input = simd.mul_f32s(delta, u);
-                let b_row = scan.b.row(&scan.sizes, block.batch, first + t, block.first);
-                let c_row = scan.c.row(&scan.sizes, block.batch, first + t, block.first);
+                let b_row = scan.b.row(&scan.sizes, &block, first + t);
+                let c_row = scan.c.row(&scan.sizes, &block, first + t);
                 let b_values = if B_VARIES { &scan.b.varying()[b_row..][..n] } else { &[] };
                 let c_values = if C_VARIES { &scan.c.varying()[c_row..][..n] } else { &[] };
                 let mut sum = simd.mul_f32s(d[v], u);

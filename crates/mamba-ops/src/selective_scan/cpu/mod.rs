@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use super::Sizes;
 use crate::host::{SharedMut, transposed};
 use crate::layout::SequenceLayout;
+use crate::packing::Packing;
 use crate::simd::prefetch;
 
 pub(super) use backward::backward;
@@ -23,6 +24,7 @@ pub(super) const TILE: usize = 64;
 /// The inputs as slices, in the layouts of [`SelectiveScan`](super::SelectiveScan).
 pub(super) struct Scan<'a> {
     pub sizes: Sizes,
+    pub packing: &'a Packing,
     pub layout: SequenceLayout,
     pub u: &'a [f32],
     pub delta: &'a [f32],
@@ -66,14 +68,14 @@ impl<'a> Coefficients<'a> {
         }
     }
 
-    /// Where the `d_state` values of a token begin for a channel, if they vary.
+    /// Where the `d_state` values of a token of a block begin, if they vary.
     #[inline(always)]
-    fn row(&self, sizes: &Sizes, batch: usize, t: usize, channel: usize) -> usize {
+    fn row(&self, sizes: &Sizes, block: &Block, t: usize) -> usize {
         match self {
             Self::Constant(_) => 0,
             Self::Varying { groups, .. } => {
-                let group = channel / (sizes.dim / groups);
-                ((batch * sizes.seqlen + t) * groups + group) * sizes.d_state
+                let group = block.first / (sizes.dim / groups);
+                ((block.row * sizes.seqlen + block.start + t) * groups + group) * sizes.d_state
             }
         }
     }
@@ -88,38 +90,58 @@ impl<'a> Coefficients<'a> {
     }
 }
 
-/// Up to [`BLOCK`] neighbouring channels of one batch element, all in one group of `b` and of `c`.
+/// Up to [`BLOCK`] neighbouring channels of one sequence, all in one group of `b` and of `c`.
 #[derive(Debug, Clone, Copy)]
 struct Block {
-    /// Its place among all blocks.
-    index: usize,
-    batch: usize,
+    /// The sequence: its place among all, its row, its first token there and how many it has.
+    sequence: usize,
+    row: usize,
+    start: usize,
+    len: usize,
+    /// Tiles of all blocks before this one.
+    tiles_before: usize,
     first: usize,
     channels: usize,
 }
 
+impl Block {
+    fn tiles(&self) -> usize {
+        self.len.div_ceil(TILE)
+    }
+
+    /// The first token of a tile, and how many it has.
+    fn tile(&self, tile: usize) -> (usize, usize) {
+        (tile * TILE, TILE.min(self.len - tile * TILE))
+    }
+}
+
 impl Scan<'_> {
-    /// All blocks, those of one `(batch, group)` side by side in one inner list.
+    /// All blocks, those of one `(sequence, group)` side by side in one inner list.
     fn blocks(&self) -> Vec<Vec<Block>> {
-        let Sizes { batch, dim, .. } = self.sizes;
+        let dim = self.sizes.dim;
         let group = gcd(self.b.group_size(dim), self.c.group_size(dim));
-        let mut index = 0;
+        let mut tiles_before = 0;
         let mut groups = vec![];
-        for batch in 0..batch {
+        for (index, sequence) in self.packing.sequences().iter().enumerate() {
             for start in (0..dim).step_by(group.max(1)) {
                 let firsts = (start..start + group).step_by(BLOCK);
                 let blocks = firsts.map(|first| {
-                    index += 1;
-                    Block { index: index - 1, batch, first, channels: BLOCK.min(start + group - first) }
+                    let block = Block {
+                        sequence: index,
+                        row: sequence.row,
+                        start: sequence.start,
+                        len: sequence.len,
+                        tiles_before,
+                        first,
+                        channels: BLOCK.min(start + group - first),
+                    };
+                    tiles_before += block.tiles();
+                    block
                 });
                 groups.push(blocks.collect());
             }
         }
         groups
-    }
-
-    fn tiles(&self) -> usize {
-        self.sizes.seqlen.div_ceil(TILE)
     }
 
     /// An estimate of the work, in operations.
@@ -134,7 +156,7 @@ impl Scan<'_> {
         let tokens = tile.len() / BLOCK;
         match self.layout {
             SequenceLayout::ChannelsLast => {
-                let start = (block.batch * seqlen + t) * dim + block.first;
+                let start = (block.row * seqlen + block.start + t) * dim + block.first;
                 for (i, row) in tile.chunks_exact_mut(BLOCK).enumerate() {
                     row[..block.channels].copy_from_slice(&x[start + i * dim..][..block.channels]);
                     row[block.channels..].fill(0.0);
@@ -145,7 +167,8 @@ impl Scan<'_> {
                     tile.fill(0.0);
                 }
                 for c in 0..block.channels {
-                    let row = &x[(block.batch * dim + block.first + c) * seqlen + t..][..tokens];
+                    let start = (block.row * dim + block.first + c) * seqlen + block.start + t;
+                    let row = &x[start..][..tokens];
                     for (place, &value) in tile[c..].iter_mut().step_by(BLOCK).zip(row) {
                         *place = value;
                     }
@@ -158,16 +181,15 @@ impl Scan<'_> {
     #[inline(always)]
     fn prefetch(&self, inputs: &[Option<&[f32]>], block: Block, tile: usize) {
         let Sizes { dim, seqlen, .. } = self.sizes;
-        let first = tile * TILE;
-        let tokens = TILE.min(seqlen - first);
+        let (first, tokens) = block.tile(tile);
         for x in inputs.iter().flatten() {
             match self.layout {
                 SequenceLayout::ChannelsLast => {
-                    let start = (block.batch * seqlen + first) * dim + block.first;
+                    let start = (block.row * seqlen + block.start + first) * dim + block.first;
                     (0..tokens).for_each(|i| prefetch(&x[start + i * dim..][..block.channels]));
                 }
                 SequenceLayout::ChannelsFirst => {
-                    let start = (block.batch * dim + block.first) * seqlen + first;
+                    let start = (block.row * dim + block.first) * seqlen + block.start + first;
                     (0..block.channels).for_each(|c| prefetch(&x[start + c * seqlen..][..tokens]));
                 }
             }
@@ -177,14 +199,14 @@ impl Scan<'_> {
     /// The inverse of [`load`](Self::load).
     ///
     /// # Safety
-    /// No other thread may write these channels of this batch element of `x`.
+    /// No other thread may write these channels of this sequence of `x`.
     #[inline(always)]
     unsafe fn store(&self, x: &SharedMut, block: Block, t: usize, tile: &[f32]) {
         let Sizes { dim, seqlen, .. } = self.sizes;
         let tokens = tile.len() / BLOCK;
         match self.layout {
             SequenceLayout::ChannelsLast => {
-                let start = (block.batch * seqlen + t) * dim + block.first;
+                let start = (block.row * seqlen + block.start + t) * dim + block.first;
                 for (i, row) in tile.chunks_exact(BLOCK).enumerate() {
                     // SAFETY: channels of this block alone, by the contract.
                     let out = unsafe { x.get(start + i * dim, block.channels) };
@@ -193,7 +215,7 @@ impl Scan<'_> {
             }
             SequenceLayout::ChannelsFirst => {
                 for c in 0..block.channels {
-                    let start = (block.batch * dim + block.first + c) * seqlen + t;
+                    let start = (block.row * dim + block.first + c) * seqlen + block.start + t;
                     // SAFETY: channels of this block alone, by the contract.
                     let row = unsafe { x.get(start, tokens) };
                     for (place, &value) in row.iter_mut().zip(tile[c..].iter().step_by(BLOCK)) {

@@ -30,17 +30,20 @@ pub(in super::super) fn backward(
     grad_y: Option<&[f32]>,
     grad_state: Option<&[f32]>,
 ) -> Grads {
-    let Sizes { batch, seqlen, nheads, headdim, d_state, .. } = scan.sizes;
+    let Sizes { nheads, headdim, d_state, sequences, .. } = scan.sizes;
     let blocks = scan.blocks();
-    let room = if blocks.is_empty() { |len| vec![0.0; len] } else { uninit };
-    // Sums over the heads of a block for b and c; everything else per (batch, head).
-    let mut x = room(scan.x.len());
-    let mut dt = room(scan.dt.len());
-    let mut z = room(scan.z.map_or(0, <[f32]>::len));
-    let mut initial_state = room(batch * nheads * headdim * d_state);
-    let mut d = room(batch * nheads * headdim);
-    let [mut a, mut dt_bias] = [(); 2].map(|()| room(batch * nheads));
-    let [mut b_sums, mut c_sums] = [(); 2].map(|()| room(blocks.len() * seqlen * d_state));
+    let tokens = blocks.last().map_or(0, |last| last.tokens_before + last.len);
+    let zeros = |len: usize| vec![0.0; len];
+    let room = |len: usize| if blocks.is_empty() { zeros(len) } else { uninit(len) };
+    let by_token = |len: usize| if blocks.is_empty() { zeros(len) } else { scan.packing.room(len) };
+    // Sums over the heads of a block for b and c; everything else per (sequence, head).
+    let mut x = by_token(scan.x.len());
+    let mut dt = by_token(scan.dt.len());
+    let mut z = by_token(scan.z.map_or(0, <[f32]>::len));
+    let mut initial_state = room(sequences * nheads * headdim * d_state);
+    let mut d = room(sequences * nheads * headdim);
+    let [mut a, mut dt_bias] = [(); 2].map(|()| room(sequences * nheads));
+    let [mut b_sums, mut c_sums] = [(); 2].map(|()| room(tokens * d_state));
     {
         let outputs = Outputs {
             x: SharedMut::new(&mut x),
@@ -56,34 +59,34 @@ pub(in super::super) fn backward(
         parallel(blocks.len(), scan.operations() * 3, |index| {
             let block = blocks[index];
             let outputs = &outputs;
-            isa.dispatch(BackwardBlock { scan, checkpoints, grad_y, grad_state, index, block, outputs })
+            isa.dispatch(BackwardBlock { scan, checkpoints, grad_y, grad_state, block, outputs })
         });
     }
-    let over_batch = |values: Vec<f32>| add_rows(&values, values.len() / batch.max(1));
-    let mut d = over_batch(d);
+    let mut d = add_rows(&d, nheads * headdim);
     if !scan.d_per_channel {
         d = d.chunks_exact(headdim.max(1)).map(|row| row.iter().sum()).collect();
     }
     Grads {
         x,
         dt,
-        a: over_batch(a),
+        a: add_rows(&a, nheads),
         b: over_blocks(scan, &blocks, &b_sums),
         c: over_blocks(scan, &blocks, &c_sums),
         d,
         z,
-        dt_bias: over_batch(dt_bias),
+        dt_bias: add_rows(&dt_bias, nheads),
         initial_state,
     }
 }
 
-/// Adds the sums `(block, seqlen, d_state)` up by group.
+/// Adds the sums of blocks, `(tokens, d_state)` each, up by group.
 fn over_blocks(scan: &Scan, blocks: &[Block], sums: &[f32]) -> Vec<f32> {
     let Sizes { batch, seqlen, ngroups, d_state, .. } = scan.sizes;
     let mut out = vec![0.0; batch * seqlen * ngroups * d_state];
-    for (block, sums) in blocks.iter().zip(sums.chunks_exact((seqlen * d_state).max(1))) {
-        for (t, row) in sums.chunks_exact(d_state).enumerate() {
-            let start = ((block.batch * seqlen + t) * ngroups + block.group) * d_state;
+    for block in blocks {
+        let sums = &sums[block.tokens_before * d_state..];
+        for (t, row) in sums.chunks_exact(d_state.max(1)).take(block.len).enumerate() {
+            let start = ((block.token + t) * ngroups + block.group) * d_state;
             out[start..start + d_state].iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
         }
     }
@@ -107,7 +110,6 @@ struct BackwardBlock<'a> {
     checkpoints: &'a [f32],
     grad_y: Option<&'a [f32]>,
     grad_state: Option<&'a [f32]>,
-    index: usize,
     block: Block,
     outputs: &'a Outputs<'a>,
 }
@@ -163,18 +165,18 @@ impl WithSimd for BackwardBlock<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { scan, block, index, outputs, .. } = self;
-        let Sizes { seqlen, nheads, headdim, d_state, .. } = scan.sizes;
+        let Self { scan, block, outputs, .. } = self;
+        let Sizes { nheads, headdim, d_state, .. } = scan.sizes;
         let (p, q) = (padded(headdim), padded(scan.chunk));
         let mut carries: Vec<Carry> = (0..block.heads).map(|i| self.carry(block.first + i)).collect();
         let mut scratch = Scratch::new(scan);
-        for chunk in scan.chunks().rev() {
+        for chunk in scan.chunks(block).rev() {
             scratch.start_chunk(simd, scan, block, chunk);
             for (i, carry) in carries.iter_mut().enumerate() {
                 self.head(simd, Piece { block, chunk, head: block.first + i }, carry, &mut scratch);
             }
             scratch.end_chunk(simd, scan, block, chunk);
-            let (start, len) = ((index * seqlen + chunk.first) * d_state, chunk.tokens * d_state);
+            let (start, len) = ((block.tokens_before + chunk.first) * d_state, chunk.tokens * d_state);
             for (sums, out) in [(&scratch.b_sums, &outputs.b_sums), (&scratch.c_sums, &outputs.c_sums)] {
                 // SAFETY: each block has its own sums.
                 let out = unsafe { out.get(start, len) };
@@ -182,7 +184,7 @@ impl WithSimd for BackwardBlock<'_> {
             }
         }
         for (i, carry) in carries.iter().enumerate() {
-            let row = block.batch * nheads + block.first + i;
+            let row = block.sequence * nheads + block.first + i;
             // SAFETY: each head writes its own gradients.
             let [state, d, a, dt_bias] = unsafe {
                 [
@@ -273,7 +275,7 @@ impl BackwardBlock<'_> {
     fn carry(&self, head: usize) -> Carry {
         let mut state = vec![0.0; self.scan.state_len()];
         if let Some(grad_state) = self.grad_state {
-            self.scan.load_state(grad_state, self.block.batch, head, &mut state);
+            self.scan.load_state(grad_state, self.block.sequence, head, &mut state);
         }
         Carry { state, a: 0.0, dt_bias: 0.0, d: vec![0.0; self.scan.sizes.headdim] }
     }
@@ -297,12 +299,11 @@ impl BackwardBlock<'_> {
     #[inline(always)]
     fn recompute<S: Simd>(&self, simd: S, piece: Piece, scratch: &mut Scratch) {
         let (scan, chunk) = (self.scan, piece.chunk);
-        let Sizes { nheads, headdim, d_state, .. } = scan.sizes;
+        let Sizes { headdim, d_state, .. } = scan.sizes;
         let (p, q) = (padded(headdim), padded(scan.chunk));
         scratch.steps.load(simd, scan, piece);
         load_inputs(simd, scan, piece, &scratch.steps, &mut scratch.inputs);
-        let row = piece.block.batch * nheads + piece.head;
-        let kept = &self.checkpoints[(row * scan.chunk_count() + chunk.index) * d_state * headdim..];
+        let kept = &self.checkpoints[scan.checkpoint(piece)..];
         copy((kept, headdim), [d_state, headdim], (&mut scratch.state, p));
         let decays = scratch.decays.chunks_exact_mut(q);
         for (i, (decays, decayed)) in

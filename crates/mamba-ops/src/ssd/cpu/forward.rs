@@ -12,17 +12,18 @@ use crate::simd::slice::mul_silu;
 pub(in super::super) struct Forward {
     pub y: Vec<f32>,
     pub final_state: Vec<f32>,
-    /// The state before each chunk, `(batch, nheads, nchunks, d_state, headdim)`; empty unless asked for.
+    /// The state before each chunk, by sequence and head, `(d_state, headdim)`; empty unless asked for.
     pub checkpoints: Vec<f32>,
 }
 
 pub(in super::super) fn forward(scan: &Scan, isa: Isa, keep: bool) -> Forward {
-    let Sizes { batch, nheads, headdim, d_state, .. } = scan.sizes;
-    let states = batch * nheads * headdim * d_state;
+    let Sizes { nheads, headdim, d_state, sequences, .. } = scan.sizes;
+    let state = nheads * headdim * d_state;
     let blocks = scan.blocks();
-    let mut y = uninit(scan.x.len());
-    let mut final_state = uninit(states);
-    let mut checkpoints = uninit(if keep { states * scan.chunk_count() } else { 0 });
+    let chunks: usize = scan.packing.sequences().iter().map(|s| s.len.div_ceil(scan.chunk)).sum();
+    let mut y = scan.packing.room(scan.x.len());
+    let mut final_state = uninit(sequences * state);
+    let mut checkpoints = uninit(if keep { chunks * state } else { 0 });
     {
         let outputs = Outputs {
             y: SharedMut::new(&mut y),
@@ -82,29 +83,29 @@ impl WithSimd for ForwardBlock<'_> {
         let state_of = |head: usize| head * scan.state_len()..(head + 1) * scan.state_len();
         if let Some(initial) = scan.initial_state {
             for i in 0..block.heads {
-                scan.load_state(initial, block.batch, block.first + i, &mut states[state_of(i)]);
+                scan.load_state(initial, block.sequence, block.first + i, &mut states[state_of(i)]);
             }
         }
-        for chunk in scan.chunks() {
+        for chunk in scan.chunks(block) {
             let b = scan.of_group(scan.b, block, chunk);
             transpose((b, scan.group_stride()), [chunk.tokens, d_state], (&mut scratch.b_columns, q));
             scores(simd, scan, block, chunk, &scratch.b_columns, &mut scratch.scores);
             for i in 0..block.heads {
                 let (head, state) = (block.first + i, &mut states[state_of(i)]);
+                let piece = Piece { block, chunk, head };
                 if let Some(checkpoints) = &outputs.checkpoints {
-                    let (len, row) = (d_state * headdim, block.batch * nheads + head);
-                    let start = (row * scan.chunk_count() + chunk.index) * len;
                     // SAFETY: each head keeps its own states.
-                    let kept = unsafe { checkpoints.get(start, len) };
+                    let kept = unsafe { checkpoints.get(scan.checkpoint(piece), d_state * headdim) };
                     copy((state, p), [d_state, headdim], (kept, headdim));
                 }
-                scratch.head(simd, scan, Piece { block, chunk, head }, state, &outputs.y);
+                scratch.head(simd, scan, piece, state, &outputs.y);
             }
         }
         for i in 0..block.heads {
             let len = headdim * d_state;
+            let row = block.sequence * nheads + block.first + i;
             // SAFETY: each head has its own state.
-            let out = unsafe { outputs.final_state.get((block.batch * nheads + block.first + i) * len, len) };
+            let out = unsafe { outputs.final_state.get(row * len, len) };
             transpose((&states[state_of(i)], p), [d_state, headdim], (out, d_state));
         }
     }

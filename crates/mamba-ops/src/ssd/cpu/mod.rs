@@ -13,6 +13,7 @@ use std::f64::consts::LOG2_E;
 use pulp::Simd;
 
 use super::Sizes;
+use crate::packing::Packing;
 use crate::simd::math::{clamp, exp2};
 use crate::simd::slice::{map, map2, map3, softplus};
 use matrix::{Product, Strided, Zeros, padded, transpose};
@@ -28,6 +29,7 @@ pub(super) fn chunk_len(chunk_size: usize) -> usize {
 /// The inputs as slices, in the layouts of [`SsdChunkScan`](super::SsdChunkScan).
 pub(super) struct Scan<'a> {
     pub sizes: Sizes,
+    pub packing: &'a Packing,
     pub chunk: usize,
     pub x: &'a [f32],
     pub dt: &'a [f32],
@@ -43,10 +45,18 @@ pub(super) struct Scan<'a> {
     pub initial_state: Option<&'a [f32]>,
 }
 
-/// Neighbouring heads of one group of one batch element: they share `C·Bᵀ`, and sums of gradients of `b` and `c`.
+/// Neighbouring heads of one group of one sequence: they share `C·Bᵀ`, and sums of gradients of `b` and `c`.
 #[derive(Debug, Clone, Copy)]
 struct Block {
-    batch: usize,
+    /// The place of the sequence among all.
+    sequence: usize,
+    /// Its first token among those of all rows, and how many it has.
+    token: usize,
+    len: usize,
+    /// Tokens of all blocks before this one.
+    tokens_before: usize,
+    /// Chunks of all heads of all sequences before this one.
+    chunks_before: usize,
     group: usize,
     first: usize,
     heads: usize,
@@ -63,32 +73,51 @@ struct Chunk {
 impl Scan<'_> {
     /// All blocks; which heads share one depends on the sizes alone.
     fn blocks(&self) -> Vec<Block> {
-        let Sizes { batch, nheads, ngroups, .. } = self.sizes;
+        let Sizes { seqlen, nheads, ngroups, sequences, .. } = self.sizes;
         // Larger blocks share more, smaller ones occupy more threads.
-        let (group_len, wanted) = (nheads / ngroups, (batch * nheads / 16).clamp(4, 8));
+        let (group_len, wanted) = (nheads / ngroups, (sequences * nheads / 16).clamp(4, 8));
         let mut blocks = vec![];
         if self.sizes.headdim == 0 {
             return blocks;
         }
-        for (batch, group) in (0..batch).flat_map(|batch| (0..ngroups).map(move |group| (batch, group))) {
-            for start in (0..group_len).step_by(wanted) {
-                let heads = wanted.min(group_len - start);
-                blocks.push(Block { batch, group, first: group * group_len + start, heads });
+        let (mut tokens_before, mut chunks_before) = (0, 0);
+        for (index, sequence) in self.packing.sequences().iter().enumerate() {
+            let (token, len) = (sequence.row * seqlen + sequence.start, sequence.len);
+            for group in 0..ngroups {
+                for start in (0..group_len).step_by(wanted) {
+                    let (first, heads) = (group * group_len + start, wanted.min(group_len - start));
+                    let sequence = index;
+                    blocks.push(Block {
+                        sequence,
+                        token,
+                        len,
+                        tokens_before,
+                        chunks_before,
+                        group,
+                        first,
+                        heads,
+                    });
+                    tokens_before += len;
+                }
             }
+            chunks_before += nheads * len.div_ceil(self.chunk);
         }
         blocks
     }
 
-    fn chunks(&self) -> impl DoubleEndedIterator<Item = Chunk> {
-        let (chunk, seqlen) = (self.chunk, self.sizes.seqlen);
-        (0..self.chunk_count()).map(move |index| {
+    /// The chunks of a sequence: they begin where it begins.
+    fn chunks(&self, block: Block) -> impl DoubleEndedIterator<Item = Chunk> + use<> {
+        let chunk = self.chunk;
+        (0..block.len.div_ceil(chunk)).map(move |index| {
             let first = index * chunk;
-            Chunk { index, first, tokens: chunk.min(seqlen - first) }
+            Chunk { index, first, tokens: chunk.min(block.len - first) }
         })
     }
 
-    fn chunk_count(&self) -> usize {
-        self.sizes.seqlen.div_ceil(self.chunk)
+    /// The place of the state that is kept before a chunk of a head.
+    fn checkpoint(&self, Piece { block, chunk, head }: Piece) -> usize {
+        let place = block.chunks_before + head * block.len.div_ceil(self.chunk) + chunk.index;
+        place * self.sizes.d_state * self.sizes.headdim
     }
 
     /// An estimate of the work, in operations.
@@ -103,14 +132,13 @@ impl Scan<'_> {
 
     /// Where the step of a head at a token of a chunk is in `dt`.
     fn step_at(&self, piece: Piece, i: usize) -> usize {
-        let Sizes { seqlen, nheads, .. } = self.sizes;
-        (piece.block.batch * seqlen + piece.chunk.first + i) * nheads + piece.head
+        (piece.block.token + piece.chunk.first + i) * self.sizes.nheads + piece.head
     }
 
     /// `b` or `c` of a chunk, `(q, d_state)` with the stride of [`Self::group_stride`].
     fn of_group<'x>(&self, x: &'x [f32], block: Block, chunk: Chunk) -> &'x [f32] {
-        let Sizes { seqlen, ngroups, d_state, .. } = self.sizes;
-        &x[((block.batch * seqlen + chunk.first) * ngroups + block.group) * d_state..]
+        let Sizes { ngroups, d_state, .. } = self.sizes;
+        &x[((block.token + chunk.first) * ngroups + block.group) * d_state..]
     }
 
     fn group_stride(&self) -> usize {
@@ -123,9 +151,9 @@ impl Scan<'_> {
     }
 
     /// Copies a state `(headdim, d_state)` of one head to `(d_state, headdim)`.
-    fn load_state(&self, states: &[f32], batch: usize, head: usize, out: &mut [f32]) {
+    fn load_state(&self, states: &[f32], sequence: usize, head: usize, out: &mut [f32]) {
         let Sizes { nheads, headdim, d_state, .. } = self.sizes;
-        let start = (batch * nheads + head) * headdim * d_state;
+        let start = (sequence * nheads + head) * headdim * d_state;
         let state = &states[start..][..headdim * d_state];
         transpose((state, d_state.max(1)), [headdim, d_state], (out, padded(headdim)));
     }
