@@ -15,6 +15,10 @@ test:
 test-isa isa:
     MAMBA_ISA={{isa}} MAMBA_REQUIRE_ISA={{isa}} cargo test --workspace
 
+# The tests on a GPU; fails if there is none.
+test-cuda:
+    bash .ci/test-cuda
+
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --open
 

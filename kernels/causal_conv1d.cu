@@ -12,18 +12,19 @@ struct Conv {
     Any weight;                  // (d, width)
     Any bias;                    // (d), or absent
     const float* initial_state;  // (b, d, width - 1), or null
+    int64_t row_stride;          // channels first: from one row of x, y and their gradients to the next
     int batch, dim, seqlen, width;
     int silu;
     int run;  // channels last: tokens of a thread
 };
-static_assert(sizeof(Conv) == 72, "as in cuda.rs");
+static_assert(sizeof(Conv) == 80, "as in cuda.rs");
 
 struct ConvForward {
     Conv conv;
     void* y;
     float* final_state;  // (b, d, width - 1)
 };
-static_assert(sizeof(ConvForward) == 88, "as in cuda.rs");
+static_assert(sizeof(ConvForward) == 96, "as in cuda.rs");
 
 struct ConvBackward {
     Conv conv;
@@ -33,7 +34,7 @@ struct ConvBackward {
     float* dinitial;          // or null
     Any dweight, dbias;       // one partial sum a block along the grid's reduced axis, or absent
 };
-static_assert(sizeof(ConvBackward) == 136, "as in cuda.rs");
+static_assert(sizeof(ConvBackward) == 144, "as in cuda.rs");
 
 struct ConvUpdate {
     const void* x;
@@ -101,8 +102,8 @@ __device__ void forward_first(const ConvForward& args) {
     const Conv& conv = args.conv;
     const int64_t row = blockIdx.x;
     const int c = row % conv.dim;
-    const T* x = static_cast<const T*>(conv.x) + row * conv.seqlen;
-    T* y = static_cast<T*>(args.y) + row * conv.seqlen;
+    const T* x = static_cast<const T*>(conv.x) + row * conv.row_stride;
+    T* y = static_cast<T*>(args.y) + row * conv.row_stride;
     float w[TAPS];
 #pragma unroll
     for (int m = 0; m < TAPS; m++) w[m] = tap(conv, c, m);
@@ -138,11 +139,11 @@ __device__ void backward_first(const ConvBackward& args) {
 
     constexpr int BEFORE = TAPS, AFTER = TAPS;
     float sums[TAPS + 1] = {};  // dw, then dbias
-    const int pieces = (conv.seqlen + STEPS - 1) / STEPS;
+    const int pieces = max((conv.seqlen + STEPS - 1) / STEPS, 1);  // an empty sequence has a window
     for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < conv.batch * pieces; i += gridDim.y * blockDim.x) {
         const int64_t row = static_cast<int64_t>(i / pieces) * conv.dim + c;
         const int t0 = i % pieces * STEPS;
-        const T* x = static_cast<const T*>(conv.x) + row * conv.seqlen;
+        const T* x = static_cast<const T*>(conv.x) + row * conv.row_stride;
         float inputs[BEFORE + STEPS + AFTER], g[STEPS + AFTER];
         load_times<BEFORE, VECTOR>(inputs, conv, x, row, t0);
         const int left = conv.seqlen - t0 - STEPS;  // tokens after these
@@ -153,7 +154,7 @@ __device__ void backward_first(const ConvBackward& args) {
 #pragma unroll
         for (int i = 0; i < STEPS + AFTER; i++) g[i] = 0.0f;
         if (args.grad_y) {
-            const T* grad = static_cast<const T*>(args.grad_y) + row * conv.seqlen + t0;
+            const T* grad = static_cast<const T*>(args.grad_y) + row * conv.row_stride + t0;
             float own[STEPS], next[AFTER] = {};
             load<STEPS, VECTOR>(own, grad, conv.seqlen - t0);
             if (left > 0) load<AFTER, VECTOR>(next, grad + STEPS, left);
@@ -182,7 +183,7 @@ __device__ void backward_first(const ConvBackward& args) {
                 if (args.grad_state && entry >= 0 && t0 + i < conv.seqlen)
                     dx[i] += args.grad_state[row * window + entry];
             }
-            store<STEPS, VECTOR>(static_cast<T*>(args.dx) + row * conv.seqlen + t0, dx, conv.seqlen - t0);
+            store<STEPS, VECTOR>(static_cast<T*>(args.dx) + row * conv.row_stride + t0, dx, conv.seqlen - t0);
         }
         if (args.dinitial && t0 == 0) {
 #pragma unroll
@@ -439,24 +440,24 @@ __device__ void update(const ConvUpdate& args) {
 }
 
 #define KERNEL(symbol, bound, Args, function)                                                          \
-    extern "C" __global__ void __launch_bounds__(bound) symbol(const __grid_constant__ Args args) { \
+    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { \
         function(args);                                                                             \
     }
 #define COMMA ,
 #define INSTANTIATE(T, name)                                                                                           \
-    KERNEL(causal_conv1d_fwd_first4v_##name, 128, ConvForward, (forward_first<T COMMA 4 COMMA true>))                  \
-    KERNEL(causal_conv1d_fwd_first4_##name, 128, ConvForward, (forward_first<T COMMA 4 COMMA false>))                  \
-    KERNEL(causal_conv1d_fwd_first8_##name, 128, ConvForward, (forward_first<T COMMA 8 COMMA false>))                  \
-    KERNEL(causal_conv1d_bwd_first4v_##name, 128, ConvBackward, (backward_first<T COMMA 4 COMMA true>))                \
-    KERNEL(causal_conv1d_bwd_first4_##name, 128, ConvBackward, (backward_first<T COMMA 4 COMMA false>))                \
-    KERNEL(causal_conv1d_bwd_first8_##name, 128, ConvBackward, (backward_first<T COMMA 8 COMMA false>))                \
-    KERNEL(causal_conv1d_fwd_last4v_##name, 128, ConvForward, (forward_last<T COMMA 4 COMMA(sizeof(T) == 4 ? 4 : 8)>)) \
-    KERNEL(causal_conv1d_fwd_last4_##name, 128, ConvForward, (forward_last<T COMMA 4 COMMA 1>))                        \
-    KERNEL(causal_conv1d_fwd_last8_##name, 128, ConvForward, (forward_last<T COMMA 8 COMMA 1>))                        \
-    KERNEL(causal_conv1d_bwd_last4v_##name, 256, ConvBackward, (backward_last<T COMMA 4 COMMA 4>))                     \
-    KERNEL(causal_conv1d_bwd_last4_##name, 256, ConvBackward, (backward_last<T COMMA 4 COMMA 1>))                      \
-    KERNEL(causal_conv1d_bwd_last8_##name, 256, ConvBackward, (backward_last<T COMMA 8 COMMA 1>))                      \
-    KERNEL(causal_conv1d_update4_##name, 128, ConvUpdate, (update<T COMMA 4>))                                         \
-    KERNEL(causal_conv1d_update8_##name, 128, ConvUpdate, (update<T COMMA 8>))
+    KERNEL(causal_conv1d_fwd_first4v_##name, (128), ConvForward, (forward_first<T COMMA 4 COMMA true>))                  \
+    KERNEL(causal_conv1d_fwd_first4_##name, (128), ConvForward, (forward_first<T COMMA 4 COMMA false>))                  \
+    KERNEL(causal_conv1d_fwd_first8_##name, (128), ConvForward, (forward_first<T COMMA 8 COMMA false>))                  \
+    KERNEL(causal_conv1d_bwd_first4v_##name, (128), ConvBackward, (backward_first<T COMMA 4 COMMA true>))                \
+    KERNEL(causal_conv1d_bwd_first4_##name, (128), ConvBackward, (backward_first<T COMMA 4 COMMA false>))                \
+    KERNEL(causal_conv1d_bwd_first8_##name, (128), ConvBackward, (backward_first<T COMMA 8 COMMA false>))                \
+    KERNEL(causal_conv1d_fwd_last4v_##name, (128), ConvForward, (forward_last<T COMMA 4 COMMA(sizeof(T) == 4 ? 4 : 8)>)) \
+    KERNEL(causal_conv1d_fwd_last4_##name, (128), ConvForward, (forward_last<T COMMA 4 COMMA 1>))                        \
+    KERNEL(causal_conv1d_fwd_last8_##name, (128), ConvForward, (forward_last<T COMMA 8 COMMA 1>))                        \
+    KERNEL(causal_conv1d_bwd_last4v_##name, (256, 2), ConvBackward, (backward_last<T COMMA 4 COMMA 4>))                     \
+    KERNEL(causal_conv1d_bwd_last4_##name, (256, 2), ConvBackward, (backward_last<T COMMA 4 COMMA 1>))                      \
+    KERNEL(causal_conv1d_bwd_last8_##name, (256, 2), ConvBackward, (backward_last<T COMMA 8 COMMA 1>))                      \
+    KERNEL(causal_conv1d_update4_##name, (128), ConvUpdate, (update<T COMMA 4>))                                         \
+    KERNEL(causal_conv1d_update8_##name, (128), ConvUpdate, (update<T COMMA 8>))
 
 FOR_EACH_DTYPE(INSTANTIATE)

@@ -492,7 +492,7 @@ impl<B: Block, const ITSELF: bool> Op for Subject<B, ITSELF> {
         (name == B::MAIN || name == "y").then_some(1)
     }
 
-    fn fused(case: &B, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &B, inputs: &Tensors) -> Result<Tensors> {
         case.run(inputs)
     }
 

@@ -9,6 +9,7 @@ use mamba_ops::{
 use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target;
 use crate::support::tolerance::{self, max_error, relative_rms};
 
 #[derive(Debug, Clone)]
@@ -74,7 +75,7 @@ impl Op for Conv {
         matches!(name, "x" | "y").then_some(if case.layout == ChannelsFirst { 2 } else { 1 })
     }
 
-    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &Case, inputs: &Tensors) -> Result<Tensors> {
         let output = causal_conv1d(&arguments(case, inputs))?;
         Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
     }
@@ -197,6 +198,13 @@ fn threads() {
 }
 
 #[test]
+fn repeats() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        laws::repeats::<Conv>(&case([2, 70, 400, 4], true, true, Silu, layout));
+    }
+}
+
+#[test]
 fn finite_differences() {
     let all = [ChannelsFirst, ChannelsLast]
         .map(|layout| [Silu, Identity].map(|act| case([2, 3, 6, 4], true, true, act, layout)));
@@ -207,6 +215,24 @@ fn finite_differences() {
 #[test]
 fn golden() {
     assert_eq!(laws::golden::<Conv>("ops/causal_conv1d", &[]), 25);
+}
+
+/// `y` and the window after it, computed on the device under test; the tensors of `inputs` stay as they are.
+fn update(inputs: &Tensors, activation: Activation, layout: SequenceLayout) -> (Tensor, Tensor) {
+    let shapes: Vec<&[usize]> = inputs.values().map(Tensor::dims).collect();
+    let inputs = target::place(&format!("{shapes:?} {activation:?} {layout:?}"), inputs).unwrap();
+    let state = inputs["state"].copy().unwrap();
+    let y = causal_conv1d_update(&CausalConv1dUpdate {
+        x: &inputs["x"],
+        state: &state,
+        weight: &inputs["weight"],
+        bias: inputs.get("bias"),
+        activation,
+        layout,
+    })
+    .unwrap();
+    let mut outputs = target::back([("y".into(), y), ("state".into(), state)].into()).unwrap();
+    (outputs.remove("y").unwrap(), outputs.remove("state").unwrap())
 }
 
 /// The update moves the window and gives what the golden has, for one and several tokens.
@@ -222,21 +248,18 @@ fn update_golden() {
             continue;
         }
         applied += 1;
-        let get = |name: &str| golden.tensors.get(name).map(|x| x.to_dtype(DType::F32).unwrap());
-        let (x, state, weight) =
-            (get("in.x").unwrap(), get("in.conv_state").unwrap(), get("in.weight").unwrap());
-        let one = x.rank() == 2;
-        let x = if one { x.unsqueeze(2).unwrap() } else { x };
-        let bias = get("in.bias");
-        let y = causal_conv1d_update(&CausalConv1dUpdate {
-            x: &x,
-            state: &state,
-            weight: &weight,
-            bias: bias.as_ref(),
-            activation: activation(&golden),
-            layout: ChannelsFirst,
-        })
-        .unwrap();
+        let mut inputs = Tensors::new();
+        for name in ["x", "conv_state", "weight", "bias"] {
+            if let Some(x) = golden.tensors.get(&format!("in.{name}")) {
+                let ours = if name == "conv_state" { "state" } else { name };
+                inputs.insert(ours.into(), x.to_dtype(DType::F32).unwrap());
+            }
+        }
+        let one = inputs["x"].rank() == 2;
+        if one {
+            inputs.insert("x".into(), inputs["x"].unsqueeze(2).unwrap());
+        }
+        let (y, state) = update(&inputs, activation(&golden), ChannelsFirst);
         let y = if one { y.squeeze(2).unwrap() } else { y };
         assert!(max_error(&y, &golden.tensors["out.y"]) <= 1e-5, "{}", golden.name);
         assert_eq!(max_error(&state, &golden.tensors["out.conv_state"]), 0.0, "{}", golden.name);
@@ -244,12 +267,14 @@ fn update_golden() {
     assert_eq!(applied, 9);
 }
 
-/// `l` updates of one token equal one forward over `l`, in every dtype and layout, on every path.
+/// `l` updates of one token, or a few of several, equal one forward over `l`, in every dtype, layout and width.
 #[test]
 fn updates_equal_forward() {
-    for layout in [ChannelsFirst, ChannelsLast] {
-        for dtype in [DType::F32, DType::BF16, DType::F64] {
-            let case = case([2, 5, 9, 4], true, true, Silu, layout);
+    for (layout, tokens, width) in
+        [ChannelsFirst, ChannelsLast].into_iter().flat_map(|l| [(l, 1, 4), (l, 3, 4), (l, 1, 7), (l, 3, 2)])
+    {
+        for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+            let case = case([2, 5, 9, width], true, true, Silu, layout);
             let mut inputs = Conv::inputs(&case, &mut Random::new(1));
             for (name, x) in &mut inputs {
                 let half = Conv::role(name) == Role::Activation;
@@ -257,21 +282,16 @@ fn updates_equal_forward() {
                 *x = x.to_dtype(as_dtype).unwrap();
             }
             let want = Conv::fused(&case, &inputs).unwrap();
-            let state = inputs["initial_state"].copy().unwrap();
-            let axis = Conv::time_axis(&case, "x").unwrap();
-            let steps: Vec<Tensor> = (0..9)
-                .map(|t| {
-                    causal_conv1d_update(&CausalConv1dUpdate {
-                        x: &inputs["x"].narrow(axis, t, 1).unwrap(),
-                        state: &state,
-                        weight: &inputs["weight"],
-                        bias: inputs.get("bias"),
-                        activation: Silu,
-                        layout,
-                    })
-                    .unwrap()
-                })
-                .collect();
+            let mut state = inputs.remove("initial_state").unwrap();
+            let (x, axis) = (inputs.remove("x").unwrap(), Conv::time_axis(&case, "x").unwrap());
+            let mut steps = vec![];
+            for t in (0..9).step_by(tokens) {
+                inputs.insert("x".into(), x.narrow(axis, t, tokens).unwrap());
+                inputs.insert("state".into(), state);
+                let (y, next) = update(&inputs, Silu, layout);
+                steps.push(y);
+                state = next;
+            }
             let y = Tensor::cat(&steps, axis).unwrap();
             let bound = tolerance::of_rounding(&want["y"], dtype, tolerance::FORWARD);
             assert!(relative_rms(&y, &want["y"]) <= bound);
@@ -323,3 +343,15 @@ fn misuse() {
         causal_conv1d_update(&CausalConv1dUpdate { x: &x, state: &state, ..update }).unwrap_err().to_string();
     assert!(message.contains("`x` shares storage with the state"), "{message}");
 }
+
+crate::on_cuda!(
+    reference,
+    packed,
+    partial_gradients,
+    split,
+    layout,
+    repeats,
+    golden,
+    update_golden,
+    updates_equal_forward,
+);

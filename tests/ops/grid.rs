@@ -3,13 +3,13 @@
 //! The grids are covered by pairs (`pairwise.rs`): any two levels of any two factors meet in a case.
 
 use candle_core::{DType, Device, Tensor};
-use mamba_ops::simd::Isa;
 use mamba_ops::{Activation, NormKind, PackedSequence, Packing, SequenceLayout};
 
 use crate::laws::{self, Op, Tensors};
 use crate::oracle::{self, Coefficient, Ssm};
 use crate::pairwise::{Factor, cover};
 use crate::support::random::Random;
+use crate::support::target::Target;
 use crate::support::tolerance::{self, relative_rms, values};
 use crate::{causal_conv1d, norm, selective_scan, selective_state_update, ssd};
 
@@ -44,7 +44,7 @@ pub fn check<O: Op>(case: &O::Case, inputs: &Tensors, oracle: Oracle<O::Case>) {
     let (want, gradients) = oracle(case, &exact, &cotangents);
     let (want, gradients) = (shaped(&outputs, want), shaped(&inputs, gradients));
     let large = inputs.values().map(Tensor::elem_count).sum::<usize>() > 1 << 18;
-    for isa in Isa::available() {
+    for isa in Target::available() {
         let context = format!("{case:?} {}", isa.name());
         isa.scope(|| {
             if laws::is_empty(&outputs) || (large && isa.name() == "scalar") {
@@ -492,7 +492,7 @@ fn selective_state_update() {
             initial_state: get("state"),
         };
         let (y, state) = ssm.forward();
-        for isa in Isa::available() {
+        for isa in Target::available() {
             let got = isa.scope(|| selective_state_update::update(&inputs, softplus, case.dt_limit));
             for (name, got, want) in [("y", got.0, &y), ("state", got.1, &state)] {
                 let want = Tensor::from_vec(want.clone(), got.dims(), &Device::Cpu).unwrap();
@@ -506,3 +506,5 @@ fn selective_state_update() {
         }
     }
 }
+
+crate::on_cuda!(causal_conv1d, norms, selective_state_update);

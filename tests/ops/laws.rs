@@ -7,10 +7,10 @@ use std::fmt::Debug;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use mamba_ops::Packing;
-use mamba_ops::simd::Isa;
 
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target::{self, Target};
 use crate::support::tolerance::{self, max_error, of_rounding, relative_rms, values};
 
 /// Tensors by argument name.
@@ -42,8 +42,17 @@ pub trait Op {
     fn role(name: &str) -> Role;
     /// The axis of time of an input or output, if it has one; `initial_state` and `final_state` have none.
     fn time_axis(case: &Self::Case, name: &str) -> Option<usize>;
-    fn fused(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
+    /// The op itself, on the device of its inputs.
+    fn run(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
+    /// The op on the device under test, from and to CPU memory.
+    fn fused(case: &Self::Case, inputs: &Tensors) -> Result<Tensors> {
+        target::back(Self::run(case, &target::place(&format!("{case:?}"), inputs)?)?)
+    }
     fn reference(case: &Self::Case, inputs: &Tensors) -> Result<Tensors>;
+    /// How many times the tolerances of `f32` hold for what is computed in some dtype.
+    fn slack(_dtype: DType) -> f64 {
+        1.0
+    }
     /// The case of a golden file, with its tensors by our names; an error says why it does not apply.
     fn golden(golden: &Golden) -> std::result::Result<(Self::Case, GoldenTensors), String>;
 }
@@ -108,6 +117,7 @@ pub fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result
             let gradient = match store.get(var.as_tensor()) {
                 Some(gradient) => gradient.detach(),
                 None if var.dtype() == DType::F64 => var.zeros_like()?,
+                None if target::is_cuda() && var.elem_count() == 0 => var.zeros_like()?, // not moved, see `target`
                 None => panic!("no gradient reached `{name}`"),
             };
             gradients.insert((*name).clone(), gradient);
@@ -164,19 +174,21 @@ pub fn reference<O: Op>(cases: &[O::Case]) {
             } else {
                 differentiate(&|x| O::reference(case, x), &exact, &cotangents).unwrap()
             };
-            for isa in Isa::available() {
+            for isa in Target::available() {
                 let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
                 isa.scope(|| {
                     // Inference takes another path than training: no graph, nothing kept.
                     let untracked = O::fused(case, &rounded).unwrap();
                     assert!(untracked.values().all(|y| !y.track_op()), "{context}: a graph without need");
-                    agree(&untracked, &want.0, tolerance::FORWARD, &context);
+                    let forward = tolerance::FORWARD * O::slack(dtype);
+                    let backward = tolerance::BACKWARD * O::slack(dtype);
+                    agree(&untracked, &want.0, forward, &context);
                     if is_empty(&outputs) {
                         return;
                     }
                     let got = differentiate(&|x| O::fused(case, x), &rounded, &cotangents).unwrap();
-                    agree(&got.0, &want.0, tolerance::FORWARD, &context);
-                    agree(&got.1, &want.1, tolerance::BACKWARD, &format!("{context} gradient"));
+                    agree(&got.0, &want.0, forward, &context);
+                    agree(&got.1, &want.1, backward, &format!("{context} gradient"));
                 });
             }
         }
@@ -306,7 +318,8 @@ pub fn packed<O: PackedOp>(case: &O::Case) {
             let outputs = O::fused(&case, &inputs).unwrap();
             let cotangents = cotangents(&outputs, &mut Random::new(seed as u64 + 1)).unwrap();
             let (want, want_gradients) = one_by_one::<O>(&case, &packing, &inputs, &cotangents);
-            for isa in if dtype == DType::F64 { vec![Isa::current()] } else { Isa::available() } {
+            let targets = Target::available();
+            for isa in if dtype == DType::F64 { &targets[..1] } else { &targets } {
                 let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
                 let (got, gradients) = isa
                     .scope(|| differentiate(&|x| O::fused(&case, x), &inputs, &cotangents))
@@ -419,6 +432,23 @@ pub fn threads<O: Op>(case: &O::Case) {
         for (got, want) in [(&many.0, &one.0), (&many.1, &one.1)] {
             for (name, want) in want {
                 assert_eq!(relative_rms(&got[name], want), 0.0, "{case:?}: `{name}` with {count} threads");
+            }
+        }
+    }
+}
+
+/// The same inputs give the same bits again, outputs and gradients.
+pub fn repeats<O: Op>(case: &O::Case) {
+    let inputs = cast::<O>(&O::inputs(case, &mut Random::new(5)), DType::F32).unwrap();
+    let outputs = O::fused(case, &inputs).unwrap();
+    let cotangents = cotangents(&outputs, &mut Random::new(6)).unwrap();
+    let run = || differentiate(&|x| O::fused(case, x), &inputs, &cotangents).unwrap();
+    let once = run();
+    for _ in 0..3 {
+        let again = run();
+        for (got, want) in [(&again.0, &once.0), (&again.1, &once.1)] {
+            for (name, want) in want {
+                assert_eq!(relative_rms(&got[name], want), 0.0, "{case:?}: `{name}` differs");
             }
         }
     }

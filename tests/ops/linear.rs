@@ -55,7 +55,7 @@ impl<const F32_PARAMETERS: bool> Op for Subject<F32_PARAMETERS> {
         None
     }
 
-    fn fused(_: &Case, inputs: &Tensors) -> Result<Tensors> {
+    fn run(_: &Case, inputs: &Tensors) -> Result<Tensors> {
         Ok([("y".into(), linear(&arguments(inputs))?)].into())
     }
 

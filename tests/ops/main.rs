@@ -6,6 +6,8 @@ mod support;
 
 mod blocks;
 mod causal_conv1d;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod grid;
 mod laws;
 mod linear;
@@ -31,7 +33,10 @@ fn instruction_sets() {
             false => println!("instruction set {name}: skipped, this processor does not have it"),
         }
     }
-    println!("CUDA: skipped, no kernels yet");
+    match support::target::cuda() {
+        Ok(_) => println!("a CUDA device: tested"),
+        Err(why) => println!("a CUDA device: skipped, {why}"),
+    }
     if let Ok(required) = std::env::var("MAMBA_REQUIRE_ISA") {
         assert!(available.contains(&required.as_str()), "{required} is required but not available");
     }

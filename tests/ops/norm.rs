@@ -1,12 +1,12 @@
 //! Cases of `norm`.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use mamba_ops::simd::Isa;
 use mamba_ops::{Norm, NormKind, NormOutput, norm};
 
 use crate::laws::{self, GoldenTensors, Op, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target::Target;
 use crate::support::tolerance::{self, relative_rms, values};
 
 use NormKind::{Layer, Rms};
@@ -112,7 +112,7 @@ impl<const F32_STREAM: bool> Op for Subject<F32_STREAM> {
         None
     }
 
-    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &Case, inputs: &Tensors) -> Result<Tensors> {
         Ok(case.tensors(norm(&arguments(case, inputs))?))
     }
 
@@ -244,6 +244,14 @@ fn threads() {
 }
 
 #[test]
+fn repeats() {
+    for (kind, gate) in kinds_and_gates() {
+        laws::repeats::<InDtypeOfX>(&full(kind, &[3, 401, 70], gate));
+        laws::repeats::<InDtypeOfX>(&full(kind, &[2000, 264], gate));
+    }
+}
+
+#[test]
 fn finite_differences() {
     let cases: Vec<Case> = kinds_and_gates()
         .flat_map(|(kind, gate)| {
@@ -307,7 +315,7 @@ fn large_mean() {
         (y.detach(), gradient)
     };
     let want = run(&exact, &|x| InF32::reference(&case, x));
-    for isa in Isa::available() {
+    for isa in Target::available() {
         let got = isa.scope(|| run(&single, &|x| InF32::fused(&case, x)));
         let (forward, backward) = (relative_rms(&got.0, &want.0), relative_rms(&got.1, &want.1));
         assert!(forward <= tolerance::FORWARD, "{} is off by {forward:.1e}", isa.name());
@@ -327,7 +335,7 @@ fn rows_without_spread() {
                 .collect();
             let x = Var::from_tensor(&Tensor::full(value as f32, (2, 19), &Device::Cpu).unwrap()).unwrap();
             inputs.insert("x".into(), x.as_tensor().clone());
-            for isa in Isa::available() {
+            for isa in Target::available() {
                 let y = isa.scope(|| InF32::fused(&case, &inputs)).unwrap()["y"].clone();
                 let gradient = y.sum_all().unwrap().backward().unwrap().get(x.as_tensor()).unwrap().clone();
                 for (what, x) in [("y", &y), ("gradient", &gradient)] {
@@ -393,3 +401,15 @@ fn misuse() {
         fails(Norm { eps, ..good }, &format!("`eps` is {eps}, expected a finite number of at least 0"));
     }
 }
+
+crate::on_cuda!(
+    reference,
+    reference_with_an_f32_stream,
+    partial_gradients,
+    layout,
+    repeats,
+    golden,
+    rows_do_not_see_each_other,
+    large_mean,
+    rows_without_spread,
+);

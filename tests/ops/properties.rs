@@ -6,13 +6,13 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use candle_core::{DType, Result, Tensor};
-use mamba_ops::simd::Isa;
 use mamba_ops::{Activation, NormKind, Packing, SequenceLayout};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use crate::laws::{self, Op, Tensors};
 use crate::support::random::Random;
+use crate::support::target::Target;
 use crate::support::tolerance::{self, of_rounding, values};
 use crate::{blocks, causal_conv1d, grid, norm, selective_scan, selective_state_update, ssd};
 
@@ -68,7 +68,7 @@ fn compare(got: &Tensors, want: &Tensors, f32_tolerance: f64, context: &str) {
 /// Outputs and gradients in a random dtype, from random views, on a random instruction set.
 fn agrees<O: Op>(case: &O::Case, dtypes: &[DType], [seed, dtype, isa, views]: [usize; 4]) {
     let dtype = dtypes[dtype % dtypes.len()];
-    let isas = Isa::available();
+    let isas = Target::available();
     let isa = isas[isa % isas.len()];
     let inputs = laws::cast::<O>(&O::inputs(case, &mut Random::new(seed as u64)), dtype).unwrap();
     let exact = laws::to_f64(&inputs).unwrap();
@@ -314,7 +314,7 @@ fn selective_state_update() {
             let inputs = case.inputs(&mut Random::new(seed as u64));
             let inputs = selective_state_update::cast(&inputs, dtype, DType::F32);
             let exact = selective_state_update::cast(&inputs, DType::F64, DType::F64);
-            let isas = Isa::available();
+            let isas = Target::available();
             let got = isas[isa % isas.len()]
                 .scope(|| selective_state_update::update(&inputs, softplus, case.dt_limit));
             let want = selective_state_update::update(&exact, softplus, case.dt_limit);
@@ -326,3 +326,5 @@ fn selective_state_update() {
         })
         .unwrap_or_else(|e| panic!("{e}"));
 }
+
+crate::on_cuda!(causal_conv1d, norms, selective_state_update);

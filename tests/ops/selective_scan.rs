@@ -6,6 +6,7 @@ use mamba_ops::{Packing, SelectiveScan, SequenceLayout, selective_scan};
 use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target::Target;
 use crate::support::tolerance::{self, relative_rms, values};
 
 use SequenceLayout::{ChannelsFirst, ChannelsLast};
@@ -128,7 +129,7 @@ impl Op for Scan {
         }
     }
 
-    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &Case, inputs: &Tensors) -> Result<Tensors> {
         let output = selective_scan(&arguments(case, inputs))?;
         Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
     }
@@ -182,6 +183,9 @@ fn cases() -> Vec<Case> {
         for seqlen in [0, 1, 2, 63, 64, 65, 130] {
             cases.push(Case::new([2, 18, seqlen, 3], layout));
         }
+        // On a GPU other kernels take large states, many channels, whole tiles.
+        cases.push(Case::new([1, 5, 7, 80], layout));
+        cases.push(Case::new([2, 64, 64, 16], layout));
         cases.push(Case::new([0, 4, 7, 4], layout));
         cases.push(Case::new([3, 150, 5, 4], layout));
         for (b, c) in
@@ -248,6 +252,13 @@ fn threads() {
 }
 
 #[test]
+fn repeats() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        laws::repeats::<Scan>(&Case { b: Some(2), ..Case::new([2, 300, 140, 4], layout) });
+    }
+}
+
+#[test]
 fn finite_differences() {
     let mut cases = vec![];
     for layout in [ChannelsFirst, ChannelsLast] {
@@ -285,7 +296,7 @@ fn extreme_decays() {
     let single: Tensors = inputs.iter().map(|(n, x)| (n.clone(), x.to_dtype(DType::F32).unwrap())).collect();
     let exact: Tensors = single.iter().map(|(n, x)| (n.clone(), x.to_dtype(DType::F64).unwrap())).collect();
     let want = Scan::reference(&case, &exact).unwrap();
-    for isa in mamba_ops::simd::Isa::available() {
+    for isa in Target::available() {
         let got = isa.scope(|| Scan::fused(&case, &single)).unwrap();
         for (name, want) in &want {
             assert!(values(&got[name]).iter().all(|v| v.is_finite()), "{} `{name}`", isa.name());
@@ -358,3 +369,15 @@ fn misuse() {
         "`initial_state` has dtype bf16, expected f32",
     );
 }
+
+crate::on_cuda!(
+    reference,
+    packed,
+    partial_gradients,
+    split,
+    layout,
+    repeats,
+    golden,
+    extreme_decays,
+    long_sequence,
+);

@@ -1,7 +1,6 @@
 //! Cases of `selective_state_update`: no gradients, and the state changes in place, so the laws are written here.
 
 use candle_core::{DType, Device, Tensor, Var};
-use mamba_ops::simd::Isa;
 use mamba_ops::{
     SelectiveScan, SelectiveStateUpdate, SequenceLayout, SsdChunkScan, selective_scan,
     selective_state_update, ssd_chunk_scan,
@@ -10,6 +9,7 @@ use mamba_ops::{
 use crate::laws::Tensors;
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target::{self, Target};
 use crate::support::tolerance::{self, max_error, of_rounding, relative_rms, values};
 
 /// How `dt`, `a`, `d` and `dt_bias` are given.
@@ -90,12 +90,15 @@ pub fn cast(inputs: &Tensors, activations: DType, others: DType) -> Tensors {
     inputs.iter().map(|(name, x)| (name.clone(), x.to_dtype(dtype(name)).unwrap())).collect()
 }
 
-/// `y` and the new state; the tensors of `inputs` stay as they are.
+/// `y` and the new state, computed on the device under test; the tensors of `inputs` stay as they are.
 pub fn update(inputs: &Tensors, softplus: bool, dt_limit: (f64, f64)) -> (Tensor, Tensor) {
-    let mut inputs = inputs.clone();
+    let shapes: Vec<&[usize]> = inputs.values().map(Tensor::dims).collect();
+    let mut inputs = target::place(&format!("{shapes:?} {softplus} {dt_limit:?}"), inputs).unwrap();
     let state = inputs["state"].contiguous().unwrap().copy().unwrap();
     inputs.insert("state".into(), state.clone());
-    (selective_state_update(&arguments(&inputs, softplus, dt_limit)).unwrap(), state)
+    let y = selective_state_update(&arguments(&inputs, softplus, dt_limit)).unwrap();
+    let mut outputs = target::back([("y".into(), y), ("state".into(), state)].into()).unwrap();
+    (outputs.remove("y").unwrap(), outputs.remove("state").unwrap())
 }
 
 fn cases() -> Vec<Case> {
@@ -126,7 +129,7 @@ fn reference() {
             let rounded = cast(&inputs, dtype, DType::F32);
             let exact = cast(&rounded, DType::F64, DType::F64);
             let want = update(&exact, true, case.dt_limit);
-            for isa in Isa::available() {
+            for isa in Target::available() {
                 let (y, state) = isa.scope(|| update(&rounded, true, case.dt_limit));
                 assert_eq!((y.dtype(), state.dtype()), (dtype, DType::F32));
                 let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
@@ -358,7 +361,7 @@ fn extreme_decays() {
     inputs.insert("dt".into(), Tensor::from_vec(dt, (1, dim), &Device::Cpu).unwrap());
     let single = cast(&inputs, DType::F32, DType::F32);
     let want = update(&cast(&single, DType::F64, DType::F64), false, FREE);
-    for isa in Isa::available() {
+    for isa in Target::available() {
         let got = isa.scope(|| update(&single, false, FREE));
         for (got, want) in [(&got.0, &want.0), (&got.1, &want.1)] {
             assert!(values(got).iter().all(|v| v.is_finite()));
@@ -400,3 +403,5 @@ fn misuse() {
     let strided = zeros(&[2, 3, 6, 4]).transpose(1, 2).unwrap();
     fails(SelectiveStateUpdate { state: &strided, ..good }, "the state must be contiguous f32");
 }
+
+crate::on_cuda!(reference, tied_heads_equal_repeated_values, golden, extreme_decays,);

@@ -1,12 +1,12 @@
 //! Cases of `ssd_chunk_scan`.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use mamba_ops::simd::Isa;
 use mamba_ops::{Packing, SsdChunkScan, ssd_chunk_scan};
 
 use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
+use crate::support::target::{self, Target};
 use crate::support::tolerance::{self, relative_rms, values};
 
 #[derive(Debug, Clone)]
@@ -111,9 +111,14 @@ impl Op for Ssd {
         matches!(name, "x" | "dt" | "b" | "c" | "z" | "y").then_some(1)
     }
 
-    fn fused(case: &Case, inputs: &Tensors) -> Result<Tensors> {
+    fn run(case: &Case, inputs: &Tensors) -> Result<Tensors> {
         let output = ssd_chunk_scan(&arguments(case, inputs))?;
         Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
+    }
+
+    fn slack(dtype: DType) -> f64 {
+        let half = matches!(dtype, DType::F16 | DType::BF16);
+        if half && target::is_cuda() { tolerance::TENSOR_CORES } else { 1.0 }
     }
 
     fn reference(case: &Case, inputs: &Tensors) -> Result<Tensors> {
@@ -219,6 +224,11 @@ fn threads() {
 }
 
 #[test]
+fn repeats() {
+    laws::repeats::<Ssd>(&Case::new([2, 150, 20, 16, 2, 24]));
+}
+
+#[test]
 fn finite_differences() {
     laws::finite_differences::<Ssd>(&[
         Case::new([2, 5, 4, 3, 2, 3]),
@@ -253,7 +263,7 @@ fn extreme_decays() {
     inputs.insert("dt".into(), Tensor::from_vec(dt, (1, seqlen, nheads), &Device::Cpu).unwrap());
     let single = cast(&inputs, DType::F32);
     let want = Ssd::reference(&case, &cast(&single, DType::F64)).unwrap();
-    for isa in Isa::available() {
+    for isa in Target::available() {
         let got = isa.scope(|| Ssd::fused(&case, &single)).unwrap();
         for (name, want) in &want {
             let axis = if name == "y" { 2 } else { 1 };
@@ -339,3 +349,15 @@ fn misuse() {
     let half = b.to_dtype(DType::BF16).unwrap();
     fails(SsdChunkScan { b: &half, ..good }, "`b` has dtype bf16, expected f32 as `x`");
 }
+
+crate::on_cuda!(
+    reference,
+    packed,
+    partial_gradients,
+    split,
+    layout,
+    repeats,
+    golden,
+    extreme_decays,
+    gradients_over_many_chunks,
+);

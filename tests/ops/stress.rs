@@ -2,11 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use mamba_ops::SequenceLayout;
-use mamba_ops::simd::Isa;
 
 use crate::grid::{Oracle, all_values, check, scan_oracle, shaped, ssd_oracle};
 use crate::laws::{self, Op, Tensors};
 use crate::support::random::Random;
+use crate::support::target::Target;
 use crate::support::tolerance::{self, relative_rms, values};
 use crate::{selective_scan, ssd};
 
@@ -95,7 +95,7 @@ fn extremes<O: Op>(
     assert!(gradients.values().chain(want.values()).flatten().all(|v| v.is_finite()));
     let (want, gradients) = (shaped(&outputs, want), shaped(&inputs, gradients));
     assert_eq!(all_values(&want).len(), 2);
-    for isa in Isa::available() {
+    for isa in Target::available() {
         let got = isa.scope(|| laws::differentiate(&|x| O::fused(case, x), &inputs, &cotangents)).unwrap();
         for (name, want) in &want {
             for i in 0..want.dim(axis(name)).unwrap() {
@@ -146,3 +146,5 @@ fn extremes_of_selective_scan() {
         );
     }
 }
+
+crate::on_cuda!(long_sequences, extremes_of_ssd, extremes_of_selective_scan);

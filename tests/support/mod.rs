@@ -3,4 +3,5 @@
 
 pub mod golden;
 pub mod random;
+pub mod target;
 pub mod tolerance;

@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::mem::size_of;
+use std::path::Path;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use candle_core::backend::BackendStorage;
@@ -29,6 +30,7 @@ use candle_core::{
 use half::{bf16, f16};
 
 use crate::autograd::Output;
+use crate::packing::Packing;
 
 /// The compiled kernels of an op: what `build.rs` made of its `.cu` file.
 pub(crate) struct Module {
@@ -46,6 +48,16 @@ macro_rules! module {
     };
 }
 pub(crate) use module;
+
+impl Module {
+    /// The image; for work on kernels, that of the folder `MAMBA_KERNELS`, so that nothing but the kernels is built anew.
+    fn read(&self) -> Result<Vec<u8>> {
+        match std::env::var_os("MAMBA_KERNELS") {
+            Some(folder) => Ok(std::fs::read(Path::new(&folder).join(self.name).with_extension("fatbin"))?),
+            None => Ok(self.image.to_vec()),
+        }
+    }
+}
 
 /// A kernel of a module: `name` and, where it is compiled for several, the dtype of its activations, as in `name_bf16`.
 #[derive(Clone, Copy)]
@@ -104,6 +116,12 @@ impl Pointer {
         };
         Ok(Self { address, dtype })
     }
+
+    /// The pointer to an element of this dtype further on; of no tensor, none.
+    pub(crate) fn offset(self, elements: usize, dtype: DType) -> Self {
+        let bytes = (elements * dtype.size_in_bytes()) as u64;
+        Self { address: if self.address == 0 { 0 } else { self.address + bytes }, ..self }
+    }
 }
 
 /// The GPU that an op runs on, and candle's stream there.
@@ -121,7 +139,8 @@ pub(crate) fn pointers<const N: usize, R>(
 ) -> Result<R> {
     let mut contiguous = [const { None }; N];
     for (slot, x) in contiguous.iter_mut().zip(tensors) {
-        *slot = x.map(Tensor::contiguous).transpose()?;
+        // Of an empty tensor nothing is read.
+        *slot = x.filter(|x| x.elem_count() > 0).map(Tensor::contiguous).transpose()?;
     }
     views(op, contiguous.each_ref().map(Option::as_ref), f)
 }
@@ -139,7 +158,7 @@ pub(crate) fn views<const N: usize, R>(
     let Some(device) = device else { bail!("{op}: no input is on a GPU") };
     let gpu = Gpu { stream: device.cuda_stream(), device };
 
-    let guards = tensors.map(|x| x.map(Tensor::storage_and_layout));
+    let guards = tensors.map(|x| x.filter(|x| x.elem_count() > 0).map(Tensor::storage_and_layout));
     let mut pointers = [Pointer::NULL; N];
     // Dropped after the launches: on several streams, others then wait for our reads.
     let mut reads = Vec::with_capacity(N);
@@ -197,6 +216,21 @@ impl Gpu {
         Ok(Buffer { storage, pointer, stream: self.stream.clone() })
     }
 
+    /// A buffer of zeros.
+    pub(crate) fn zeros(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        let mut buffer = self.buffer(dtype, len)?;
+        let (address, _write) = address_mut(&mut buffer.storage, &self.stream)?;
+        // SAFETY: within the buffer.
+        unsafe { result::memset_d8_async(address, 0, len * dtype.size_in_bytes(), self.stream.cu_stream()) }
+            .w()?;
+        Ok(buffer)
+    }
+
+    /// Room for an output with an axis of tokens, of which kernels write all but the padding.
+    pub(crate) fn room(&self, dtype: DType, len: usize, packing: &Packing) -> Result<Buffer> {
+        if packing.has_padding() { self.zeros(dtype, len) } else { self.buffer(dtype, len) }
+    }
+
     /// A buffer in the dtype of `like` with room for its elements, if `needed`.
     pub(crate) fn buffer_like(&self, like: Option<&Tensor>, needed: bool) -> Result<Option<Buffer>> {
         like.filter(|_| needed).map(|x| self.buffer(x.dtype(), x.elem_count())).transpose()
@@ -218,6 +252,14 @@ impl Gpu {
     /// How many multiprocessors there are to fill.
     pub(crate) fn multiprocessors(&self) -> usize {
         multiprocessors(&self.device)
+    }
+
+    /// How many blocks of a kernel the GPU runs at once.
+    pub(crate) fn blocks_at_once(&self, kernel: Kernel, threads: [usize; 2], shared: usize) -> Result<usize> {
+        let function = self.function(kernel, shared)?;
+        let threads = (threads[0] * threads[1]) as u32;
+        let blocks = function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None).w()?;
+        Ok(self.multiprocessors() * (blocks as usize).max(1))
     }
 
     /// Enqueues a kernel; nothing if the grid is empty.
@@ -260,7 +302,7 @@ impl Gpu {
             None => {
                 drop(known);
                 let mut known = FUNCTIONS.write().unwrap_or_else(PoisonError::into_inner);
-                let module = context.load_module(Ptx::from_binary(kernel.module.image.to_vec()));
+                let module = context.load_module(Ptx::from_binary(kernel.module.read()?));
                 let module = module.or_else(|e| self.does_not_run(kernel.module, e))?;
                 let function = module.load_function(&kernel.symbol()).w()?;
                 known.get_or_insert_default().insert(key, function.clone());

@@ -51,8 +51,10 @@
 //! | `chunk_size` | c | tokens that Mamba-2 computes at once |
 //!
 //! # What holds for every op
-//! - Activations are f32, f16 or bf16; arithmetic and states are f32. In f64, and on other devices than the CPU, an op
+//! - Activations are f32, f16 or bf16; arithmetic and states are f32. In f64, and where there are no kernels of ours, an op
 //!   runs its reference: plain tensor operations, right and slow.
+//! - With the feature `cuda`, tensors on a GPU go to kernels for it, embedded as machine code; the README says which ops have
+//!   them. An op enqueues its kernels and never waits, so that a CUDA graph can capture it.
 //! - The gradient of every input exists, through every output. An op without a backward refuses inputs that track.
 //! - A state that comes out may go in again: a sequence can be cut anywhere.
 //! - Sequences of different lengths may share a batch: [`Packing`] says where each of them lies.

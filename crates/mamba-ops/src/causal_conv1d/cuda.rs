@@ -7,9 +7,11 @@ use candle_core::{DType, Result, Tensor};
 use super::autograd::{BIAS, INITIAL_STATE, Node, SLOTS, WEIGHT, X};
 use super::{CausalConv1dUpdate, OP, Sizes, UPDATE_OP};
 use crate::autograd::Forward;
-use crate::device::{self, Arguments, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointer, int, module};
 use crate::host;
-use crate::layout::{Activation, SequenceLayout};
+use crate::layout::Activation;
+use crate::layout::SequenceLayout::{self, ChannelsFirst, ChannelsLast};
+use crate::packing::PackedSequence;
 
 static MODULE: Module = module!("causal_conv1d");
 
@@ -28,6 +30,7 @@ struct Conv {
     weight: Pointer,
     bias: Pointer,
     initial_state: u64,
+    row_stride: i64,
     batch: i32,
     dim: i32,
     seqlen: i32,
@@ -74,9 +77,9 @@ struct ConvUpdate {
     padding: i32,
 }
 
-const _: () = assert!(size_of::<Conv>() == 72);
-const _: () = assert!(size_of::<ConvForward>() == 88);
-const _: () = assert!(size_of::<ConvBackward>() == 136);
+const _: () = assert!(size_of::<Conv>() == 80);
+const _: () = assert!(size_of::<ConvForward>() == 96);
+const _: () = assert!(size_of::<ConvBackward>() == 144);
 const _: () = assert!(size_of::<ConvUpdate>() == 96);
 // SAFETY: as the structs of `causal_conv1d.cu`.
 unsafe impl Arguments for ConvForward {}
@@ -84,6 +87,37 @@ unsafe impl Arguments for ConvForward {}
 unsafe impl Arguments for ConvBackward {}
 // SAFETY: as above.
 unsafe impl Arguments for ConvUpdate {}
+
+/// What one launch handles: the whole batch, or a packed sequence of it.
+#[derive(Clone, Copy)]
+struct Segment {
+    /// Its sizes; `sequences` is not used.
+    sizes: Sizes,
+    /// Its first element in `x`, `y` and their gradients.
+    start: usize,
+    /// Its first sequence, whose place in the states it has.
+    sequence: usize,
+}
+
+fn segments(node: &Node) -> Vec<Segment> {
+    let Sizes { batch, dim, seqlen, .. } = node.sizes;
+    let sequences = node.packing.sequences();
+    let rows = (0..batch).map(|row| PackedSequence { row, start: 0, len: seqlen });
+    if sequences.len() == batch && rows.zip(sequences).all(|(row, sequence)| row == *sequence) {
+        return vec![Segment { sizes: node.sizes, start: 0, sequence: 0 }];
+    }
+    let segment = |(sequence, at): (usize, &PackedSequence)| Segment {
+        sizes: Sizes { batch: 1, seqlen: at.len, ..node.sizes },
+        start: at.row * seqlen * dim + at.start * if node.layout == ChannelsLast { dim } else { 1 },
+        sequence,
+    };
+    sequences.iter().enumerate().map(segment).collect()
+}
+
+/// Where an element further on is; of no tensor, nowhere.
+fn from(pointer: Pointer, elements: usize, dtype: DType) -> u64 {
+    pointer.offset(elements, dtype).address
+}
 
 /// How a thread reads its elements.
 #[derive(Clone, Copy)]
@@ -94,20 +128,24 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(sizes: Sizes, layout: SequenceLayout, pointers: &[Pointer]) -> Self {
-        let neighbours = match layout {
-            SequenceLayout::ChannelsFirst => sizes.seqlen,
-            SequenceLayout::ChannelsLast => sizes.dim,
+    fn new(node: &Node, segments: &[Segment], dtype: DType, pointers: &[Pointer]) -> Self {
+        let aligned = |n: usize| n > 0 && n.is_multiple_of(8);
+        let rows = match node.layout {
+            ChannelsFirst => {
+                let within = |s: &Segment| aligned(s.sizes.seqlen) && s.start.is_multiple_of(8);
+                aligned(node.sizes.seqlen) && segments.iter().all(within)
+            }
+            ChannelsLast => aligned(node.sizes.dim),
         };
-        let aligned = pointers.iter().all(|pointer| pointer.address.is_multiple_of(16));
-        let taps = if sizes.width <= 4 { 4 } else { WIDEST };
-        Self { taps, packs: taps == 4 && aligned && neighbours.is_multiple_of(8) }
+        let starts =
+            pointers.iter().all(|pointer| pointer.address.is_multiple_of(8 * dtype.size_in_bytes() as u64));
+        let taps = if node.sizes.width <= 4 { 4 } else { WIDEST };
+        Self { taps, packs: taps == 4 && rows && starts }
     }
 }
 
 /// The symbol of a kernel for sequences.
 fn symbol(backward: bool, layout: SequenceLayout, shape: Shape) -> &'static str {
-    use SequenceLayout::{ChannelsFirst, ChannelsLast};
     match (backward, layout, shape.taps, shape.packs) {
         (false, ChannelsFirst, 4, true) => "causal_conv1d_fwd_first4v",
         (false, ChannelsFirst, 4, false) => "causal_conv1d_fwd_first4",
@@ -137,63 +175,118 @@ fn run(gpu: &Gpu, sizes: Sizes, packs: usize, longest: usize) -> usize {
     sizes.seqlen.div_ceil(runs).clamp(16, longest).next_multiple_of(4)
 }
 
-fn arguments(node: &Node, [x, weight, bias, initial_state]: [Pointer; SLOTS], run: usize) -> Result<Conv> {
-    let Sizes { batch, dim, seqlen, width, .. } = node.sizes;
-    let [batch, dim, seqlen, width] = [int(OP, batch)?, int(OP, dim)?, int(OP, seqlen)?, int(OP, width)?];
-    let silu = i32::from(node.activation == Activation::Silu);
-    let (x, initial_state, run) = (x.address, initial_state.address, run as i32);
-    Ok(Conv { x, weight, bias, initial_state, batch, dim, seqlen, width, silu, run })
+/// The arguments that forward and backward share, of one segment.
+fn arguments(
+    node: &Node,
+    segment: &Segment,
+    dtype: DType,
+    [x, weight, bias, initial_state]: [Pointer; SLOTS],
+    run: usize,
+) -> Result<Conv> {
+    let Sizes { batch, dim, seqlen, width, .. } = segment.sizes;
+    Ok(Conv {
+        x: from(x, segment.start, dtype),
+        weight,
+        bias,
+        initial_state: from(initial_state, segment.states(), DType::F32),
+        row_stride: node.sizes.seqlen as i64,
+        batch: int(OP, batch)?,
+        dim: int(OP, dim)?,
+        seqlen: int(OP, seqlen)?,
+        width: int(OP, width)?,
+        silu: i32::from(node.activation == Activation::Silu),
+        run: run as i32,
+    })
+}
+
+impl Segment {
+    /// Its first element in the states.
+    fn states(&self) -> usize {
+        self.sequence * self.sizes.dim * (self.sizes.width - 1)
+    }
+}
+
+/// The grid of a forward, and the tokens of a thread, channels last.
+fn forward_grid(
+    gpu: &Gpu,
+    layout: SequenceLayout,
+    sizes: Sizes,
+    shape: Shape,
+    dtype: DType,
+) -> (Launch, usize) {
+    let Sizes { batch, dim, seqlen, .. } = sizes;
+    match layout {
+        ChannelsFirst => {
+            let threads = threads(seqlen.div_ceil(STEPS));
+            // A block goes through a long row in several steps, unless there are few rows.
+            let rows = batch * dim;
+            let steps = if rows < gpu.multiprocessors() * 16 { 1 } else { 4 };
+            let splits = seqlen.div_ceil(threads * STEPS * steps).clamp(1, 65535);
+            (Launch { blocks: [rows, splits, 1], threads: [threads, 1], shared: 0 }, 0)
+        }
+        ChannelsLast => {
+            let channels = match (shape.packs, dtype) {
+                (false, _) => 1,
+                (true, DType::F32) => 4,
+                (true, _) => 8,
+            };
+            let packs = dim.div_ceil(channels);
+            let (run, threads) = (run(gpu, sizes, packs, 32), threads(packs));
+            let runs = seqlen.div_ceil(run).max(1);
+            let blocks = [batch * runs, packs.div_ceil(threads), 1];
+            (Launch { blocks, threads: [threads, 1], shared: 0 }, run)
+        }
+    }
+}
+
+/// The grid of a backward, the tokens of a thread, channels last, and into how many sums those of a parameter are split.
+fn backward_grid(
+    gpu: &Gpu,
+    layout: SequenceLayout,
+    sizes: Sizes,
+    shape: Shape,
+) -> Result<(Launch, usize, usize)> {
+    let Sizes { batch, dim, seqlen, .. } = sizes;
+    Ok(match layout {
+        ChannelsFirst => {
+            let pieces = batch * seqlen.div_ceil(STEPS).max(1);
+            int(OP, pieces)?;
+            let threads = threads(pieces);
+            let fill = (gpu.multiprocessors() * 16).div_ceil(dim.max(1));
+            let splits = pieces.div_ceil(threads).clamp(1, fill.min(65535));
+            (Launch { blocks: [dim, splits, 1], threads: [threads, 1], shared: 0 }, 0, splits)
+        }
+        ChannelsLast => {
+            let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
+            let run = run(gpu, sizes, packs, 64);
+            let splits = (batch * seqlen.div_ceil(run).max(1)).div_ceil(RUNS).max(1);
+            (Launch { blocks: [splits, packs.div_ceil(32), 1], threads: [32, RUNS], shared: 0 }, run, splits)
+        }
+    })
 }
 
 pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<Forward<2>> {
     let x = host::slot(OP, inputs, X)?;
-    let Sizes { batch, dim, seqlen, .. } = node.sizes;
+    let dtype = x.dtype();
     device::pointers(OP, inputs.each_ref().map(Option::as_ref), |gpu, pointers| {
-        let y = gpu.buffer(x.dtype(), x.elem_count())?;
-        let state_shape = node.sizes.state_shape();
-        let final_state = gpu.buffer(DType::F32, state_shape.0 * state_shape.1 * state_shape.2)?;
-        let shape = Shape::new(node.sizes, node.layout, &[pointers[X], y.pointer()]);
-        let kernel =
-            Kernel { module: &MODULE, name: symbol(false, node.layout, shape), dtype: Some(x.dtype()) };
-        let (launch, run) = match node.layout {
-            SequenceLayout::ChannelsFirst => {
-                let threads = threads(seqlen.div_ceil(STEPS));
-                // A block goes through a long row in several steps, unless there are few rows.
-                let rows = batch * dim;
-                let steps = if rows < gpu.multiprocessors() * 16 { 1 } else { 4 };
-                let splits = seqlen.div_ceil(threads * STEPS * steps).clamp(1, 65535);
-                (Launch { blocks: [rows, splits, 1], threads: [threads, 1], shared: 0 }, 0)
-            }
-            SequenceLayout::ChannelsLast => {
-                let channels = match (shape.packs, x.dtype()) {
-                    (false, _) => 1,
-                    (true, DType::F32) => 4,
-                    (true, _) => 8,
-                };
-                let packs = dim.div_ceil(channels);
-                let (run, threads) = (run(gpu, node.sizes, packs, 32), threads(packs));
-                let runs = seqlen.div_ceil(run).max(1);
-                (
-                    Launch {
-                        blocks: [batch * runs, packs.div_ceil(threads), 1],
-                        threads: [threads, 1],
-                        shared: 0,
-                    },
-                    run,
-                )
-            }
-        };
-        let args = ConvForward {
-            conv: arguments(node, pointers, run)?,
-            y: y.pointer().address,
-            final_state: final_state.pointer().address,
-        };
-        // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
-        unsafe { gpu.launch(kernel, launch, args) }?;
-        Ok(Forward {
-            outputs: [y.output(x.shape().clone())?, final_state.output(state_shape)?],
-            saved: vec![],
-        })
+        let y = gpu.room(dtype, x.elem_count(), &node.packing)?;
+        let (sequences, dim, window) = node.sizes.state_shape();
+        let final_state = gpu.buffer(DType::F32, sequences * dim * window)?;
+        let segments = segments(node);
+        let shape = Shape::new(node, &segments, dtype, &[pointers[X], y.pointer()]);
+        let kernel = Kernel { module: &MODULE, name: symbol(false, node.layout, shape), dtype: Some(dtype) };
+        for segment in &segments {
+            let (launch, run) = forward_grid(gpu, node.layout, segment.sizes, shape, dtype);
+            let args = ConvForward {
+                conv: arguments(node, segment, dtype, pointers, run)?,
+                y: from(y.pointer(), segment.start, dtype),
+                final_state: from(final_state.pointer(), segment.states(), DType::F32),
+            };
+            // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
+            unsafe { gpu.launch(kernel, launch, args) }?;
+        }
+        let state = final_state.output(node.sizes.state_shape())?;
+        Ok(Forward { outputs: [y.output(x.shape().clone())?, state], saved: vec![] })
     })
 }
 
@@ -204,57 +297,48 @@ pub(super) fn backward(
     grads: &[Option<Tensor>; 2],
 ) -> Result<[Option<Tensor>; SLOTS]> {
     let x = host::slot(OP, inputs, X)?;
-    let Sizes { batch, dim, seqlen, width, .. } = node.sizes;
+    let (dtype, Sizes { dim, width, .. }) = (x.dtype(), node.sizes);
     let [a, b, c, d] = inputs.each_ref().map(Option::as_ref);
     device::pointers(OP, [a, b, c, d, grads[0].as_ref(), grads[1].as_ref()], |gpu, pointers| {
         let [px, weight, bias, initial_state, grad_y, grad_state] = pointers;
         let like = |slot: usize| gpu.buffer_like(inputs[slot].as_ref(), needs[slot]);
-        let (dx, dinitial) = (like(X)?, like(INITIAL_STATE)?);
-        let (dweight, dbias) = (like(WEIGHT)?, like(BIAS)?);
+        let dx = needs[X].then(|| gpu.room(dtype, x.elem_count(), &node.packing)).transpose()?;
+        let (dinitial, dweight, dbias) = (like(INITIAL_STATE)?, like(WEIGHT)?, like(BIAS)?);
+        let [pdx, pdinitial] = [&dx, &dinitial].map(device::pointer);
 
-        let shape = Shape::new(node.sizes, node.layout, &[px, grad_y, device::pointer(&dx)]);
-        let kernel =
-            Kernel { module: &MODULE, name: symbol(true, node.layout, shape), dtype: Some(x.dtype()) };
-        // `partial` blocks each sum over some of the tokens of a channel.
-        let (launch, run, partial) = match node.layout {
-            SequenceLayout::ChannelsFirst => {
-                let pieces = batch * seqlen.div_ceil(STEPS);
-                int(OP, pieces)?;
-                let threads = threads(pieces);
-                let blocks = (gpu.multiprocessors() * 16).div_ceil(dim.max(1));
-                let splits = pieces.div_ceil(threads).clamp(1, blocks.min(65535));
-                (Launch { blocks: [dim, splits, 1], threads: [threads, 1], shared: 0 }, 0, splits)
-            }
-            SequenceLayout::ChannelsLast => {
-                let channels = if shape.packs { 4 } else { 1 };
-                let packs = dim.div_ceil(channels);
-                let run = run(gpu, node.sizes, packs, 64);
-                let splits = (batch * seqlen.div_ceil(run).max(1)).div_ceil(RUNS);
-                (
-                    Launch { blocks: [splits, packs.div_ceil(32), 1], threads: [32, RUNS], shared: 0 },
-                    run,
-                    splits,
-                )
-            }
+        let segments = segments(node);
+        let shape = Shape::new(node, &segments, dtype, &[px, grad_y, pdx]);
+        let kernel = Kernel { module: &MODULE, name: symbol(true, node.layout, shape), dtype: Some(dtype) };
+        let grid = |segment: &Segment| backward_grid(gpu, node.layout, segment.sizes, shape);
+        let grids = segments.iter().map(grid).collect::<Result<Vec<_>>>()?;
+        // Each block sums over some of the tokens of a channel; one alone writes what is wanted.
+        let parts: usize = grids.iter().map(|(_, _, splits)| splits).sum();
+        let sums = |out: &Option<Buffer>, columns: usize| {
+            (out.is_some() && parts != 1).then(|| gpu.buffer(DType::F32, parts * columns)).transpose()
         };
-        let sums = |needed: bool, columns: usize| {
-            (needed && partial > 1).then(|| gpu.buffer(DType::F32, partial * columns)).transpose()
+        let (weight_sums, bias_sums) = (sums(&dweight, dim * width)?, sums(&dbias, dim)?);
+        let place = |sums: &Option<Buffer>, out: &Option<Buffer>, elements: usize| match sums {
+            Some(sums) => sums.pointer().offset(elements, DType::F32),
+            None => device::pointer(out),
         };
-        let (weight_sums, bias_sums) = (sums(dweight.is_some(), dim * width)?, sums(dbias.is_some(), dim)?);
-        let args = ConvBackward {
-            conv: arguments(node, [px, weight, bias, initial_state], run)?,
-            grad_y: grad_y.address,
-            grad_state: grad_state.address,
-            dx: device::pointer(&dx).address,
-            dinitial: device::pointer(&dinitial).address,
-            dweight: device::pointer(if weight_sums.is_some() { &weight_sums } else { &dweight }),
-            dbias: device::pointer(if bias_sums.is_some() { &bias_sums } else { &dbias }),
-        };
-        // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
-        unsafe { gpu.launch(kernel, launch, args) }?;
+        let mut part = 0;
+        for (segment, (launch, run, splits)) in segments.iter().zip(grids) {
+            let args = ConvBackward {
+                conv: arguments(node, segment, dtype, [px, weight, bias, initial_state], run)?,
+                grad_y: from(grad_y, segment.start, dtype),
+                grad_state: from(grad_state, segment.states(), DType::F32),
+                dx: from(pdx, segment.start, dtype),
+                dinitial: from(pdinitial, segment.states(), DType::F32),
+                dweight: place(&weight_sums, &dweight, part * dim * width),
+                dbias: place(&bias_sums, &dbias, part * dim),
+            };
+            // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
+            unsafe { gpu.launch(kernel, launch, args) }?;
+            part += splits;
+        }
         for (sums, out, columns) in [(weight_sums, &dweight, dim * width), (bias_sums, &dbias, dim)] {
             if let (Some(sums), Some(out)) = (sums, out) {
-                gpu.sum_rows(&sums, partial, columns, out)?;
+                gpu.sum_rows(&sums, parts, columns, out)?;
             }
         }
         device::gradients(inputs, [dx, dweight, dbias, dinitial])
@@ -269,8 +353,8 @@ pub(super) fn update(args: &CausalConv1dUpdate, sizes: Sizes) -> Result<Tensor> 
         let name = if width <= 4 { "causal_conv1d_update4" } else { "causal_conv1d_update8" };
         let kernel = Kernel { module: &MODULE, name, dtype: Some(x.dtype()) };
         let (token_stride, channel_stride) = match layout {
-            SequenceLayout::ChannelsFirst => (1, seqlen),
-            SequenceLayout::ChannelsLast => (dim, 1),
+            ChannelsFirst => (1, seqlen),
+            ChannelsLast => (dim, 1),
         };
         device::modify(UPDATE_OP, state, |state| {
             let args = ConvUpdate {

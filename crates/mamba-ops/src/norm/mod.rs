@@ -2,6 +2,8 @@
 
 mod autograd;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{DType, Result, Tensor};
@@ -130,6 +132,17 @@ struct Sizes {
     group_size: usize,
 }
 
+impl Sizes {
+    /// Whether there are fused kernels; those for GPUs keep a group in registers.
+    fn fused(self, x: &Tensor) -> bool {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() && self.group_size > cuda::LARGEST_GROUP {
+            return false;
+        }
+        args::fused(x)
+    }
+}
+
 /// Adds to the residual stream and normalises it, in groups of channels, with a gate before or after.
 ///
 /// With `r = x + residual` and, for each group of `n` channels, `u = r · silu(z)` (`u = r` if the gate comes after or
@@ -167,5 +180,5 @@ struct Sizes {
 /// Zhang and Sennrich, 2019; `layer_norm_fn` and, gated, `layernorm_fn` in state-spaces/mamba (`mamba_ssm/ops/triton`).
 pub fn norm(args: &Norm) -> Result<NormOutput> {
     let sizes = args.sizes()?;
-    if args::fused_on_cpu(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    if sizes.fused(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

@@ -1,6 +1,8 @@
 //! One decoding step of Mamba-1 or Mamba-2: moves the state of each channel on by a token, in place.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Result, Tensor};
@@ -169,10 +171,14 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
         ("dt_bias", dt_bias),
     ];
     Checker::new(OP, "x", x)?.in_place(state, &inputs)?;
-    if !args::fused_on_cpu(x) {
+    if !args::fused(x) {
         let (y, next) = reference::forward(args)?;
         state.slice_set(&next.contiguous()?, 0, 0)?;
         return Ok(y);
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::update(args, sizes);
     }
     let per_head = |x: &Tensor| args.x.rank() == 3 && x.rank() == 1;
     let (d_per_head, bias_per_head) = (d.is_some_and(per_head), dt_bias.is_some_and(per_head));
