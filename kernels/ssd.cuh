@@ -131,12 +131,12 @@ struct Steps {
     struct Next { Step own, last; };
 
     float2* exponent;  // high, low
-    float *dt, *from_start, *to_end;
+    float *dt, *to_end;
 
-    static constexpr int NUMBERS = 5;  // a token
+    static constexpr int NUMBERS = 4;  // a token
 
     __device__ Steps(float*& room, int q)
-        : exponent(reinterpret_cast<float2*>(room)), dt(room + 2 * q), from_start(room + 3 * q), to_end(room + 4 * q) {
+        : exponent(reinterpret_cast<float2*>(room)), dt(room + 2 * q), to_end(room + 3 * q) {
         room += NUMBERS * q;
     }
     __device__ static __forceinline__ Next fetch(const Step* from, int q) {
@@ -149,10 +149,10 @@ struct Steps {
         if (i >= q) return;
         exponent[i] = make_float2(next.own.high, next.own.low);
         dt[i] = next.own.dt;
-        from_start[i] = decay(next.own.high, next.own.low);
         to_end[i] = decay(next.last.high - next.own.high, next.last.low - next.own.low);
     }
     __device__ __forceinline__ void load(const Step* from, int q) const { put(fetch(from, q), q); }
+    __device__ __forceinline__ float from_start(int i) const { return decay(exponent[i].x, exponent[i].y); }
 };
 
 // From after token j to after token i.

@@ -159,7 +159,7 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
             Tile<4> tile;
             tile.clear();
             multiply<AS_STORED, AS_STORED>(tile, g, row0, state, column0, n, 0, p);
-            tile.scale_rows(steps.from_start[row0 + tile.row(0)], steps.from_start[row0 + tile.row(1)]);
+            tile.scale_rows(steps.from_start(row0 + tile.row(0)), steps.from_start(row0 + tile.row(1)));
             float sums[2] = {0.0f, 0.0f};
             tile.each([&](int m, int half, int row, int column, float v0, float v1) {
                 if (column0 + column >= n) return;
@@ -332,7 +332,7 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
             const float afters[2] = {after + starts[1] + starts[0], after + starts[1]};
             const float befores[2] = {before, before + ends[0]};
             for (int w = 0; w < WARPS; w++) total += of_total[w];
-            total *= steps.from_start[q - 1];
+            total *= steps.from_start(q - 1);
             const float a = args.a[head];
             float of_a = 0.0f, of_bias = 0.0f;
 #pragma unroll

@@ -132,7 +132,7 @@ __device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const S
     tile.clear();
     if (has_state) {
         multiply<AS_STORED, TRANSPOSED>(tile, c, row0, state, column0, at.p, 0, at.n);
-        tile.scale_rows(steps.from_start[row0 + tile.row(0)], steps.from_start[row0 + tile.row(1)]);
+        tile.scale_rows(steps.from_start(row0 + tile.row(0)), steps.from_start(row0 + tile.row(1)));
     }
     multiply<AS_STORED, AS_STORED>(tile, scores, row0, x, column0, at.p, 0, row0 + 16);
     if (args.d) {
@@ -283,7 +283,7 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
             for (int k = 0; k < 8; k++) values[k] *= weight;
             inputs.set8(token, column, values);
         });
-        const float total = steps.from_start[q - 1];
+        const float total = steps.from_start(q - 1);
         __syncthreads();
         if (more) load_x(chunk + 1), steps.put(next_steps, q);
         state.advance(at, inputs, b, total, q);
@@ -365,7 +365,7 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
             const int token = of_p.row + k * of_p.rows;
             if (token >= q || of_p.column >= p) continue;
             const bool exists = values && token < tokens && of_p.column < at.channels;
-            const float weight = reverse ? steps.from_start[token] : steps.dt[token] * steps.to_end[token];
+            const float weight = reverse ? steps.from_start(token) : steps.dt[token] * steps.to_end[token];
             float v[8];
 #pragma unroll
             for (int c = 0; c < 8; c++) {
@@ -377,7 +377,7 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
             }
             inputs.set8(token, of_p.column, v);
         }
-        const float total = steps.from_start[q - 1];
+        const float total = steps.from_start(q - 1);
         loads_arrive();
         __syncthreads();
         if (i + 1 < args.chunks) fetch(i + 1);

@@ -67,7 +67,7 @@ impl Extents {
 
     /// Numbers of the steps of a chunk.
     fn steps(self) -> usize {
-        5 * self.tokens
+        4 * self.tokens
     }
 
     fn of_scan(self) -> usize {
@@ -119,12 +119,14 @@ impl Plan {
     /// None if not even the smallest tiles have room.
     fn new(device: &CudaDevice, sizes: Sizes, dtype: DType) -> Option<Self> {
         let multiprocessors = device::multiprocessors(device);
+        // Of what a multiprocessor has, the system takes so much for each block.
+        const RESERVED: usize = 1 << 10;
         let room = device::shared_memory(device);
         let scans = CHUNKS.into_iter().flat_map(|tokens| CHANNELS.map(|channels| (tokens, channels)));
         let scans = scans.map(|(tokens, channels)| Extents::new(sizes, dtype, tokens, channels));
         let fits = |extents: &Extents, room: usize| extents.keeps(extents.channels) && extents.of_scan() <= room;
         // A multiprocessor that holds two blocks computes in one while the other waits for memory.
-        let half = |extents: &Extents| extents.tokens >= 32 && fits(extents, room / 2);
+        let half = |extents: &Extents| extents.tokens >= 32 && fits(extents, room / 2 - RESERVED / 2);
         let wide = scans.clone().find(half).or_else(|| scans.clone().find(|extents| fits(extents, room)))?;
         // Narrower blocks do some work twice, but are better than idle multiprocessors.
         let blocks = |channels: usize| sizes.batch * sizes.nheads * sizes.headdim.div_ceil(channels);
