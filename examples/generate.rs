@@ -83,6 +83,7 @@ fn main() -> Result<()> {
         min_p: args.min_p,
         repetition_penalty: args.repetition_penalty,
         seed,
+        ..Default::default()
     };
     sampling.build()?; // bad options are told before a model is loaded
     let (model, source) = cli::load(&args.model)?;

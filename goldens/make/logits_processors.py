@@ -25,6 +25,7 @@ from transformers import (  # noqa: E402
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 import golden_file  # noqa: E402
@@ -37,12 +38,14 @@ CASES = [
     (TopKLogitsWarper, "top_k", (1, 2, 5, 20, 50, 100)),
     (TopPLogitsWarper, "top_p", (0.0, 0.1, 0.5, 0.9, 0.95, 1.0)),
     (MinPLogitsWarper, "min_p", (0.0, 0.02, 0.1, 0.5, 1.0)),
+    (TypicalLogitsWarper, "typical", (0.1, 0.2, 0.5, 0.9, 0.95)),
     (RepetitionPenaltyLogitsProcessor, "repetition_penalty", (0.8, 1.0, 1.2, 1.5)),
 ]
-CHAINS = {  # in the order of generate: repetition_penalty, temperature, top_k, top_p, min_p
+CHAINS = {  # in the order of generate: repetition_penalty, temperature, top_k, top_p, min_p, typical
     "chat": {"repetition_penalty": 1.2, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
     "min_p": {"repetition_penalty": 1.1, "temperature": 1.3, "min_p": 0.05},
     "all": {"repetition_penalty": 1.3, "temperature": 0.7, "top_k": 30, "top_p": 0.95, "min_p": 0.02},
+    "typical": {"repetition_penalty": 1.1, "temperature": 1.5, "top_k": 40, "typical": 0.8},
 }
 
 
@@ -83,7 +86,7 @@ def main():
         for name, value in steps.items():
             processor, before = processors[name](value), scores
             scores, wide = processor(history, scores), processor(history, wide)
-            if name in ("top_k", "top_p", "min_p"):
+            if name in ("top_k", "top_p", "min_p", "typical"):
                 rows += [row for row in straddled(before, scores) if row not in rows]
             # What is removed must not hang on the last bit: float64 agrees, but for ties on the border.
             clear = [row for row in range(ROWS) if str(row) not in rows]

@@ -1,5 +1,11 @@
 //! Generation against what others compute, and with a real tokenizer.
 #![allow(clippy::unwrap_used, reason = "a failed helper fails the test")]
 
+#[path = "../support/mod.rs"]
+mod support;
+
+mod models;
+mod rules;
 mod sampling;
+mod states;
 mod streaming;

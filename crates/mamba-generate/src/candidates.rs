@@ -124,6 +124,19 @@ impl Candidates {
         }
     }
 
+    /// Replaces the logit of one token, if it is among the candidates; otherwise as [`update`](Self::update).
+    pub fn update_one(&mut self, id: u32, f: impl FnOnce(f32) -> f32) {
+        // Mostly the candidates still stand in the order of ids, and all are there.
+        let at = match self.entries.get(id as usize) {
+            Some(c) if c.id == id => Some(id as usize),
+            _ => self.entries.iter().position(|c| c.id == id),
+        };
+        if let Some(c) = at.and_then(|at| self.entries.get_mut(at)) {
+            self.sorted = 0;
+            c.logit = f(c.logit) + 0.0;
+        }
+    }
+
     /// Keeps the candidates for which `f` is true, in their order.
     pub fn retain(&mut self, mut f: impl FnMut(&Candidate) -> bool) {
         let (mut index, mut sorted) = (0, 0);
@@ -193,6 +206,20 @@ mod tests {
         candidates.update(|_, x| -x);
         candidates.sort_top(3);
         assert_eq!(ids(&candidates), [2, 0, 1]);
+    }
+
+    #[test]
+    fn one_logit_is_found_wherever_it_stands() {
+        let mut candidates = Candidates::new();
+        candidates.load(&[1.0, 4.0, 2.0, 3.0], 0).unwrap();
+        candidates.update_one(2, |x| x + 3.0);
+        candidates.sort_top(4);
+        assert_eq!(ids(&candidates), [2, 1, 3, 0]);
+        candidates.update_one(1, |_| -0.0);
+        candidates.update_one(9, |_| 9.0);
+        assert_eq!(candidates.best().unwrap().id, 2);
+        candidates.sort_top(4);
+        assert_eq!(ids(&candidates), [2, 3, 0, 1]);
     }
 
     #[test]

@@ -80,6 +80,17 @@ pub enum Error {
         /// The model's error.
         source: BoxError,
     },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A saved generation cannot be used.
+    #[error("saved generation: {0}")]
+    State(String),
     /// The tokenizer could not decode; its own error is the source.
     #[error("the tokenizer failed to decode")]
     Tokenizer(#[source] BoxError),
@@ -93,5 +104,10 @@ impl Error {
         expected: &'static str,
     ) -> Self {
         Self::InvalidArgument { op, argument, got: got.to_string(), expected }
+    }
+
+    /// Says what a model was asked for when it failed, and after how many tokens.
+    pub(crate) fn model(during: &'static str, position: usize) -> impl FnOnce(BoxError) -> Self {
+        move |source| Self::Model { during, position, source }
     }
 }

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use crate::error::BoxError;
-use crate::lm::CausalLm;
+use crate::lm::{CausalLm, StateLm};
 
 /// After `n` tokens, its greedy choice is `script[n]`.
 pub(crate) struct Fake {
@@ -64,5 +64,27 @@ impl CausalLm for Fake {
     fn step(&self, id: u32, read: &mut Vec<u32>, logits: &mut Vec<f32>) -> Result<(), BoxError> {
         self.calls.borrow_mut().push("step".into());
         self.read(&[id], read, logits)
+    }
+}
+
+impl StateLm for Fake {
+    fn fork(&self, read: &Vec<u32>) -> Result<Vec<u32>, BoxError> {
+        Ok(read.clone())
+    }
+
+    fn cache_bytes(&self, read: &Vec<u32>) -> usize {
+        4 * read.len()
+    }
+
+    fn fingerprint(&self) -> Result<String, BoxError> {
+        Ok(format!("fake {:?}", self.script))
+    }
+
+    fn save_cache(&self, read: &Vec<u32>) -> Result<Vec<u8>, BoxError> {
+        Ok(read.iter().flat_map(|id| id.to_le_bytes()).collect())
+    }
+
+    fn load_cache(&self, bytes: &[u8]) -> Result<Vec<u32>, BoxError> {
+        Ok(bytes.as_chunks().0.iter().map(|&id| u32::from_le_bytes(id)).collect())
     }
 }

@@ -1,18 +1,38 @@
 //! Filters: what is done to the logits before a token is chosen.
 
+mod banned_tokens;
 mod chain;
+mod dry;
+mod forced_tokens;
+mod logit_bias;
+mod min_new_tokens;
 mod min_p;
+mod no_repeat_ngram;
+mod occurrence_penalty;
 mod repetition_penalty;
 mod temperature;
 mod top_k;
+mod top_n_sigma;
 mod top_p;
+mod typical;
+mod xtc;
 
+pub use banned_tokens::BannedTokens;
 pub use chain::Chain;
+pub use dry::{Dry, DryConfig};
+pub use forced_tokens::ForcedTokens;
+pub use logit_bias::LogitBias;
+pub use min_new_tokens::MinNewTokens;
 pub use min_p::MinP;
+pub use no_repeat_ngram::NoRepeatNgram;
+pub use occurrence_penalty::OccurrencePenalty;
 pub use repetition_penalty::RepetitionPenalty;
 pub use temperature::Temperature;
 pub use top_k::TopK;
+pub use top_n_sigma::TopNSigma;
 pub use top_p::TopP;
+pub use typical::Typical;
+pub use xtc::Xtc;
 
 use crate::candidates::Candidates;
 use crate::error::Result;
@@ -82,6 +102,22 @@ pub trait LogitsFilter: Send {
     /// # Errors
     /// As the filter says. The filters of this crate check their parameters when they are made, and never fail here.
     fn apply(&mut self, candidates: &mut Candidates, history: History<'_>) -> Result<()>;
+
+    /// Appends what the filter remembers between tokens, and cannot learn from the history, to `words`.
+    ///
+    /// Nothing by default. A filter that draws random numbers says how far it has come.
+    fn save_state(&self, words: &mut Vec<u64>) {
+        let _ = words;
+    }
+
+    /// Reads from the front of `words` what [`save_state`](Self::save_state) appended, and goes on from there.
+    ///
+    /// # Errors
+    /// If there are too few words.
+    fn restore_state(&mut self, words: &mut &[u64]) -> Result<()> {
+        let _ = words;
+        Ok(())
+    }
 }
 
 /// For the tests of filters: the logits after `filter`, minus infinity where the token was dropped.

@@ -3,18 +3,22 @@
 use std::iter::FusedIterator;
 use std::time::Instant;
 
-use crate::error::{BoxError, Error, Result};
-use crate::filter::History;
-use crate::lm::CausalLm;
+use crate::error::{Error, Result};
+use crate::filter::{History, MinNewTokens};
+use crate::lm::{CausalLm, StateLm};
+use crate::logprobs::Logprobs;
 use crate::sampling::Sampling;
+use crate::state::GenerationState;
 use crate::timings::Timings;
 
 /// A generated token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Token {
     /// The token id.
     pub id: u32,
+    /// How likely the model thought it, if [asked for](GeneratorBuilder::logprobs).
+    pub logprobs: Option<Logprobs>,
 }
 
 /// Why a generation ended by itself.
@@ -73,6 +77,7 @@ impl<C> Cache<'_, C> {
 pub struct GeneratorBuilder<'a, M: CausalLm + ?Sized> {
     model: &'a M,
     cache: Option<&'a mut M::Cache>,
+    resumed: Option<GenerationState<M::Cache>>,
     history: Vec<u32>,
     prompt: Vec<u32>,
     sampling: Sampling,
@@ -80,6 +85,8 @@ pub struct GeneratorBuilder<'a, M: CausalLm + ?Sized> {
     eos_tokens: Vec<u32>,
     stop_tokens: Vec<u32>,
     ignore_eos: bool,
+    min_new_tokens: usize,
+    logprobs: Option<usize>,
 }
 
 impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
@@ -102,6 +109,17 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
     /// They are not read again; only the [`History`] that filters see, and the positions that errors name, start with them.
     pub fn history(mut self, ids: &[u32]) -> Self {
         self.history = ids.to_vec();
+        self
+    }
+
+    /// Goes on from where another generation was, in the place of [`cache`](Self::cache) and [`history`](Self::history).
+    ///
+    /// Without a prompt it goes on in the middle: with the same options the same tokens follow as would have followed there,
+    /// and [`max_new_tokens`](Self::max_new_tokens) counts those that were generated before. With a prompt a new turn
+    /// begins: what was not read yet is read first, then the prompt. In both cases the sampling goes on where it was,
+    /// unless the state is [without](GenerationState::without_sampling) it.
+    pub fn resume(mut self, state: GenerationState<M::Cache>) -> Self {
+        self.resumed = Some(state);
         self
     }
 
@@ -138,58 +156,130 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
         self
     }
 
+    /// Sets how many tokens to generate at least: before that, no token at which generation ends is chosen. 0 by default.
+    pub fn min_new_tokens(mut self, n: usize) -> Self {
+        self.min_new_tokens = n;
+        self
+    }
+
+    /// Has each token come with its [`Logprobs`] and with those of the `top` likeliest tokens.
+    pub fn logprobs(mut self, top: usize) -> Self {
+        self.logprobs = Some(top);
+        self
+    }
+
     /// Makes the generator. The model is not evaluated before the first token is asked for.
     ///
     /// # Errors
-    /// If the prompt is empty or holds an id that the model does not know, or if no cache was given and none can be made.
+    /// If the prompt is empty or holds an id that the model does not know, or if no cache was given and none can be made; if
+    /// the state to resume is not of a sampling such as this.
     /// An empty prompt is an error also when the cache has read something: logits belong to a token that is read, and the
     /// cache does not keep them. See [`Generator::pending`] for what to continue with.
     pub fn build(self) -> Result<Generator<'a, M>> {
-        let vocab_size = self.model.vocab_size();
-        if self.prompt.is_empty() {
-            return Err(Error::EmptyPrompt);
+        if self.resumed.is_none() || !self.prompt.is_empty() {
+            check_prompt(&self.prompt, self.model.vocab_size())?;
         }
-        for (position, &id) in self.prompt.iter().enumerate() {
-            if id as usize >= vocab_size {
-                return Err(Error::TokenOutOfRange { id, position, vocab_size });
-            }
-        }
-        let cache = match self.cache {
-            Some(cache) => Cache::Lent(cache),
-            None => Cache::Own(self.model.new_cache().map_err(|source| Error::Model {
-                during: "new_cache",
-                position: self.history.len(),
-                source,
-            })?),
-        };
         let mut stop_tokens = self.stop_tokens;
         if !self.ignore_eos {
             stop_tokens.extend(self.eos_tokens);
         }
-        let prompt_start = self.history.len();
-        let mut tokens = self.history;
-        tokens.extend(self.prompt);
-        let nothing = self.max_new_tokens == 0;
+        let mut sampling = self.sampling;
+        let start = match self.resumed {
+            Some(state) => Start::resume(state, &self.prompt, &mut sampling)?,
+            None => Start::fresh(self.model, self.cache, self.history, &self.prompt)?,
+        };
+        if self.min_new_tokens > 0 {
+            sampling.push_front(MinNewTokens::new(self.min_new_tokens, &stop_tokens));
+        }
+        let full = start.tokens.len() - start.prompt.1 >= self.max_new_tokens;
         Ok(Generator {
             model: self.model,
-            cache,
-            sampling: self.sampling,
+            cache: start.cache,
+            sampling,
+            logprobs: self.logprobs,
             stop_tokens,
             max_new_tokens: self.max_new_tokens,
-            prompt_start,
-            prompt_end: tokens.len(),
-            tokens,
-            logits: Vec::new(),
-            pending: None,
-            state: if nothing { State::Done(Some(FinishReason::Length)) } else { State::Prompt },
+            read: start.read,
+            prompt: start.prompt,
+            tokens: start.tokens,
+            logits: start.logits,
+            pending: start.pending,
+            state: if full { State::Done(Some(FinishReason::Length)) } else { start.state },
             timings: Timings::default(),
         })
+    }
+}
+
+/// Errors if there is no token, or one that the model does not know.
+pub(crate) fn check_prompt(ids: &[u32], vocab_size: usize) -> Result<()> {
+    if ids.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    match ids.iter().position(|&id| id as usize >= vocab_size) {
+        Some(position) => Err(Error::TokenOutOfRange { id: ids[position], position, vocab_size }),
+        None => Ok(()),
+    }
+}
+
+/// Where a generation starts.
+struct Start<'a, C> {
+    cache: Cache<'a, C>,
+    tokens: Vec<u32>,
+    read: usize,
+    prompt: (usize, usize),
+    logits: Vec<f32>,
+    pending: Option<u32>,
+    state: State,
+}
+
+impl<'a, C> Start<'a, C> {
+    /// With a prompt to read, after what the cache has read.
+    fn fresh<M: CausalLm<Cache = C> + ?Sized>(
+        model: &M,
+        cache: Option<&'a mut C>,
+        history: Vec<u32>,
+        prompt: &[u32],
+    ) -> Result<Self> {
+        let cache = match cache {
+            Some(cache) => Cache::Lent(cache),
+            None => Cache::Own(model.new_cache().map_err(Error::model("new_cache", history.len()))?),
+        };
+        let read = history.len();
+        Ok(Self::at(cache, history, read, prompt))
+    }
+
+    /// With the tokens that were not read, then a prompt.
+    fn at(cache: Cache<'a, C>, mut tokens: Vec<u32>, read: usize, prompt: &[u32]) -> Self {
+        tokens.extend(prompt);
+        let prompt = (read, tokens.len());
+        Self { cache, tokens, read, prompt, logits: Vec::new(), pending: None, state: State::Prompt }
+    }
+
+    fn resume(saved: GenerationState<C>, prompt: &[u32], sampling: &mut Sampling) -> Result<Self> {
+        if let Some(words) = &saved.sampling {
+            sampling.restore(words)?;
+        }
+        let GenerationState { cache, tokens, read, logits, .. } = saved;
+        let cache = Cache::Own(cache);
+        if !prompt.is_empty() {
+            return Ok(Self::at(cache, tokens, read, prompt));
+        }
+        let pending = tokens.last().copied().filter(|_| tokens.len() > saved.prompt.1);
+        let state = match (pending, read == tokens.len()) {
+            (Some(_), _) => State::Running,
+            (None, true) if logits.is_empty() => return Err(Error::EmptyPrompt),
+            (None, true) => State::Primed,
+            (None, false) => State::Prompt,
+        };
+        Ok(Self { cache, tokens, read, prompt: saved.prompt, logits, pending, state })
     }
 }
 
 enum State {
     /// The prompt has not been read.
     Prompt,
+    /// The prompt has been read, and the logits that follow it are there.
+    Primed,
     /// At least one token has been generated.
     Running,
     /// No more tokens; without a reason if there was an error.
@@ -248,12 +338,15 @@ pub struct Generator<'a, M: CausalLm + ?Sized> {
     model: &'a M,
     cache: Cache<'a, M::Cache>,
     sampling: Sampling,
+    logprobs: Option<usize>,
     stop_tokens: Vec<u32>,
     max_new_tokens: usize,
     /// The history, the prompt and what was generated.
     tokens: Vec<u32>,
-    prompt_start: usize,
-    prompt_end: usize,
+    /// How many of them the cache has read.
+    read: usize,
+    /// Where the prompt begins and ends.
+    prompt: (usize, usize),
     logits: Vec<f32>,
     pending: Option<u32>,
     state: State,
@@ -266,6 +359,7 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
         GeneratorBuilder {
             model,
             cache: None,
+            resumed: None,
             history: Vec::new(),
             prompt: Vec::new(),
             sampling: Sampling::greedy(),
@@ -273,6 +367,8 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
             eos_tokens: Vec::new(),
             stop_tokens: Vec::new(),
             ignore_eos: false,
+            min_new_tokens: 0,
+            logprobs: None,
         }
     }
 
@@ -280,18 +376,18 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
     pub fn finish_reason(&self) -> Option<FinishReason> {
         match self.state {
             State::Done(reason) => reason,
-            State::Prompt | State::Running => None,
+            State::Prompt | State::Primed | State::Running => None,
         }
     }
 
     /// The tokens of the prompt.
     pub fn prompt(&self) -> &[u32] {
-        &self.tokens[self.prompt_start..self.prompt_end]
+        &self.tokens[self.prompt.0..self.prompt.1]
     }
 
     /// The tokens that were generated so far, a stop token included.
     pub fn generated(&self) -> &[u32] {
-        &self.tokens[self.prompt_end..]
+        &self.tokens[self.prompt.1..]
     }
 
     /// The last token that was yielded, which the cache has not read; to continue, begin the next prompt with it.
@@ -309,27 +405,73 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
         self.timings
     }
 
-    /// The logits from which the next token is chosen.
+    /// Reads the prompt now, rather than when the first token is asked for. Does nothing if it was read.
+    ///
+    /// # Errors
+    /// If the model fails; the generation has ended then.
+    pub fn prefill(&mut self) -> Result<()> {
+        if !matches!(self.state, State::Prompt) {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let outcome = self.evaluate();
+        self.timings.prompt = start.elapsed();
+        self.state = if outcome.is_ok() { State::Primed } else { State::Done(None) };
+        outcome
+    }
+
+    /// Everything that the generation goes on from, as a value: a copy, which what follows does not change.
+    ///
+    /// # Errors
+    /// If the generation ended by an error, or the model cannot copy its state.
+    pub fn state(&self) -> Result<GenerationState<M::Cache>>
+    where
+        M: StateLm,
+    {
+        if let State::Done(None) = self.state {
+            return Err(Error::State("the generation failed, what the cache has read is not defined".into()));
+        }
+        let cache = self.model.fork(self.cache.get()).map_err(Error::model("fork", self.read))?;
+        let primed = matches!(self.state, State::Primed);
+        Ok(GenerationState {
+            cache,
+            tokens: self.tokens.clone(),
+            read: self.read,
+            prompt: self.prompt,
+            logits: if primed { self.logits.clone() } else { Vec::new() },
+            sampling: Some(self.sampling.state()),
+        })
+    }
+
+    /// Sees to it that the logits are there from which the next token is chosen.
     fn evaluate(&mut self) -> Result<()> {
         let position = self.tokens.len();
-        let (during, outcome): (_, Result<(), BoxError>) = match self.pending.take() {
+        if let State::Primed = self.state {
+            return Ok(());
+        }
+        match self.pending.take() {
             None => {
-                let prompt = &self.tokens[self.prompt_start..self.prompt_end];
-                ("prefill", self.model.prefill(prompt, self.cache.get_mut(), &mut self.logits))
+                let prompt = &self.tokens[self.prompt.0..self.prompt.1];
+                self.timings.prompt_tokens = prompt.len();
+                let outcome = self.model.prefill(prompt, self.cache.get_mut(), &mut self.logits);
+                outcome.map_err(Error::model("prefill", position))?;
             }
-            Some(id) => ("step", self.model.step(id, self.cache.get_mut(), &mut self.logits)),
-        };
-        outcome.map_err(|source| Error::Model { during, position, source })?;
+            Some(id) => {
+                let outcome = self.model.step(id, self.cache.get_mut(), &mut self.logits);
+                outcome.map_err(Error::model("step", position))?;
+            }
+        }
+        self.read = position;
         let (got, expected) = (self.logits.len(), self.model.vocab_size());
         if got == expected { Ok(()) } else { Err(Error::LogitsLength { got, expected, position }) }
     }
 
     fn advance(&mut self) -> Result<Token> {
         self.evaluate()?;
-        let id = self.sampling.next_token(&self.logits, History::new(&self.tokens, self.prompt_end))?;
+        let id = self.sampling.next_token(&self.logits, History::new(&self.tokens, self.prompt.1))?;
         self.tokens.push(id);
         self.pending = Some(id);
-        Ok(Token { id })
+        Ok(Token { id, logprobs: self.logprobs.map(|top| Logprobs::new(&self.logits, id, top)) })
     }
 }
 
@@ -343,17 +485,14 @@ impl<M: CausalLm + ?Sized> Iterator for Generator<'_, M> {
         let start = Instant::now();
         let token = self.advance();
         match self.state {
-            State::Prompt => {
-                self.timings.prompt = start.elapsed();
-                self.timings.prompt_tokens = self.prompt_end - self.prompt_start;
-            }
+            State::Prompt | State::Primed => self.timings.prompt += start.elapsed(),
             _ => self.timings.generation += start.elapsed(),
         }
         self.timings.generated_tokens = self.generated().len();
         self.state = match &token {
             Err(_) => State::Done(None),
             Ok(token) if self.stop_tokens.contains(&token.id) => State::Done(Some(FinishReason::StopToken)),
-            Ok(_) if self.generated().len() == self.max_new_tokens => State::Done(Some(FinishReason::Length)),
+            Ok(_) if self.generated().len() >= self.max_new_tokens => State::Done(Some(FinishReason::Length)),
             Ok(_) => State::Running,
         };
         Some(token)
@@ -374,6 +513,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::error::BoxError;
     use crate::fake::Fake;
     use crate::sampling::SamplingConfig;
 
@@ -443,6 +583,39 @@ mod tests {
     }
 
     #[test]
+    fn no_stop_token_before_the_least_number() {
+        let model = Fake::saying(1, &[5, 6, 6, 6]);
+        let mut generator = Generator::builder(&model)
+            .prompt(&[1])
+            .eos_tokens(&[5])
+            .stop_tokens(&[6])
+            .min_new_tokens(3)
+            .build()
+            .unwrap();
+        // Neither 5 nor 6 before, but what comes first among equals.
+        assert_eq!(ids(&mut generator), [0, 0, 0, 6]);
+        assert_eq!(generator.finish_reason(), Some(FinishReason::StopToken));
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_model() {
+        let model = Fake::saying(1, &[5, 6]);
+        let sampling =
+            SamplingConfig { banned_tokens: vec![vec![5]], temperature: 0.0, ..Default::default() };
+        let generator = Generator::builder(&model).prompt(&[1]).sampling(sampling.build().unwrap());
+        let mut generator = generator.logprobs(2).max_new_tokens(2).build().unwrap();
+        // One logit of 20 among 511 of 0.
+        let norm = (20f64.exp() + 511.0).ln();
+        let token = generator.next().unwrap().unwrap();
+        let logprobs = token.logprobs.unwrap();
+        assert_eq!((token.id, logprobs.top[0].id, logprobs.top[1].id), (0, 5, 0));
+        assert!((f64::from(logprobs.chosen) + norm).abs() < 1e-5);
+        assert!((f64::from(logprobs.top[0].logprob) - (20.0 - norm)).abs() < 1e-7);
+        let mut plain = Generator::builder(&model).prompt(&[1]).build().unwrap();
+        assert_eq!(plain.next().unwrap().unwrap().logprobs, None);
+    }
+
+    #[test]
     fn continued_equals_uninterrupted() {
         let model = Fake::saying(2, &[5, 6, 7, 8, 9]);
         let config = SamplingConfig { temperature: 0.0, repetition_penalty: Some(1.1), ..Default::default() };
@@ -496,6 +669,89 @@ mod tests {
             .unwrap();
         ids(generator);
         assert_eq!(*seen.lock().unwrap(), [(vec![9, 1], vec![]), (vec![9, 1, 5], vec![5])]);
+    }
+
+    #[test]
+    fn a_prompt_can_be_read_beforehand() {
+        let model = Fake::saying(2, &[5, 6]);
+        let mut generator = Generator::builder(&model).prompt(&[1, 2]).max_new_tokens(2).build().unwrap();
+        generator.prefill().unwrap();
+        generator.prefill().unwrap();
+        assert_eq!(
+            (generator.cache().len(), generator.pending(), generator.size_hint()),
+            (2, None, (1, Some(2)))
+        );
+        assert_eq!(ids(&mut generator), [5, 6]);
+        generator.prefill().unwrap();
+        assert_eq!(model.calls(), ["new_cache", "prefill 2", "step"]);
+        let model = Fake { fail_at: Some(2), ..Fake::saying(2, &[5]) };
+        let mut generator = Generator::builder(&model).prompt(&[1, 2]).build().unwrap();
+        assert!(generator.prefill().is_err() && generator.state().is_err() && generator.next().is_none());
+    }
+
+    #[test]
+    fn resumed_equals_uninterrupted_wherever_it_was_cut() {
+        let model = Fake::saying(2, &[5, 6, 7, 8, 9]);
+        let config =
+            SamplingConfig { temperature: 0.9, xtc: Some((0.1, 0.3)), seed: 4, ..Default::default() };
+        let builder = || {
+            let sampling = config.build().unwrap();
+            Generator::builder(&model)
+                .sampling(sampling)
+                .min_new_tokens(2)
+                .stop_tokens(&[9])
+                .max_new_tokens(9)
+        };
+        let mut whole = builder().prompt(&[1, 2]).build().unwrap();
+        let expected = ids(&mut whole);
+        for cut in 0..expected.len() {
+            let mut first = builder().prompt(&[1, 2]).build().unwrap();
+            let before: Vec<u32> = first.by_ref().take(cut).map(|token| token.unwrap().id).collect();
+            let states = [first.state().unwrap(), {
+                first.prefill().unwrap();
+                first.state().unwrap()
+            }];
+            for state in states {
+                let saved = state.to_bytes(&model).unwrap();
+                let state = GenerationState::from_bytes(&model, &saved).unwrap();
+                assert_eq!(state.generated(), before);
+                let mut second = builder().resume(state).build().unwrap();
+                let after = ids(&mut second);
+                assert_eq!([before.clone(), after].concat(), expected, "cut at {cut}");
+                assert_eq!((second.prompt(), second.generated()), (whole.prompt(), whole.generated()));
+                assert_eq!((second.pending(), second.cache()), (whole.pending(), whole.cache()));
+                assert_eq!(second.finish_reason(), whole.finish_reason());
+            }
+        }
+        // At its end, it is at its end.
+        let mut over =
+            builder().resume(whole.state().unwrap()).max_new_tokens(whole.generated().len()).build().unwrap();
+        assert!(over.next().is_none());
+        assert_eq!(over.finish_reason(), Some(FinishReason::Length));
+    }
+
+    #[test]
+    fn a_turn_reads_only_what_is_new() {
+        let model = Fake::saying(2, &[5, 6, 7, 8, 9]);
+        let mut first = Generator::builder(&model).prompt(&[1, 2]).max_new_tokens(2).build().unwrap();
+        assert_eq!(ids(&mut first), [5, 6]);
+        let state = first.state().unwrap();
+        assert_eq!((state.tokens(), state.read(), state.cache().len()), (&[1, 2, 5, 6][..], 3, 3));
+        model.calls.borrow_mut().clear();
+        let second = Generator::builder(&model).resume(state).prompt(&[4]).max_new_tokens(2);
+        let mut second = second.build().unwrap();
+        assert_eq!(ids(&mut second), [8, 9]);
+        assert_eq!(model.calls(), ["prefill 2", "step"]);
+        assert_eq!(second.prompt(), [6, 4]);
+        assert_eq!(second.cache()[..], [1, 2, 5, 6, 4, 8]);
+        // Of another sampling, unless it is told to forget.
+        let config = SamplingConfig { temperature: 0.5, ..Default::default() };
+        let other = |state| {
+            Generator::builder(&model).resume(state).prompt(&[4]).sampling(config.build().unwrap()).build()
+        };
+        let error = other(second.state().unwrap()).err().unwrap().to_string();
+        assert!(error.contains("expected the state of a sampling with the same options"), "{error}");
+        assert!(other(second.state().unwrap().without_sampling()).is_ok());
     }
 
     #[test]

@@ -9,11 +9,15 @@
 //! ```
 //!
 //! Each arrow is a part that serves alone as well:
-//! - [`LogitsFilter`]s edit the [`Candidates`]: [`RepetitionPenalty`], [`Temperature`], [`TopK`], [`TopP`], [`MinP`], or a
-//!   [`Chain`] of any, your own included. A [`Sampler`] chooses: [`ArgMax`] or the seeded [`Multinomial`].
+//! - [`LogitsFilter`]s edit the [`Candidates`]: [`LogitBias`], [`BannedTokens`], [`ForcedTokens`], [`NoRepeatNgram`],
+//!   [`MinNewTokens`]; [`RepetitionPenalty`], [`OccurrencePenalty`], [`Dry`]; [`Temperature`], [`TopNSigma`], [`TopK`], [`TopP`],
+//!   [`MinP`], [`Typical`], [`Xtc`]; or a [`Chain`] of any, your own included. A [`Sampler`] chooses: [`ArgMax`], the seeded
+//!   [`Multinomial`], or [`Mirostat`].
 //! - [`SamplingConfig`] describes the usual combination, and [`Sampling`] is any combination ready to use.
 //! - [`Generator`] is the iterator of tokens. It never computes a token that nobody asked for, and says what the model's
 //!   cache has read when it ends, so that a conversation can go on.
+//! - [`GenerationState`] is a generation as a value: copied, saved to a file, gone on with. [`score`] says how likely a model
+//!   thinks a given text is.
 //! - [`TextStream`] makes text of tokens, [`StopStrings`] ends it, and [`TextGenerator`] is all of it in one iterator.
 //!
 //! # Example
@@ -83,9 +87,15 @@ mod fake;
 mod filter;
 mod generator;
 mod lm;
+mod logprobs;
+mod mirostat;
 mod model;
+mod rng;
 mod sampler;
 mod sampling;
+mod saved;
+mod score;
+mod state;
 mod stop;
 mod text;
 mod text_generator;
@@ -93,11 +103,18 @@ mod timings;
 
 pub use candidates::{Candidate, Candidates};
 pub use error::{BoxError, Error, Result};
-pub use filter::{Chain, History, LogitsFilter, MinP, RepetitionPenalty, Temperature, TopK, TopP};
+pub use filter::{
+    BannedTokens, Chain, Dry, DryConfig, ForcedTokens, History, LogitBias, LogitsFilter, MinNewTokens, MinP,
+    NoRepeatNgram, OccurrencePenalty, RepetitionPenalty, Temperature, TopK, TopNSigma, TopP, Typical, Xtc,
+};
 pub use generator::{FinishReason, Generator, GeneratorBuilder, Token};
-pub use lm::CausalLm;
+pub use lm::{CausalLm, StateLm};
+pub use logprobs::{Logprobs, TokenLogprob};
+pub use mirostat::Mirostat;
 pub use sampler::{ArgMax, Multinomial, Sampler};
 pub use sampling::{Sampling, SamplingConfig};
+pub use score::{Score, score};
+pub use state::GenerationState;
 pub use stop::StopStrings;
 pub use text::TextStream;
 pub use text_generator::{TextGenerator, TextOptions};

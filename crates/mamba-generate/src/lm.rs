@@ -71,4 +71,98 @@ pub trait CausalLm {
     /// # Errors
     /// If the model cannot be evaluated. The cache is then in no defined state.
     fn step(&self, id: u32, cache: &mut Self::Cache, logits: &mut Vec<f32>) -> Result<(), BoxError>;
+
+    /// Reads `ids` after whatever `cache` has read, and writes the logits that follow each of them, one after the other.
+    ///
+    /// By default one [`step`](Self::step) a token; a model that can read many tokens at once does better.
+    ///
+    /// # Errors
+    /// If the model cannot be evaluated. The cache is then in no defined state.
+    fn forward(&self, ids: &[u32], cache: &mut Self::Cache, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+        let mut last = Vec::new();
+        logits.clear();
+        for &id in ids {
+            self.step(id, cache, &mut last)?;
+            logits.extend_from_slice(&last);
+        }
+        Ok(())
+    }
+}
+
+/// A language model whose states are values: copied, measured, kept as bytes.
+///
+/// # Example
+/// ```
+/// use mamba_generate::{BoxError, CausalLm, StateLm};
+/// # struct Sum;
+/// # impl CausalLm for Sum {
+/// #     type Cache = u32;
+/// #     fn vocab_size(&self) -> usize { 10 }
+/// #     fn new_cache(&self) -> Result<u32, BoxError> { Ok(0) }
+/// #     fn prefill(&self, ids: &[u32], sum: &mut u32, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+/// #         *sum += ids.iter().sum::<u32>();
+/// #         logits.clear();
+/// #         logits.resize(10, 0.0);
+/// #         logits[(*sum % 10) as usize] = 1.0;
+/// #         Ok(())
+/// #     }
+/// #     fn step(&self, id: u32, sum: &mut u32, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+/// #         self.prefill(&[id], sum, logits)
+/// #     }
+/// # }
+///
+/// // The model of the example of `CausalLm`, whose state is a number.
+/// impl StateLm for Sum {
+///     fn fork(&self, cache: &u32) -> Result<u32, BoxError> {
+///         Ok(*cache)
+///     }
+///     fn cache_bytes(&self, _: &u32) -> usize {
+///         4
+///     }
+///     fn fingerprint(&self) -> Result<String, BoxError> {
+///         Ok("sum modulo 10".into())
+///     }
+///     fn save_cache(&self, cache: &u32) -> Result<Vec<u8>, BoxError> {
+///         Ok(cache.to_le_bytes().to_vec())
+///     }
+///     fn load_cache(&self, bytes: &[u8]) -> Result<u32, BoxError> {
+///         Ok(u32::from_le_bytes(bytes.try_into()?))
+///     }
+/// }
+///
+/// let (mut cache, mut logits) = (Sum.new_cache()?, Vec::new());
+/// Sum.prefill(&[3, 4], &mut cache, &mut logits)?;
+/// let mut other = Sum.fork(&cache)?;
+/// Sum.step(1, &mut other, &mut logits)?;
+/// assert_eq!((cache, other), (7, 8));
+/// assert_eq!(Sum.load_cache(&Sum.save_cache(&other)?)?, 8);
+/// # Ok::<(), BoxError>(())
+/// ```
+pub trait StateLm: CausalLm {
+    /// A copy of a state that goes its own way from here.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    fn fork(&self, cache: &Self::Cache) -> Result<Self::Cache, BoxError>;
+
+    /// The memory of a state, in bytes.
+    fn cache_bytes(&self, cache: &Self::Cache) -> usize;
+
+    /// A name for exactly this model: states that are kept belong to it alone.
+    ///
+    /// # Errors
+    /// If the model cannot be read.
+    fn fingerprint(&self) -> Result<String, BoxError>;
+
+    /// A state as bytes.
+    ///
+    /// # Errors
+    /// If the state cannot be read.
+    fn save_cache(&self, cache: &Self::Cache) -> Result<Vec<u8>, BoxError>;
+
+    /// The state that [`save_cache`](Self::save_cache) made these bytes of.
+    ///
+    /// # Errors
+    /// If the bytes are not of a state of a model such as this.
+    fn load_cache(&self, bytes: &[u8]) -> Result<Self::Cache, BoxError>;
 }

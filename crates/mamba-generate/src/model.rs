@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use mamba_model::{InferenceCache, Model};
 
 use crate::error::BoxError;
-use crate::lm::CausalLm;
+use crate::lm::{CausalLm, StateLm};
 
 /// One sequence at a time; the cache is an [`InferenceCache`] for a batch of one.
 impl CausalLm for Model {
@@ -25,13 +25,49 @@ impl CausalLm for Model {
         logits: &mut Vec<f32>,
     ) -> Result<(), BoxError> {
         let ids = Tensor::from_slice(ids, (1, ids.len()), self.device())?;
-        let last = Model::prefill(self, &ids, cache)?.squeeze(0)?.to_dtype(DType::F32)?;
-        logits.clear();
-        logits.extend(last.to_vec1::<f32>()?);
-        Ok(())
+        read(&Model::prefill(self, &ids, cache)?, logits)
     }
 
     fn step(&self, id: u32, cache: &mut InferenceCache, logits: &mut Vec<f32>) -> Result<(), BoxError> {
         CausalLm::prefill(self, &[id], cache, logits)
     }
+
+    fn forward(
+        &self,
+        ids: &[u32],
+        cache: &mut InferenceCache,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), BoxError> {
+        let ids = Tensor::from_slice(ids, (1, ids.len()), self.device())?;
+        read(&Model::forward(self, &ids, Some(cache))?, logits)
+    }
+}
+
+impl StateLm for Model {
+    fn fork(&self, cache: &InferenceCache) -> Result<InferenceCache, BoxError> {
+        Ok(cache.fork()?)
+    }
+
+    fn cache_bytes(&self, cache: &InferenceCache) -> usize {
+        cache.bytes()
+    }
+
+    fn fingerprint(&self) -> Result<String, BoxError> {
+        Ok(Model::fingerprint(self)?)
+    }
+
+    fn save_cache(&self, cache: &InferenceCache) -> Result<Vec<u8>, BoxError> {
+        Ok(cache.to_bytes()?)
+    }
+
+    fn load_cache(&self, bytes: &[u8]) -> Result<InferenceCache, BoxError> {
+        Ok(InferenceCache::from_bytes(bytes, self.config(), self.device())?)
+    }
+}
+
+/// All logits of a tensor, in order.
+fn read(tensor: &Tensor, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+    logits.clear();
+    logits.extend(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?);
+    Ok(())
 }

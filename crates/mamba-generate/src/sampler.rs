@@ -1,10 +1,8 @@
 //! Samplers: how one token is chosen from the candidates that are left.
 
-use rand_chacha::ChaCha12Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
-
 use crate::candidates::Candidates;
 use crate::error::{Error, Result};
+use crate::rng::Rng;
 
 /// Chooses one token.
 ///
@@ -23,6 +21,20 @@ pub trait Sampler: Send {
     /// # Errors
     /// If no candidate has a logit above minus infinity, or a logit is NaN or plus infinity.
     fn sample(&mut self, candidates: &mut Candidates) -> Result<u32>;
+
+    /// Appends what the sampler remembers between tokens to `words`; nothing by default.
+    fn save_state(&self, words: &mut Vec<u64>) {
+        let _ = words;
+    }
+
+    /// Reads from the front of `words` what [`save_state`](Self::save_state) appended, and goes on from there.
+    ///
+    /// # Errors
+    /// If there are too few words.
+    fn restore_state(&mut self, words: &mut &[u64]) -> Result<()> {
+        let _ = words;
+        Ok(())
+    }
 }
 
 /// Chooses the likeliest token, the one with the lowest id among equals: greedy decoding.
@@ -63,7 +75,7 @@ impl Sampler for ArgMax {
 /// ```
 #[derive(Debug, Clone)]
 pub struct Multinomial {
-    rng: ChaCha12Rng,
+    rng: Rng,
     /// Cumulative weights; kept between tokens for its memory only.
     cumulative: Vec<f64>,
 }
@@ -71,10 +83,7 @@ pub struct Multinomial {
 impl Multinomial {
     /// Makes a sampler that draws the same tokens whenever it gets the same seed and the same candidates.
     pub fn with_seed(seed: u64) -> Self {
-        // `seed_from_u64` would do, but its expansion of the seed has changed between versions of the crate.
-        let mut key = [0; 32];
-        key[..8].copy_from_slice(&seed.to_le_bytes());
-        Self { rng: ChaCha12Rng::from_seed(key), cumulative: Vec::new() }
+        Self { rng: Rng::new(seed, 0), cumulative: Vec::new() }
     }
 }
 
@@ -94,12 +103,20 @@ impl Sampler for Multinomial {
             total
         }));
 
-        let u = (self.rng.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64);
+        let u = self.rng.uniform();
         // As u < 1, the product is below the total even after rounding, so some sum exceeds it; the first that does has a
         // weight above 0.
         let target = u * total;
         let index = self.cumulative.partition_point(|&sum| sum <= target);
         entries.get(index).map(|c| c.id).ok_or(none)
+    }
+
+    fn save_state(&self, words: &mut Vec<u64>) {
+        self.rng.save(words);
+    }
+
+    fn restore_state(&mut self, words: &mut &[u64]) -> Result<()> {
+        self.rng.restore(words)
     }
 }
 
@@ -141,13 +158,6 @@ mod tests {
             // 7 degrees of freedom: above 24.3 once in a thousand seeds.
             assert!(statistic < 24.3, "seed {seed}: {statistic} from {counts:?}");
         }
-    }
-
-    #[test]
-    fn the_source_is_chacha12_keyed_with_the_seed() {
-        // The keystream of ChaCha12 for the zero key and nonce (test vector TC1 of draft-strombergson-chacha-test-vectors).
-        let mut rng = Multinomial::with_seed(0).rng;
-        assert_eq!(rng.next_u64().to_le_bytes(), [0x9b, 0xf4, 0x9a, 0x6a, 0x07, 0x55, 0xf9, 0x53]);
     }
 
     #[test]

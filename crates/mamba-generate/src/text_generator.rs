@@ -50,11 +50,16 @@ impl<'a, M: CausalLm + ?Sized> TextGenerator<'a, M> {
     /// # Errors
     /// If a stop string is empty, or the tokenizer cannot decode the prompt.
     pub fn new(generator: Generator<'a, M>, tokenizer: &'a Tokenizer, options: TextOptions) -> Result<Self> {
-        let stream = TextStream::new(tokenizer)
+        let mut stream = TextStream::new(tokenizer)
             .skip_special_tokens(options.skip_special_tokens)
             .after(generator.prompt())?;
-        let stops = StopStrings::new(options.stop_strings)?;
-        Ok(Self { generator, stream, stops, done: false, error: None })
+        let mut stops = StopStrings::new(options.stop_strings)?;
+        // Of a generation that was resumed, what was shown before is not shown again, and what was held back still is.
+        for &id in generator.generated() {
+            stops.push(&stream.push(id)?.unwrap_or_default());
+        }
+        let done = stops.matched().is_some();
+        Ok(Self { generator, stream, stops, done, error: None })
     }
 
     /// Why the generation ended, once the last piece has come; `None` before, and after an error.
@@ -173,6 +178,26 @@ mod tests {
         // The model did not read the last token.
         assert_eq!(text.generator().cache()[..], ids(">go on.\n"));
         assert_eq!(text.generator().pending(), Some(u32::from(b'\n')));
+    }
+
+    #[test]
+    fn resumed_text_equals_uninterrupted_wherever_it_was_cut() {
+        let tokenizer = byte_level();
+        let model = Fake::saying(1, &ids("go 😀 on.\n\nSTOP and more"));
+        for cut in 0..12 {
+            let mut first =
+                TextGenerator::new(generator(&model, 100), &tokenizer, stopping_at([".\n\n"])).unwrap();
+            let mut shown = String::new();
+            while first.ids().len() < cut {
+                shown += &first.advance().unwrap();
+            }
+            let state = first.generator().state().unwrap();
+            let rest = Generator::builder(&model).resume(state).max_new_tokens(100).build().unwrap();
+            let mut rest = TextGenerator::new(rest, &tokenizer, stopping_at([".\n\n"])).unwrap();
+            shown += &pieces(&mut rest).concat();
+            assert_eq!(shown, "go 😀 on", "cut at {cut}");
+            assert_eq!(rest.finish_reason(), Some(FinishReason::StopString));
+        }
     }
 
     #[test]

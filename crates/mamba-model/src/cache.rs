@@ -1,11 +1,10 @@
 //! What a model remembers of the tokens it has read: per mixer a window of inputs and a state, in `f32`.
 
-use std::collections::HashMap;
-use std::path::Path;
+mod bytes;
+mod rows;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::checkpoint::{Checkpoint, LocalDir};
 use crate::config::{MixerSpec, ModelConfig};
 use crate::{Error, Result};
 
@@ -53,10 +52,6 @@ pub(crate) enum MixerState {
         ssm: Tensor,
     },
 }
-
-const CONV: &str = "conv_state";
-const SSM: &str = "ssm_state";
-const VERSION: &str = "1";
 
 impl InferenceCache {
     /// The state before the first token.
@@ -127,70 +122,6 @@ impl InferenceCache {
             position: self.position,
             fingerprint,
         })
-    }
-
-    /// Writes the state to a file in safetensors format, with the sizes of the model it belongs to.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let mut tensors = vec![];
-        for (i, state) in self.states.iter().enumerate() {
-            if let MixerState::Recurrent { conv, ssm } = state {
-                tensors.push((format!("{i}.{CONV}"), conv.clone()));
-                tensors.push((format!("{i}.{SSM}"), ssm.clone()));
-            }
-        }
-        let notes = [
-            ("format", "mamba-model cache".to_owned()),
-            ("version", VERSION.to_owned()),
-            ("position", self.position.to_string()),
-            ("batch", self.batch.to_string()),
-            ("model", self.fingerprint.clone()),
-        ];
-        let notes: HashMap<String, String> = notes.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
-        crate::save::write_safetensors(path, &tensors, notes)
-    }
-
-    /// Reads a state that [`save`](Self::save) wrote for a model of this configuration.
-    ///
-    /// # Errors
-    /// If the file is damaged, or belongs to a model of other sizes.
-    pub fn load(path: impl AsRef<Path>, config: &ModelConfig, device: &Device) -> Result<Self> {
-        let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
-        let notes = crate::checkpoint::safetensors::notes(path, &bytes)?;
-        let note = |name: &str| notes.get(name).map(String::as_str);
-        let bad = |message: String| Error::Cache(format!("{}: {message}", path.display()));
-        if note("version") != Some(VERSION) {
-            return Err(bad("is not a saved cache of this version".into()));
-        }
-        if note("model") != Some(fingerprint(config).as_str()) {
-            return Err(bad("belongs to a model of other sizes".into()));
-        }
-        let number = |name: &str| {
-            let number = note(name).and_then(|n| n.parse::<usize>().ok());
-            number.ok_or_else(|| bad(format!("says no {name}")))
-        };
-        let (batch, position) = (number("batch")?, number("position")?);
-        let checkpoint = Checkpoint::open(&LocalDir::new(path)?)?;
-        let read = |i: usize, name: &str, shape: Vec<usize>| {
-            let tensor = checkpoint.tensor(&format!("{i}.{name}"), device)?;
-            match tensor.dims() == shape && matches!(tensor.dtype(), DType::F32 | DType::F64) {
-                true => Ok(tensor),
-                false => Err(bad(format!("`{i}.{name}` has shape {:?}, expected {shape:?}", tensor.dims()))),
-            }
-        };
-        let states = mixers(config).enumerate().map(|(i, mixer)| {
-            Ok(match state_shapes(mixer, batch) {
-                Some([conv, ssm]) => {
-                    MixerState::Recurrent { conv: read(i, CONV, conv)?, ssm: read(i, SSM, ssm)? }
-                }
-                None => MixerState::None,
-            })
-        });
-        Ok(Self { states: states.collect::<Result<_>>()?, batch, position, fingerprint: fingerprint(config) })
     }
 
     /// Checks that the cache fits a model and a batch.

@@ -1,6 +1,8 @@
 //! Writes models in the layout that Hugging Face libraries read, and small files atomically.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 
 use candle_core::DType;
@@ -61,7 +63,8 @@ impl Model {
         let notes = [("format".to_owned(), "pt".to_owned())].into(); // what transformers asks for
         write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?;
         let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
-        write_atomically(&folder.join("config.json"), text.as_bytes())
+        let path = folder.join("config.json");
+        write_atomically(&path, text.as_bytes()).map_err(|source| Error::Io { path, source })
     }
 
     fn dtype_is_narrow(&self, dtype: DType) -> bool {
@@ -80,23 +83,50 @@ pub(crate) fn write_safetensors(
     tensors: &[(String, Tensor)],
     notes: HashMap<String, String>,
 ) -> Result<()> {
-    let tensors: Vec<(&str, Tensor)> =
-        tensors.iter().map(|(name, x)| Ok((name.as_str(), x.contiguous()?))).collect::<Result<_>>()?;
-    let bytes = safetensors::serialize(tensors, Some(notes)).map_err(|error| Error::Checkpoint {
-        file: path.into(),
-        message: format!("cannot be written: {error}"),
+    let bytes = safetensors_bytes(tensors, notes).map_err(|error| match error {
+        Error::Checkpoint { message, .. } => Error::checkpoint(path, message),
+        other => other,
     })?;
-    write_atomically(path, &bytes)
+    write_atomically(path, &bytes).map_err(|source| Error::io(path, source))
 }
 
-/// Writes beside the file first, then moves into place: a full disk or a crash leaves no half file.
-fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let error = |source| Error::Io { path: path.into(), source };
+/// Tensors in safetensors format.
+pub(crate) fn safetensors_bytes(
+    tensors: &[(String, Tensor)],
+    notes: HashMap<String, String>,
+) -> Result<Vec<u8>> {
+    let tensors: Vec<(&str, Tensor)> =
+        tensors.iter().map(|(name, x)| Ok((name.as_str(), x.contiguous()?))).collect::<Result<_>>()?;
+    safetensors::serialize(tensors, Some(notes))
+        .map_err(|error| Error::checkpoint(Path::new("tensors"), format!("cannot be written: {error}")))
+}
+
+/// Writes a file beside the one that is wanted, has the disk take it, then moves it into place: a full disk or a crash
+/// leaves what was there before, and never half a file.
+///
+/// # Errors
+/// What the operating system says; what was written beside is removed then.
+///
+/// # Example
+/// ```
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("notes");
+/// mamba_model::write_atomically(&path, b"one")?;
+/// mamba_model::write_atomically(&path, b"two")?;
+/// assert_eq!(std::fs::read(&path)?, b"two");
+/// # Ok::<_, std::io::Error>(())
+/// ```
+pub fn write_atomically(path: impl AsRef<Path>, bytes: &[u8]) -> std::io::Result<()> {
+    let path = path.as_ref();
     let mut beside = path.as_os_str().to_owned();
     beside.push(format!(".{}.part", std::process::id()));
-    let written = std::fs::write(&beside, bytes).and_then(|()| std::fs::rename(&beside, path));
-    if written.is_err() {
+    let write = || {
+        let mut file = File::create(&beside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&beside, path)
+    };
+    write().inspect_err(|_| {
         let _ = std::fs::remove_file(&beside); // the first error is the one that matters
-    }
-    written.map_err(error)
+    })
 }

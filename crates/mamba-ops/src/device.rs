@@ -219,10 +219,12 @@ impl Gpu {
     /// A buffer of zeros.
     pub(crate) fn zeros(&self, dtype: DType, len: usize) -> Result<Buffer> {
         let mut buffer = self.buffer(dtype, len)?;
-        let (address, _write) = address_mut(&mut buffer.storage, &self.stream)?;
-        // SAFETY: within the buffer.
-        unsafe { result::memset_d8_async(address, 0, len * dtype.size_in_bytes(), self.stream.cu_stream()) }
-            .w()?;
+        {
+            let (address, _write) = address_mut(&mut buffer.storage, &self.stream)?;
+            let (bytes, stream) = (len * dtype.size_in_bytes(), self.stream.cu_stream());
+            // SAFETY: within the buffer.
+            unsafe { result::memset_d8_async(address, 0, bytes, stream) }.w()?;
+        }
         Ok(buffer)
     }
 

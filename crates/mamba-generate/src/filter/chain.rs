@@ -4,8 +4,7 @@ use crate::error::Result;
 
 /// Filters that apply one after the other.
 ///
-/// Order matters; the one that [`SamplingConfig`](crate::SamplingConfig) builds is repetition penalty, temperature, top-k,
-/// top-p, min-p.
+/// Order matters; see [`SamplingConfig`](crate::SamplingConfig) for the usual one.
 ///
 /// # Example
 /// ```
@@ -39,6 +38,11 @@ impl Chain {
         self
     }
 
+    /// Adds a filter before all others.
+    pub fn push_front(&mut self, filter: impl LogitsFilter + 'static) {
+        self.0.insert(0, Box::new(filter));
+    }
+
     /// How many filters there are.
     pub fn len(&self) -> usize {
         self.0.len()
@@ -59,6 +63,14 @@ impl std::fmt::Debug for Chain {
 impl LogitsFilter for Chain {
     fn apply(&mut self, candidates: &mut Candidates, history: History<'_>) -> Result<()> {
         self.0.iter_mut().try_for_each(|filter| filter.apply(candidates, history))
+    }
+
+    fn save_state(&self, words: &mut Vec<u64>) {
+        self.0.iter().for_each(|filter| filter.save_state(words));
+    }
+
+    fn restore_state(&mut self, words: &mut &[u64]) -> Result<()> {
+        self.0.iter_mut().try_for_each(|filter| filter.restore_state(words))
     }
 }
 

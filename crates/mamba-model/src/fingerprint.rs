@@ -1,0 +1,59 @@
+//! What tells one model's weights from another's.
+
+use std::fmt::Write;
+
+use candle_core::{DType, Tensor};
+use sha2::{Digest, Sha256};
+
+use crate::{Model, Result};
+
+/// How many elements of each parameter are looked at.
+const SAMPLES: usize = 64;
+
+impl Model {
+    /// A name for exactly these weights, in hexadecimal: what is kept for a model can say which one it belongs to.
+    ///
+    /// The SHA-256 of the vocabulary's size and, for each parameter, its name, its shape, its dtype and 64 of its elements,
+    /// evenly spread. So it takes milliseconds, and tells apart models of one size, fine-tuned ones from their base, and
+    /// the same weights in different dtypes.
+    ///
+    /// # Errors
+    /// If candle cannot read the parameters.
+    ///
+    /// # Example
+    /// ```
+    /// use candle_core::Device;
+    /// use mamba_model::Model;
+    /// use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
+    ///
+    /// let config = ModelConfig::uniform(50, 16, 2, MixerSpec::Mamba1(Mamba1Config::new(16)));
+    /// let [one, same, other] = [0, 0, 1].map(|seed| Model::random(&config, seed, &Device::Cpu));
+    /// let (one, same, other) = (one?.fingerprint()?, same?.fingerprint()?, other?.fingerprint()?);
+    /// assert!(one == same && one != other);
+    /// # Ok::<_, mamba_model::Error>(())
+    /// ```
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        hash.update(format!("vocab {}\n", self.config().vocab_size));
+        for (name, x) in self.parameters() {
+            hash.update(format!("{name} {:?} {}\n", x.dims(), x.dtype().as_str()));
+            for value in samples(x)? {
+                hash.update(value.to_le_bytes());
+            }
+        }
+        let mut text = String::new();
+        for byte in hash.finalize() {
+            let _ = write!(text, "{byte:02x}"); // a string takes everything
+        }
+        Ok(text)
+    }
+}
+
+/// Elements of a tensor, evenly spread, exactly.
+fn samples(x: &Tensor) -> Result<Vec<f64>> {
+    let n = x.elem_count();
+    let count = n.min(SAMPLES);
+    let places: Vec<i64> = (0..count).map(|i| (i as u128 * n as u128 / count as u128) as i64).collect();
+    let places = Tensor::from_vec(places, count, x.device())?;
+    Ok(x.detach().flatten_all()?.index_select(&places, 0)?.to_dtype(DType::F64)?.to_vec1()?)
+}
