@@ -27,6 +27,9 @@ struct Args {
     /// Rounds; the best counts.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// Dtypes of the weights; the peers have f32 only.
+    #[arg(long, value_delimiter = ',', default_values_t = ["f32".to_owned(), "f16".into(), "bf16".into()])]
+    dtypes: Vec<String>,
     /// Leave the peers out.
     #[arg(long)]
     alone: bool,
@@ -63,6 +66,12 @@ impl Subject for Ours {
     fn step(&mut self, id: u32) -> Result<Tensor> {
         Ok(self.model.step(&Tensor::new(&[id], &Device::Cpu)?, &mut self.cache)?)
     }
+}
+
+/// The same weights in another dtype.
+fn converted(model: &Model, dtype: DType) -> Result<Model> {
+    let tensors = model.parameters().iter().cloned().collect();
+    Ok(Model::new(model.config(), VarBuilder::from_tensors(tensors, dtype, &Device::Cpu))?)
 }
 
 struct PeerMamba1 {
@@ -161,7 +170,7 @@ fn measure(subject: &mut dyn Subject, ids: &[u32], generate: usize) -> Result<[f
     let prefill = ids.len() as f64 / start.elapsed().as_secs_f64();
     let start = Instant::now();
     for i in 0..generate {
-        subject.step(ids[i % ids.len()])?.flatten_all()?.to_vec1::<f32>()?;
+        subject.step(ids[i % ids.len()])?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     }
     Ok([prefill, generate as f64 / start.elapsed().as_secs_f64()])
 }
@@ -178,30 +187,36 @@ fn main() -> Result<()> {
     let mut rows = vec![];
     for (name, vocab, mixer) in shapes {
         let model = Model::random(&ModelConfig::uniform(vocab, 768, 24, mixer), 0, &Device::Cpu)?;
-        let theirs = if args.alone { None } else { Some(peer(&model)?) };
-        let cache = model.new_cache(1)?;
-        let mut subjects: Vec<Box<dyn Subject>> = vec![Box::new(Ours { model, cache })];
-        subjects.extend(theirs);
+        for dtype in &args.dtypes {
+            let dtype: DType = dtype.parse()?;
+            let theirs = if args.alone || dtype != DType::F32 { None } else { Some(peer(&model)?) };
+            let model = converted(&model, dtype)?;
+            let cache = model.new_cache(1)?;
+            let mut subjects: Vec<Box<dyn Subject>> = vec![Box::new(Ours { model, cache })];
+            subjects.extend(theirs);
 
-        let few = &ids[..ids.len().min(16)];
-        let logits = subjects.iter_mut().map(|s| Ok(s.prefill(few)?.flatten_all()?.narrow(0, 0, vocab)?));
-        let logits = logits.collect::<Result<Vec<Tensor>>>()?;
-        let mut best = vec![[0.0f64; 2]; subjects.len()];
-        for _ in 0..args.rounds {
-            for (subject, best) in subjects.iter_mut().zip(&mut best) {
-                let now = measure(subject.as_mut(), &ids, args.generate)?;
-                *best = [best[0].max(now[0]), best[1].max(now[1])];
+            let few = &ids[..ids.len().min(16)];
+            let logits =
+                subjects.iter_mut().map(|s| Ok(s.prefill(few)?.flatten_all()?.narrow(0, 0, vocab)?));
+            let logits = logits.collect::<Result<Vec<Tensor>>>()?;
+            let mut best = vec![[0.0f64; 2]; subjects.len()];
+            for _ in 0..args.rounds {
+                for (subject, best) in subjects.iter_mut().zip(&mut best) {
+                    let now = measure(subject.as_mut(), &ids, args.generate)?;
+                    *best = [best[0].max(now[0]), best[1].max(now[1])];
+                }
             }
-        }
-        for (i, subject) in subjects.iter().enumerate() {
-            let gap = (&logits[i] - &logits[0])?.abs()?.max_all()?.to_scalar::<f32>()?;
-            let scale = logits[0].abs()?.max_all()?.to_scalar::<f32>()?;
-            rows.push(serde_json::json!({
-                "model": name, "weights": "f32", "backend": subject.name(), "prompt": args.prompt,
-                "prefill_tokens_per_s": best[i][0], "decode_tokens_per_s": best[i][1],
-                "prefill_ratio": best[0][0] / best[i][0], "decode_ratio": best[0][1] / best[i][1],
-                "logits_differ_by": f64::from(gap / scale),
-            }));
+            for (i, subject) in subjects.iter().enumerate() {
+                let gap =
+                    (&logits[i] - &logits[0])?.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                let scale = logits[0].to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                rows.push(serde_json::json!({
+                    "model": name, "weights": dtype.as_str(), "backend": subject.name(), "prompt": args.prompt,
+                    "prefill_tokens_per_s": best[i][0], "decode_tokens_per_s": best[i][1],
+                    "prefill_ratio": best[0][0] / best[i][0], "decode_ratio": best[0][1] / best[i][1],
+                    "logits_differ_by": f64::from(gap / scale),
+                }));
+            }
         }
     }
     if args.json {
@@ -209,15 +224,16 @@ fn main() -> Result<()> {
         return Ok(());
     }
     println!(
-        "| model | backend | prefill {} (tokens/s) | decode (tokens/s) | ours is faster by | logits differ by |",
+        "| model | weights | backend | prefill {} (tokens/s) | decode (tokens/s) | ours is faster by | logits differ by |",
         args.prompt
     );
-    println!("|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|");
     for row in rows {
         let n = |field: &str| row[field].as_f64().unwrap_or(f64::NAN);
         println!(
-            "| {} | {} | {:.1} | {:.1} | {:.2}, {:.2} | {:.0e} |",
+            "| {} | {} | {} | {:.1} | {:.1} | {:.2}, {:.2} | {:.0e} |",
             row["model"].as_str().unwrap_or_default(),
+            row["weights"].as_str().unwrap_or_default(),
             row["backend"].as_str().unwrap_or_default(),
             n("prefill_tokens_per_s"),
             n("decode_tokens_per_s"),

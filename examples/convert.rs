@@ -3,32 +3,88 @@
 #[path = "cli/mod.rs"]
 mod cli;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use clap::Parser;
+use mamba_generate::tokenizer_to_gguf;
+use mamba_model::Model;
+use mamba_model::checkpoint::gguf::{GgmlType, Metadata, TensorSpec, Value};
+use mamba_model::checkpoint::{Checkpoint, LocalDir, ModelSource};
 
-/// Reads a checkpoint of any format and writes it as safetensors, in the layout of Hugging Face if that has words for
-/// it, else in that of state-spaces. The tokenizer is copied.
+/// Reads a checkpoint of any format and writes it in another one, with its tokenizer, and reports every tensor.
+///
+/// A name that ends in .gguf is written as one GGUF file, in the layout of llama.cpp, plain or quantized. Any other name is
+/// a folder with safetensors, in the layout of Hugging Face if that has words for the model, else in that of state-spaces.
 #[derive(Debug, Parser)]
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
-    /// The folder to write, which must not hold a model yet.
+    /// The folder or the file *.gguf to write, which must not be there yet.
     #[arg(long)]
     to: PathBuf,
-    /// The dtype to write.
-    #[arg(long, value_enum, default_value_t = cli::Precision::F16)]
-    save_as: cli::Precision,
+    /// The type to write: f32, f16 or bf16, and in GGUF also q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, q3_k, q2_k.
+    #[arg(long, default_value = "f16")]
+    save_as: GgmlType,
+    /// Say nothing about single tensors.
+    #[arg(long, short)]
+    quiet: bool,
 }
 
 fn main() -> Result<()> {
     cli::start();
     let args = Args::parse();
-    ensure!(!args.to.join("config.json").exists(), "{} holds a model already", args.to.display());
+    let to_gguf = args.to.extension().is_some_and(|extension| extension == "gguf");
+    let exists = if to_gguf { args.to.exists() } else { args.to.join("config.json").exists() };
+    ensure!(!exists, "{} holds a model already", args.to.display());
     let (model, source) = cli::load(&args.model)?;
-    let dtype = DType::from(args.save_as);
+    let written =
+        if to_gguf { gguf(&args, &model, source.as_ref())? } else { folder(&args, &model, source.as_ref())? };
+    let (mut elements, mut bytes) = (0, 0);
+    for tensor in &written {
+        let size = tensor.bytes().unwrap_or(0);
+        if !args.quiet {
+            println!("{:44} {:>6} {:?}, {size} bytes", tensor.name, tensor.kind, tensor.shape);
+        }
+        elements += tensor.shape.iter().product::<usize>();
+        bytes += size;
+    }
+    let per_element = 8.0 * bytes as f64 / elements as f64;
+    println!(
+        "{}: {} tensors, {elements} parameters, {bytes} bytes, {per_element:.2} bits each",
+        args.to.display(),
+        written.len()
+    );
+    Ok(())
+}
+
+/// Writes one GGUF file with the model's tokenizer in it.
+fn gguf(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<TensorSpec>> {
+    let mut extra = match cli::tokenizer(&args.model, model, source) {
+        Ok(tokenizer) => tokenizer_to_gguf(&tokenizer)?,
+        Err(error) => {
+            eprintln!("no tokenizer is written: {error:#}");
+            Metadata::default()
+        }
+    };
+    let name = args.to.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
+    extra.set("general.name", Value::String(name.into()));
+    let bar = cli::bar(model.parameters().len() as u64, format!("writing {}", args.to.display()));
+    let mut written = vec![];
+    model.save_gguf(&args.to, args.save_as, extra, |tensor| {
+        bar.inc(1);
+        written.push(tensor.clone());
+    })?;
+    bar.finish_and_clear();
+    Ok(written)
+}
+
+/// Writes a folder with safetensors; files of the tokenizer are copied, or made from a GGUF file.
+fn folder(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<TensorSpec>> {
+    let dtype = args.save_as.dtype().filter(|dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16));
+    let dtype =
+        dtype.with_context(|| format!("--save-as {}: safetensors are not quantized", args.save_as))?;
     let spinner = cli::spinner(format!("writing {}", args.to.display()));
     model.save_pretrained(&args.to, dtype)?;
     for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
@@ -36,8 +92,23 @@ fn main() -> Result<()> {
             std::fs::copy(&path, args.to.join(name)).with_context(|| path.display().to_string())?;
         }
     }
+    let tokenizer = args.to.join("tokenizer.json");
+    if !tokenizer.exists()
+        && let Ok(found) = cli::tokenizer(&args.model, model, source)
+    {
+        found.save(&tokenizer, false).map_err(|e| anyhow::anyhow!("{}: {e}", tokenizer.display()))?;
+    }
     spinner.finish_and_clear();
-    let elements: usize = model.parameters().iter().map(|(_, x)| x.elem_count()).sum();
-    println!("{}: {} tensors, {elements} parameters", args.to.display(), model.parameters().len());
-    Ok(())
+    report(&args.to)
+}
+
+/// What stands in the folder that was written.
+fn report(folder: &Path) -> Result<Vec<TensorSpec>> {
+    let checkpoint = Checkpoint::open(&LocalDir::new(folder)?)?;
+    let spec = |name: &str| {
+        let info = checkpoint.info(name)?;
+        let kind = GgmlType::all().find(|kind| kind.dtype() == Some(info.dtype))?;
+        Some(TensorSpec { name: name.to_string(), shape: info.shape.to_vec(), kind })
+    };
+    Ok(checkpoint.names().filter_map(spec).collect())
 }

@@ -89,7 +89,7 @@ fn main() -> Result<()> {
     let (model, source) = cli::load(&args.model)?;
     let ids = args.prompt_ids.as_deref().map(cli::parse_ids).transpose()?;
     let tokenizer = match ids {
-        Some(_) if args.model.tokenizer.is_none() && source.file("tokenizer.json")?.is_none() => None,
+        Some(_) if args.model.tokenizer.is_none() && !cli::has_tokenizer(source.as_ref())? => None,
         _ => Some(cli::tokenizer(&args.model, &model, source.as_ref())?),
     };
     let prompt_ids = match (ids, &tokenizer) {

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use mamba_generate::tokenizer_from_gguf;
 use mamba_model::Model;
-use mamba_model::checkpoint::{HubBuilder, Progress};
-use mamba_model::checkpoint::{LocalDir, ModelSource};
+use mamba_model::checkpoint::{Checkpoint, HubBuilder, LocalDir, ModelSource, Progress};
 use tokenizers::Tokenizer;
 
 /// The model that is part of the repository.
@@ -24,14 +24,14 @@ const STATE_SPACES_TOKENIZER: &str = "EleutherAI/gpt-neox-20b";
 /// Which model, and how to run it.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A folder, a file of weights, or a repository on the Hugging Face Hub such as state-spaces/mamba2-130m;
-    /// a small model of Shakespeare's manner if not given.
+    /// A folder, a file of weights, a repository on the Hugging Face Hub such as state-spaces/mamba2-130m, or a file in
+    /// one, owner/name/file.gguf; a small model of Shakespeare's manner if not given.
     #[arg(long)]
     pub model: Option<String>,
     /// Branch, tag or commit on the Hub.
     #[arg(long, default_value = "main")]
     pub revision: String,
-    /// A tokenizer.json, or a repository that has one; that of the model if not given.
+    /// A tokenizer.json, a GGUF file, or a repository that has one; that of the model if not given.
     #[arg(long)]
     pub tokenizer: Option<String>,
     /// What weights and activations are computed in; states are always f32.
@@ -82,10 +82,12 @@ pub fn load(args: &ModelArgs) -> Result<(Model, Box<dyn ModelSource>)> {
     Ok((model?, source))
 }
 
-/// A folder or file if there is one of that name, else a repository on the Hub.
+/// A folder or file if there is one of that name, else a repository on the Hub or a file in one.
 fn source(name: &str, revision: &str) -> Result<Box<dyn ModelSource>> {
     let path = Path::new(name);
-    let repository = name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']);
+    let parts: Vec<&str> = name.splitn(3, '/').collect();
+    let weights = parts.get(2).filter(|file| file.ends_with(".gguf") || file.ends_with(".safetensors"));
+    let repository = (parts.len() == 2 || weights.is_some()) && !name.starts_with(['.', '/', '~']);
     if path.exists() || !repository {
         return Ok(Box::new(LocalDir::new(path).with_context(|| {
             format!(
@@ -93,40 +95,62 @@ fn source(name: &str, revision: &str) -> Result<Box<dyn ModelSource>> {
             )
         })?));
     }
-    let hub = HubBuilder::from_env(name).revision(revision).on_progress(show_download()).build()?;
-    Ok(Box::new(hub))
+    let mut hub = HubBuilder::from_env(parts[..2].join("/")).revision(revision).on_progress(show_download());
+    if let Some(weights) = weights {
+        hub = hub.weights(*weights);
+    }
+    Ok(Box::new(hub.build()?))
+}
+
+/// The tokenizer within a GGUF file, if the source is one and it has one.
+fn gguf_tokenizer(source: &dyn ModelSource) -> Result<Option<Tokenizer>> {
+    // Where another format was found the model itself has reported what is amiss.
+    let Ok(checkpoint) = Checkpoint::open(source) else { return Ok(None) };
+    let metadata = checkpoint.metadata().filter(|keys| keys.get("tokenizer.ggml.model").is_some());
+    Ok(metadata.map(tokenizer_from_gguf).transpose()?)
+}
+
+/// Whether a model comes with a tokenizer.
+pub fn has_tokenizer(source: &dyn ModelSource) -> Result<bool> {
+    Ok(tokenizer_of(source)?.is_some())
 }
 
 /// The tokenizer to use with a model; checked to know no id that the model does not.
 pub fn tokenizer(args: &ModelArgs, model: &Model, source: &dyn ModelSource) -> Result<Tokenizer> {
-    let path = match &args.tokenizer {
-        Some(name) if Path::new(name).is_file() => name.into(),
-        Some(name) => tokenizer_file(self::source(name, "main")?.as_ref())?,
-        None => match source.file("tokenizer.json")? {
-            Some(path) => path,
+    let tokenizer = match &args.tokenizer {
+        Some(name) if name.ends_with(".json") && Path::new(name).is_file() => {
+            read_tokenizer(Path::new(name))?
+        }
+        Some(name) => tokenizer_of(self::source(name, "main")?.as_ref())?
+            .with_context(|| format!("{name} has no tokenizer"))?,
+        None => match tokenizer_of(source)? {
+            Some(tokenizer) => tokenizer,
             // The published vocabulary, whatever it was padded to.
             None if (50277..=50288).contains(&model.config().vocab_size) => {
-                tokenizer_file(self::source(STATE_SPACES_TOKENIZER, "main")?.as_ref())?
+                tokenizer_of(self::source(STATE_SPACES_TOKENIZER, "main")?.as_ref())?
+                    .with_context(|| format!("{STATE_SPACES_TOKENIZER} has no tokenizer"))?
             }
             None => {
-                bail!("{} has no tokenizer.json: name one with --tokenizer, or pass ids", source.describe())
+                bail!("{} has no tokenizer: name one with --tokenizer, or pass ids", source.describe())
             }
         },
     };
-    let tokenizer = Tokenizer::from_file(&path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?;
     let ids = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
     let known = model.config().vocab_size;
-    ensure!(
-        ids <= known,
-        "{}: the tokenizer has ids up to {}, the model knows {known}",
-        path.display(),
-        ids - 1
-    );
+    ensure!(ids <= known, "the tokenizer has ids up to {}, the model knows {known}", ids - 1);
     Ok(tokenizer)
 }
 
-fn tokenizer_file(source: &dyn ModelSource) -> Result<std::path::PathBuf> {
-    source.file("tokenizer.json")?.with_context(|| format!("{} has no tokenizer.json", source.describe()))
+/// The tokenizer that comes with a model: that of a GGUF file, or a file beside the weights.
+fn tokenizer_of(source: &dyn ModelSource) -> Result<Option<Tokenizer>> {
+    match gguf_tokenizer(source)? {
+        Some(tokenizer) => Ok(Some(tokenizer)),
+        None => source.file("tokenizer.json")?.map(|path| read_tokenizer(&path)).transpose(),
+    }
+}
+
+fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
+    Tokenizer::from_file(path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }
 
 /// Turns `auto`, `cpu`, `cuda` or `cuda:N` into a device.
@@ -157,6 +181,16 @@ pub fn spinner(message: String) -> ProgressBar {
     let spinner = ProgressBar::new_spinner().with_message(message);
     spinner.enable_steady_tick(Duration::from_millis(100));
     spinner
+}
+
+/// Something that fills while so many steps are done, if a person is watching.
+pub fn bar(steps: u64, message: String) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}");
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(steps).with_style(style).with_message(message)
 }
 
 /// Draws a bar for each file that comes from the Hub.

@@ -3,7 +3,7 @@
 Run: python manifest.py [--check]
 
 Producer, version and seed are read from the file's own metadata; a file without any (config.json, weights) goes by the
-io.safetensors beside it. With --check nothing is written, and the exit status says whether the manifest holds.
+io.safetensors beside it, a GGUF file by the safetensors of its name or by types.safetensors, a tokenizer by its JSON. With --check nothing is written, and the exit status says whether the manifest holds.
 """
 
 import argparse
@@ -26,6 +26,11 @@ def metadata(path):
 
 def entry(path):
     known = metadata(path) if path.suffix == ".safetensors" else {}
+    if path.parent.name == "tokenizers":
+        known = json.loads(path.with_suffix(".json").read_text())
+    elif path.suffix == ".gguf":
+        answers = path.with_suffix(".safetensors")
+        known = metadata(answers if answers.exists() else path.parent / "types.safetensors")
     if "producer" not in known:
         known = metadata(path.parent / "io.safetensors")
     data = path.read_bytes()
@@ -45,7 +50,7 @@ def main():
     parser = argparse.ArgumentParser(description="Writes or checks goldens/MANIFEST.toml.")
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    folders = [GOLDENS / name for name in ("ops", "models", "generate")]
+    folders = [GOLDENS / name for name in ("ops", "models", "generate", "gguf")]
     paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     text = HEAD + "".join("\n" + entry(path) for path in paths)
     manifest = GOLDENS / "MANIFEST.toml"

@@ -1,54 +1,171 @@
-//! Bytes that nobody meant: an error or tensors that can be read, never a panic.
+//! Bytes that nobody meant: an error or tensors that can be read, never a panic, and never memory that the file does not
+//! account for.
 
-use candle_core::Device;
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use mamba_model::Model;
 use mamba_model::checkpoint::{Checkpoint, LocalDir};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
-use crate::files;
+use crate::support::alloc::peak_of_thread;
+use crate::support::golden::path;
+use crate::{files, gguf};
 
-/// Opens a checkpoint of these files, and reads all that can be read.
-fn read<'a>(files: impl IntoIterator<Item = (&'a str, Vec<u8>)>) {
+/// Bytes of memory for a byte of the file: a quantized element of two bits becomes four bytes, and the entry of a tensor
+/// with its name has a few words beside it.
+const FACTOR: usize = 32;
+
+/// What is needed whatever the file: messages, buffers, the workings of the zip archive.
+const BASE: usize = 1 << 20;
+
+/// Does something with a folder of these files, and checks the memory that it takes.
+fn within_bounds(files: &[(&str, Vec<u8>)], act: impl FnOnce(&Path)) {
     let folder = tempfile::tempdir().unwrap();
     for (name, contents) in files {
         std::fs::write(folder.path().join(name), contents).unwrap();
     }
-    match Checkpoint::open(&LocalDir::new(folder.path()).unwrap()) {
+    let bytes: usize = files.iter().map(|(_, contents)| contents.len()).sum();
+    let ((), peak) = peak_of_thread(|| act(folder.path()));
+    assert!(peak <= FACTOR * bytes + BASE, "{peak} bytes for a file of {bytes}");
+}
+
+/// Opens a checkpoint of these files, and reads all that can be read.
+fn read<'a>(files: impl IntoIterator<Item = (&'a str, Vec<u8>)>) {
+    let files: Vec<_> = files.into_iter().collect();
+    within_bounds(&files, |folder| match Checkpoint::open(&LocalDir::new(folder).unwrap()) {
         Ok(checkpoint) => {
             for name in checkpoint.names() {
                 let _ = checkpoint.tensor(name, &Device::Cpu);
             }
         }
-        Err(error) => assert!(error.to_string().contains(folder.path().to_str().unwrap()), "{error}"),
-    }
+        Err(error) => assert!(error.to_string().contains(folder.to_str().unwrap()), "{error}"),
+    });
 }
 
-fn damage() -> impl Strategy<Value = Vec<(Index, u8)>> {
-    prop::collection::vec((any::<Index>(), any::<u8>()), 1..6)
+/// Loads a model of these files; whether there was one.
+fn load(files: &[(&str, Vec<u8>)]) -> bool {
+    let mut loaded = false;
+    within_bounds(files, |folder| {
+        let model = Model::from_pretrained(&LocalDir::new(folder).unwrap(), DType::F32, &Device::Cpu);
+        loaded = model.is_ok();
+        if let Err(error) = model {
+            assert!(error.to_string().contains(folder.to_str().unwrap()), "{error}");
+        }
+    });
+    loaded
 }
 
-fn damaged(mut bytes: Vec<u8>, damage: &[(Index, u8)]) -> Vec<u8> {
-    for (at, byte) in damage {
-        let at = at.index(bytes.len());
-        bytes[at] = *byte;
+/// A change to a few bytes of a file.
+#[derive(Clone, Debug)]
+enum Edit {
+    Byte(u8),
+    /// Eight bytes, such as a length or a count.
+    Word(u64),
+    /// The file ends here.
+    Cut,
+}
+
+fn edits() -> impl Strategy<Value = Vec<(Index, Edit)>> {
+    let words = [0, 1, 31, 1 << 20, 1 << 31, 1 << 32, 1 << 40, 1 << 60, 1 << 63, u64::MAX, u64::MAX - 31];
+    let edit = prop_oneof![
+        6 => any::<u8>().prop_map(Edit::Byte),
+        3 => prop::sample::select(words.to_vec()).prop_map(Edit::Word),
+        1 => Just(Edit::Cut),
+    ];
+    prop::collection::vec((any::<Index>(), edit), 1..6)
+}
+
+/// The file after some edits within its first `header` bytes.
+fn damaged(mut bytes: Vec<u8>, header: usize, edits: &[(Index, Edit)]) -> Vec<u8> {
+    for (at, edit) in edits {
+        if bytes.is_empty() {
+            break;
+        }
+        let at = at.index(bytes.len().min(header));
+        match edit {
+            Edit::Byte(byte) => bytes[at] = *byte,
+            Edit::Word(word) => {
+                for (place, byte) in bytes[at..].iter_mut().zip(word.to_le_bytes()) {
+                    *place = byte;
+                }
+            }
+            Edit::Cut => bytes.truncate(at),
+        }
     }
     bytes
+}
+
+/// A committed file.
+fn golden(name: &str) -> Vec<u8> {
+    std::fs::read(path(name)).unwrap()
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn damaged_safetensors(damage in damage()) {
+    fn damaged_safetensors(edits in edits()) {
         let good = files::safetensors(&[("a", &[1.; 5]), ("b.weight", &[2.; 3])]);
-        read([("model.safetensors", damaged(good, &damage))]);
+        read([("model.safetensors", damaged(good, usize::MAX, &edits))]);
     }
 
     #[test]
-    fn damaged_indices(damage in damage()) {
+    fn damaged_indices(edits in edits()) {
         let mut files = files::sharded();
-        files[0].1 = damaged(std::mem::take(&mut files[0].1), &damage);
+        files[0].1 = damaged(std::mem::take(&mut files[0].1), usize::MAX, &edits);
         read(files);
+    }
+
+    #[test]
+    fn damaged_pickles(edits in edits(), from_the_end in any::<bool>()) {
+        // The pickle stands first, the directory of the archive last.
+        let mut good = golden("models/mamba_bin/pytorch_model.bin");
+        let split = if from_the_end { good.len() - 3000 } else { 0 };
+        let tail = damaged(good.split_off(split), 3000, &edits);
+        read([("pytorch_model.bin", [good, tail].concat())]);
+    }
+
+    #[test]
+    fn damaged_small_gguf(edits in edits()) {
+        read([("model.gguf", damaged(gguf::good().bytes(), usize::MAX, &edits))]);
+    }
+
+    #[test]
+    fn damaged_types(edits in edits()) {
+        read([("model.gguf", damaged(golden("gguf/types.gguf"), 1200, &edits))]);
+    }
+
+    /// Keys that describe a model are as hostile as the table of its tensors.
+    #[test]
+    fn damaged_models(edits in edits()) {
+        load(&[("model.gguf", damaged(golden("gguf/mamba2_quantized.gguf"), 2500, &edits))]);
+    }
+
+    #[test]
+    fn damaged_configs(edits in edits()) {
+        let config = damaged(golden("models/mamba2_g8/config.json"), usize::MAX, &edits);
+        load(&[("config.json", config), ("model.safetensors", golden("models/mamba2_g8/model.safetensors"))]);
+    }
+
+    /// One value of a configuration that is valid JSON, and impossible.
+    #[test]
+    fn absurd_configs(place in any::<Index>(), value in prop::sample::select(vec![
+        "0", "-1", "1e9", "2147483647", "2147483648", "18446744073709551615", "1e308", "[]", "{}", "null", "\"x\"", "0.5",
+    ]), (family, weights) in prop::sample::select(vec![
+        ("mamba_tied", "model.safetensors"), ("mamba2_g8", "model.safetensors"), ("ss_mamba1_options", "pytorch_model.bin"),
+        ("ss_mamba2_partial_ssm", "pytorch_model.bin"),
+    ])) {
+        let text = String::from_utf8(golden(&format!("models/{family}/config.json"))).unwrap();
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        let is_field = |line: &usize| lines[*line].contains("\": ") && !lines[*line].ends_with(['[', '{']);
+        let fields: Vec<usize> = (0..lines.len()).filter(is_field).collect();
+        let line = fields[place.index(fields.len())];
+        let (key, old) = lines[line].split_once(": ").unwrap();
+        lines[line] = format!("{key}: {value}{}", if old.ends_with(',') { "," } else { "" });
+        let config = lines.join("\n").into_bytes();
+        load(&[("config.json", config), (weights, golden(&format!("models/{family}/{weights}")))]);
     }
 
     #[test]
@@ -58,8 +175,22 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..200), zip in any::<bool>()) {
-        let name = if zip { "pytorch_model.bin" } else { "model.safetensors" };
-        read([(name, if zip { [b"PK\x03\x04", bytes.as_slice()].concat() } else { bytes })]);
+    fn arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0..3) {
+        let (name, magic) = [("pytorch_model.bin", &b"PK\x03\x04"[..]), ("x.gguf", b"GGUF\x03\0\0\0"), ("model.safetensors", b"")][kind as usize];
+        read([(name, [magic, bytes.as_slice()].concat())]);
     }
+}
+
+/// What the random cases start from is sound, and most of what they do is not.
+#[test]
+fn the_cases_are_hostile() {
+    let model = golden("gguf/mamba2_quantized.gguf");
+    assert!(load(&[("model.gguf", model.clone())]));
+    let mut refused = 0;
+    for at in (0..2500).step_by(10) {
+        let mut bytes = model.clone();
+        bytes[at] ^= 0xff;
+        refused += usize::from(!load(&[("model.gguf", bytes)]));
+    }
+    assert!(refused > 150, "{refused} of 250 are refused");
 }

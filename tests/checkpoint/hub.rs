@@ -327,3 +327,53 @@ fn a_server_that_is_no_hub_or_is_not_there_is_an_error() {
     let gone = fixture.builder().endpoint(format!("http://{closed}")).build().unwrap();
     assert!(error(gone.file("config.json")).contains("gave up after 3 attempts"));
 }
+
+/// A repository with one GGUF file needs no name of it; one with several says so, and takes the one that is named.
+#[test]
+fn gguf_files_are_found_by_listing() {
+    let gguf = crate::gguf::good().bytes();
+    let fixture = Fixture::new();
+    fixture.hub.file("README.md", "x").file("sub/y.gguf", "").file("m.Q8_0.gguf", gguf.clone());
+    let checkpoint = Checkpoint::open(&fixture.model()).unwrap();
+    assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a", "b"]);
+    let asked = fixture.hub.requests();
+    assert!(asked.iter().any(|request| request.path.starts_with("/api/models/owner/name/revision/")));
+
+    // Offline, what is in the cache.
+    let offline = fixture.builder().offline(true).build().unwrap();
+    assert!(Checkpoint::open(&offline).is_ok());
+    assert!(fixture.hub.requests().is_empty());
+
+    fixture.hub.file("m.Q4_0.gguf", gguf.clone());
+    let error = Checkpoint::open(&fixture.model()).unwrap_err().to_string();
+    assert!(error.contains("has several files of weights, name one of m.Q4_0.gguf, m.Q8_0.gguf"), "{error}");
+    let named = |name: &str| fixture.builder().weights(name).build();
+    assert!(Checkpoint::open(&named("m.Q4_0.gguf").unwrap()).is_ok());
+    assert!(named("../x.gguf").is_err() && named("README.md").is_err());
+
+    fixture.hub.file("other.safetensors", files::safetensors(&[("c", &[1.])]));
+    let checkpoint = Checkpoint::open(&named("other.safetensors").unwrap()).unwrap();
+    assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["c"]);
+    fixture.hub.fault("GET", Fault::Status(503, ""));
+    assert!(Checkpoint::open(&fixture.model()).unwrap_err().to_string().contains("has several"));
+}
+
+/// The parts of a split file come together, and say what is missing.
+#[test]
+fn parts_of_a_gguf_file() {
+    let part = |number: usize| format!("m-{number:05}-of-00002.gguf");
+    let (first, second) = crate::gguf::good().split();
+    let fixture = Fixture::new();
+    fixture.hub.file(&part(1), first).file(&part(2), second);
+    let checkpoint = Checkpoint::open(&fixture.model()).unwrap();
+    assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a", "b"]);
+    assert_eq!(checkpoint.metadata().unwrap().u64("test.block_count"), Some(7));
+
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(checkpoint.path("a").unwrap(), folder.path().join(part(1))).unwrap();
+    let open = |path: &Path| Checkpoint::open(&mamba_model::checkpoint::LocalDir::new(path).unwrap());
+    let error = open(&folder.path().join(part(1))).unwrap_err().to_string();
+    assert!(error.contains("no m-00002-of-00002.gguf in"), "{error}");
+    std::fs::copy(checkpoint.path("b").unwrap(), folder.path().join(part(2))).unwrap();
+    assert!(open(folder.path()).is_ok() && open(&folder.path().join(part(1))).is_ok());
+}

@@ -166,12 +166,30 @@ impl MockHub {
 }
 
 impl State {
+    /// What the Hub says about a commit, with fields that nobody asked for.
+    fn listing(&self, commit: &str) -> Vec<u8> {
+        let files = self.files.keys().filter(|(at, _)| at == commit);
+        let siblings: Vec<_> = files.map(|(_, name)| serde_json::json!({"rfilename": name})).collect();
+        serde_json::json!({"id": REPO, "sha": commit, "siblings": siblings, "tags": ["mamba"]})
+            .to_string()
+            .into_bytes()
+    }
+
     /// The head of the answer without its length, and the contents of the file that it is about.
     fn answer(&self, request: &Request) -> (String, Option<Vec<u8>>) {
         let refuse =
             |status: &str, code: &str| (format!("HTTP/1.1 {status}\r\nX-Error-Code: {code}\r\n"), None);
         if !request.elsewhere && self.token.is_some() && self.token != request.token {
             return refuse("401 Unauthorized", "RepoNotFound");
+        }
+        if let Some(listed) = request.path.strip_prefix("/api/models/") {
+            return match listed.split_once("/revision/").filter(|(repo, _)| *repo == REPO) {
+                Some((_, revision)) => match self.revisions.get(&revision.replace("%2F", "/")) {
+                    Some(commit) => ("HTTP/1.1 200 OK\r\n".into(), Some(self.listing(commit))),
+                    None => refuse("404 Not Found", "RevisionNotFound"),
+                },
+                None => refuse("404 Not Found", "RepoNotFound"),
+            };
         }
         let Some((repo, place)) = request.path[1..].split_once("/resolve/") else {
             return refuse("400 Bad Request", "");

@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod gguf_tokenizers;
 mod models;
 mod rules;
 mod sampling;

@@ -1,8 +1,11 @@
-//! What the graph of a fused block keeps alive while training, in bytes, counted by the allocator of this program.
+//! What the graph of a fused block keeps alive while training, and what loading a model takes, in bytes, counted by the
+//! allocator of this program.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+#[path = "../support/mod.rs"]
+mod support;
+
+mod loading;
 
 use candle_core::{Device, Result, Tensor, Var};
 use mamba_ops::{
@@ -11,29 +14,7 @@ use mamba_ops::{
     ssd_chunk_scan,
 };
 
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-fn grow(by: usize) {
-    PEAK.fetch_max(LIVE.fetch_add(by, Relaxed) + by, Relaxed);
-}
-
-// SAFETY: every call is passed on to the system's allocator as it is; counting does not allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        // SAFETY: the caller's contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+use crate::support::alloc::{Counting, live, peak, reset_peak};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -43,14 +24,14 @@ static ALLOCATOR: Counting = Counting;
 fn graph(forward: impl Fn() -> Result<Vec<Tensor>>) -> (usize, usize) {
     // Threads and tables that are made once are none of the graph's.
     drop(forward().unwrap()[0].sum_all().unwrap().backward().unwrap());
-    let before = LIVE.load(Relaxed);
+    let before = live();
     let outputs = forward().unwrap();
     let own: usize = outputs.iter().map(|y| y.elem_count() * y.dtype().size_in_bytes()).sum();
-    let kept = LIVE.load(Relaxed) - before - own;
+    let kept = live() - before - own;
     let loss = outputs[0].sum_all().unwrap();
-    PEAK.store(LIVE.load(Relaxed), Relaxed);
+    reset_peak();
     drop(loss.backward().unwrap());
-    (kept, PEAK.load(Relaxed) - before)
+    (kept, peak() - before)
 }
 
 fn var(shape: &[usize]) -> Var {
@@ -175,8 +156,9 @@ fn generic_checkpoint() {
 
 /// One test alone, so that nothing else allocates meanwhile.
 #[test]
-fn fused_blocks_keep_their_inputs_only() {
+fn memory() {
     mamba2();
     mamba1();
     generic_checkpoint();
+    loading::one_tensor_at_a_time();
 }

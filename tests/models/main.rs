@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod gguf;
 mod laws;
 mod parity;
 mod saving;

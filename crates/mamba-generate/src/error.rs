@@ -80,6 +80,14 @@ pub enum Error {
         /// The model's error.
         source: BoxError,
     },
+    /// The tokenizer of a GGUF file cannot be used.
+    #[error("gguf: `{key}` {message}")]
+    Gguf {
+        /// The key of the file.
+        key: String,
+        /// What is wrong with its value, to be read behind the key.
+        message: String,
+    },
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {

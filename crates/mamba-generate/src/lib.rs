@@ -86,6 +86,7 @@ mod error;
 mod fake;
 mod filter;
 mod generator;
+mod gguf;
 mod lm;
 mod logprobs;
 mod mirostat;
@@ -108,6 +109,7 @@ pub use filter::{
     NoRepeatNgram, OccurrencePenalty, RepetitionPenalty, Temperature, TopK, TopNSigma, TopP, Typical, Xtc,
 };
 pub use generator::{FinishReason, Generator, GeneratorBuilder, Token};
+pub use gguf::{tokenizer_from_gguf, tokenizer_to_gguf};
 pub use lm::{CausalLm, StateLm};
 pub use logprobs::{Logprobs, TokenLogprob};
 pub use mirostat::Mirostat;

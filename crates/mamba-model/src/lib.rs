@@ -72,6 +72,7 @@ mod mixers;
 mod model;
 mod params;
 mod save;
+mod save_gguf;
 
 pub use cache::InferenceCache;
 pub use error::{Error, Result};

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::cache::InferenceCache;
-use crate::checkpoint::{Checkpoint, ModelSource};
+use crate::checkpoint::{Checkpoint, Form, Forms, ModelSource, NameMap};
 use crate::config::ModelConfig;
 use crate::init::Initializer;
 use crate::layer::{Branch, Stream, StreamNorm};
@@ -85,7 +85,8 @@ impl Model {
     }
 
     /// Loads a published checkpoint: `config.json` says which family it is of, and the weights are safetensors or
-    /// torch files, whole or in shards. `dtype` is that of the model; `A_log`, `D` and `dt_bias` are always `f32`.
+    /// torch files, whole or in shards; or a GGUF file is all there is, and its weights are dequantized one by one.
+    /// `dtype` is that of the model; `A_log`, `D` and `dt_bias` are always `f32`.
     ///
     /// # Errors
     /// If a file is missing or damaged, or the tensors are not exactly those of the configuration; the error names
@@ -99,23 +100,40 @@ impl Model {
     /// # Ok::<_, mamba_model::Error>(())
     /// ```
     pub fn from_pretrained(source: &dyn ModelSource, dtype: DType, device: &Device) -> Result<Self> {
-        let path = source
-            .file("config.json")?
-            .ok_or_else(|| Error::NoSuchFile { name: "config.json".into(), origin: source.describe() })?;
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::Io { path: path.clone(), source: e })?;
-        let (mut config, family) = families::parse(&text, Some(&path))?;
         let checkpoint = Arc::new(Checkpoint::open(source)?);
-        let mut names = family.names;
+        if let Some(metadata) = checkpoint.metadata() {
+            let (config, architecture) = families::gguf::parse(&checkpoint, metadata)?;
+            let described = config.clone();
+            let forms = Box::new(move |name: &str| (architecture.form)(&described, name));
+            return Self::load(config, "its own keys", &checkpoint, architecture.names, forms, dtype, device);
+        }
+        let path = source.require("config.json")?;
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::Io { path: path.clone(), source: e })?;
+        let (config, family) = families::parse(&text, Some(&path))?;
+        let described = path.display().to_string();
+        Self::load(config, &described, &checkpoint, family.names, Box::new(|_| Form::Same), dtype, device)
+    }
+
+    /// Builds the model from a checkpoint, each tensor of which must be a part of it.
+    fn load(
+        mut config: ModelConfig,
+        described: &str,
+        checkpoint: &Arc<Checkpoint>,
+        mut names: NameMap,
+        forms: Forms,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         if names.resolve("lm_head.weight", |name| checkpoint.contains(name)).is_none() {
             config.tie_embeddings = true; // what a file without a head means, whatever its configuration says
         }
         if config.tie_embeddings {
             names = names.with_unread(&["lm_head.weight"]);
         }
-        let model = Self::new(&config, checkpoint.clone().var_builder(names, dtype, device))?;
+        let model = Self::new(&config, checkpoint.clone().var_builder_with(names, forms, dtype, device))?;
         let coverage = checkpoint.coverage(&names);
         if !coverage.is_complete() {
-            let message = format!("does not fit {}: {coverage}", path.display());
+            let message = format!("does not fit {described}: {coverage}");
             return Err(Error::Checkpoint { file: checkpoint.origin().into(), message });
         }
         Ok(model)

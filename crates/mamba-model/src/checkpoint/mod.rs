@@ -9,8 +9,11 @@
 //! | `model.safetensors.index.json` and the files it lists | safetensors |
 //! | `pytorch_model.bin` | `torch.save` of a dictionary of tensors, torch 1.6 or later |
 //! | `pytorch_model.bin.index.json` and the files it lists | the same |
+//! | a single file `*.gguf`, or its parts `*-00001-of-00003.gguf` and so on | [GGUF](gguf), quantized or not |
 
 mod coverage;
+mod form;
+pub mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
 mod names;
@@ -30,10 +33,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 
-use self::stored::Stored;
+use self::stored::{Encoding, Stored};
 use crate::{Error, Result};
 
 pub use self::coverage::Coverage;
+pub(crate) use self::form::{Form, Forms};
 #[cfg(feature = "hub")]
 pub use self::hub::{HubBuilder, HubModel, Progress};
 pub use self::names::NameMap;
@@ -74,12 +78,13 @@ pub struct Checkpoint {
     origin: String,
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Entry>,
+    metadata: Option<gguf::Metadata>,
 }
 
 /// What a checkpoint says about a tensor without reading it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TensorInfo<'a> {
-    /// The type of the elements in the file.
+    /// The type of the elements in the file; `f32` if they are quantized.
     pub dtype: DType,
     /// The length of each axis.
     pub shape: &'a [usize],
@@ -103,23 +108,25 @@ struct Entry {
 enum Format {
     Safetensors,
     Torch,
+    Gguf,
 }
 
 impl Checkpoint {
     /// Finds the weights of a model and maps them into memory.
     ///
     /// The first of `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin` and
-    /// `pytorch_model.bin.index.json` that the model has is taken, with the files that an index lists.
+    /// `pytorch_model.bin.index.json` that the model has is taken, with the files that an index lists; if it has none
+    /// of them, its only file `*.gguf`, with the parts that belong to it.
     ///
     /// # Errors
-    /// If the model has none of these files, one that is needed cannot be had, is damaged or is not in the format
-    /// that its name says, or an index does not agree with its files.
+    /// If the model has none of these files or several `*.gguf`, one that is needed cannot be had, is damaged or is
+    /// not in the format that its name says, or an index does not agree with its files.
     pub fn open(source: &dyn ModelSource) -> Result<Self> {
+        let mut checkpoint =
+            Self { origin: source.describe(), files: Vec::new(), tensors: BTreeMap::new(), metadata: None };
         for name in WEIGHT_FILES {
             let Some(path) = source.file(name)? else { continue };
             let format = if name.starts_with("model") { Format::Safetensors } else { Format::Torch };
-            let mut checkpoint =
-                Self { origin: source.describe(), files: Vec::new(), tensors: BTreeMap::new() };
             if name.ends_with(".json") {
                 checkpoint.add_shards(source, &path, format)?;
             } else {
@@ -127,7 +134,10 @@ impl Checkpoint {
             }
             return Ok(checkpoint);
         }
-        Err(Error::NoSuchFile { name: WEIGHT_FILES.join(", "), origin: source.describe() })
+        for name in gguf_files(source)? {
+            checkpoint.add_file(source.require(&name)?, Format::Gguf)?;
+        }
+        Ok(checkpoint)
     }
 
     fn add_shards(&mut self, source: &dyn ModelSource, index: &Path, format: Format) -> Result<()> {
@@ -159,6 +169,12 @@ impl Checkpoint {
         let tensors = match format {
             Format::Safetensors => safetensors::read(&path, &bytes)?,
             Format::Torch => pickle::read(&path, &bytes)?,
+            Format::Gguf => {
+                let (metadata, tensors) = gguf::read(&path, &bytes)?;
+                // What is said about the model stands in the first of several parts.
+                self.metadata.get_or_insert(metadata);
+                tensors
+            }
         };
         let number = self.files.len();
         for (name, stored) in tensors {
@@ -192,20 +208,47 @@ impl Checkpoint {
         self.tensors.get(name).map(|entry| self.path_of(entry))
     }
 
+    /// What a GGUF file says about its model; `None` for other files.
+    pub fn metadata(&self) -> Option<&gguf::Metadata> {
+        self.metadata.as_ref()
+    }
+
     /// Type and shape of a tensor, or `None` if there is none of this name or Candle lacks its type.
     pub fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
         let stored = &self.tensors.get(name)?.stored;
-        Some(TensorInfo { dtype: *stored.dtype.as_ref().ok()?, shape: &stored.shape })
+        Some(TensorInfo { dtype: stored.encoding.as_ref().ok()?.dtype(), shape: &stored.shape })
     }
 
-    /// A copy of a tensor on a device, in the type in which it is stored.
+    /// A copy of a tensor on a device, in the type in which it is stored, or in `f32` if it is quantized.
     ///
     /// # Errors
     /// If there is no tensor of this name, Candle lacks its type, or the device refuses it.
     pub fn tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let dtype = self.info(name).map_or(DType::F32, |info| info.dtype);
+        self.tensor_as(name, dtype, device)
+    }
+
+    /// A copy of a tensor on a device, converted to `dtype`. Quantized tensors go straight to that type.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    pub fn tensor_as(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let entry = self.entry(name)?;
-        let (dtype, elements) = self.elements(name, entry)?;
-        let tensor = Tensor::from_raw_buffer(&elements, dtype, &entry.stored.shape, device)?;
+        let (encoding, elements) = self.elements(name, entry)?;
+        let shape = &entry.stored.shape;
+        let tensor = match encoding {
+            Encoding::Blocks(kind) => {
+                gguf::dequantize::dequantize(kind, &elements, shape, dtype)?.to_device(device)?
+            }
+            Encoding::Plain(stored) => {
+                // A type that grows is converted on the device, so that fewer bytes travel.
+                let shrinks = stored.size_in_bytes() > dtype.size_in_bytes();
+                let first = if shrinks { &Device::Cpu } else { device };
+                Tensor::from_raw_buffer(&elements, stored, shape, first)?
+                    .to_dtype(dtype)?
+                    .to_device(device)?
+            }
+        };
         entry.reads.fetch_add(1, Ordering::Relaxed);
         Ok(tensor)
     }
@@ -218,7 +261,7 @@ impl Checkpoint {
     /// If one of them does not exist, or Candle lacks its type.
     pub fn same(&self, one: &str, other: &str) -> Result<bool> {
         let (a, b) = (self.entry(one)?, self.entry(other)?);
-        if (&a.stored.dtype, &a.stored.shape) != (&b.stored.dtype, &b.stored.shape) {
+        if (&a.stored.encoding, &a.stored.shape) != (&b.stored.encoding, &b.stored.shape) {
             return Ok(false);
         }
         let in_place =
@@ -235,12 +278,42 @@ impl Checkpoint {
         self.tensors.get(name).ok_or_else(missing)
     }
 
-    fn elements(&self, name: &str, entry: &Entry) -> Result<(DType, Cow<'_, [u8]>)> {
+    fn elements(&self, name: &str, entry: &Entry) -> Result<(Encoding, Cow<'_, [u8]>)> {
         let fail = |message: String| Error::tensor(self.path_of(entry), name, message);
-        let dtype =
-            *entry.stored.dtype.as_ref().map_err(|d| fail(format!("has dtype {d}, which Candle lacks")))?;
-        let file = &self.files[entry.file].bytes;
-        let elements = entry.stored.elements(file, dtype.size_in_bytes());
-        Ok((dtype, elements.ok_or_else(|| fail("goes past the end of its file".into()))?))
+        let stored = &entry.stored;
+        let lacks = |dtype: &String| fail(format!("has dtype {dtype}, which Candle lacks"));
+        let encoding = *stored.encoding.as_ref().map_err(lacks)?;
+        let elements = stored.elements(&self.files[entry.file].bytes, encoding);
+        Ok((encoding, elements.ok_or_else(|| fail("goes past the end of its file".into()))?))
     }
+}
+
+/// The names of the files of a GGUF model: its only file, or all parts of it in their order.
+fn gguf_files(source: &dyn ModelSource) -> Result<Vec<String>> {
+    let mut names = source.list()?;
+    names.retain(|name| name.ends_with(".gguf") && part(name).is_none_or(|(_, number, _)| number == 1));
+    match names.as_slice() {
+        [] => Err(Error::NoSuchFile {
+            name: format!("{}, *.gguf", WEIGHT_FILES.join(", ")),
+            origin: source.describe(),
+        }),
+        [name] => Ok(match part(name) {
+            Some((stem, _, parts)) => {
+                (1..=parts).map(|number| format!("{stem}-{number:05}-of-{parts:05}.gguf")).collect()
+            }
+            None => vec![name.clone()],
+        }),
+        several => {
+            let message = format!("has several files of weights, name one of {}", several.join(", "));
+            Err(Error::Checkpoint { file: source.describe().into(), message })
+        }
+    }
+}
+
+/// What the name of a part says: `x-00002-of-00003.gguf` is number 2 of 3 of `x`.
+fn part(name: &str) -> Option<(&str, usize, usize)> {
+    let (rest, parts) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    let digits = |text: &str| (text.len() == 5).then(|| text.parse::<usize>().ok()).flatten();
+    Some((stem, digits(number)?, digits(parts)?))
 }

@@ -7,7 +7,7 @@ use candle_core::DType;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use super::stored::{Stored, elem_count};
+use super::stored::{Encoding, Stored, elem_count};
 use crate::{Error, Result};
 
 /// The header's length stands in the first eight bytes.
@@ -30,7 +30,7 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Vec<(String, Stored)>> {
         }
         let (from, to) = info.data_offsets;
         let stored = Stored {
-            dtype: candle_dtype(info.dtype),
+            encoding: candle_dtype(info.dtype).map(Encoding::Plain),
             shape: info.shape.clone(),
             bytes: start + from..start + to,
             strides: None,
@@ -167,6 +167,6 @@ mod tests {
     fn a_dtype_that_candle_lacks_is_kept_by_name() {
         let header = r#"{"mask":{"dtype":"BOOL","shape":[1],"data_offsets":[0,1]}}"#;
         let tensors = read(Path::new("m"), &file(header, &[1])).unwrap();
-        assert_eq!(tensors[0].1.dtype, Err("BOOL".to_string()));
+        assert_eq!(tensors[0].1.encoding, Err("BOOL".to_string()));
     }
 }

@@ -17,6 +17,16 @@ pub trait ModelSource {
     /// If `name` points outside the model, or the file cannot be fetched or looked for.
     fn file(&self, name: &str) -> Result<Option<PathBuf>>;
 
+    /// The names of the files of the model that are in no folder, sorted; nothing from a source that cannot tell.
+    ///
+    /// Files that have no fixed name, such as `*.gguf`, are found through it.
+    ///
+    /// # Errors
+    /// If the names cannot be had.
+    fn list(&self) -> Result<Vec<String>> {
+        Ok(vec![])
+    }
+
     /// Where this is, for messages: a path, or `owner/name at revision main`.
     fn describe(&self) -> String;
 
@@ -49,7 +59,8 @@ pub struct LocalDir {
 }
 
 impl LocalDir {
-    /// Opens a folder, or a file of weights: `x.safetensors`, or `x.bin`, `x.pt` or `x.pth` in torch's format.
+    /// Opens a folder, or a file of weights: `x.safetensors`, `x.gguf`, or `x.bin`, `x.pt` or `x.pth` in torch's
+    /// format.
     ///
     /// A file takes the place of all other weights in its folder; the rest of the folder, such as its
     /// `config.json`, is found as usual.
@@ -61,8 +72,8 @@ impl LocalDir {
         if std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_dir() {
             return Ok(Self { folder: path.to_path_buf(), weights: None });
         }
-        if standard_name(path).is_none() {
-            let message = "is neither a folder nor a file of weights (.safetensors, .bin, .pt, .pth)";
+        if !is_weights(path) {
+            let message = "is neither a folder nor a file of weights (.safetensors, .gguf, .bin, .pt, .pth)";
             return Err(Error::io(path, std::io::Error::new(std::io::ErrorKind::InvalidInput, message)));
         }
         let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
@@ -71,12 +82,17 @@ impl LocalDir {
 }
 
 /// The name under which a checkpoint looks for weights of this kind.
-fn standard_name(weights: &Path) -> Option<&'static str> {
+pub(super) fn standard_name(weights: &Path) -> Option<&'static str> {
     match weights.extension()?.to_str()? {
         "safetensors" => Some("model.safetensors"),
         "bin" | "pt" | "pth" => Some("pytorch_model.bin"),
         _ => None,
     }
+}
+
+/// Whether a file of this name can hold weights.
+pub(super) fn is_weights(path: &Path) -> bool {
+    standard_name(path).is_some() || path.extension().is_some_and(|extension| extension == "gguf")
 }
 
 impl ModelSource for LocalDir {
@@ -96,6 +112,23 @@ impl ModelSource for LocalDir {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io(&path, e)),
         }
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        let text = |name: &std::ffi::OsStr| name.to_str().map(str::to_owned);
+        if let Some(weights) = &self.weights {
+            return Ok(weights.file_name().and_then(text).into_iter().collect());
+        }
+        let fail = |e| Error::io(&self.folder, e);
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(&self.folder).map_err(fail)? {
+            let entry = entry.map_err(fail)?;
+            if entry.path().is_file() {
+                names.extend(text(&entry.file_name()));
+            }
+        }
+        names.sort();
+        Ok(names)
     }
 
     fn describe(&self) -> String {

@@ -5,11 +5,40 @@ use std::ops::Range;
 
 use candle_core::DType;
 
+use super::gguf::GgmlType;
+
+/// How elements are stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Encoding {
+    /// Numbers, one after another.
+    Plain(DType),
+    /// Blocks of quantized numbers, row by row.
+    Blocks(GgmlType),
+}
+
+impl Encoding {
+    /// The type in which the elements come out of the file.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::Plain(dtype) => dtype,
+            Self::Blocks(_) => DType::F32,
+        }
+    }
+
+    /// The distance between neighbours that strides count.
+    fn bytes(self) -> usize {
+        match self {
+            Self::Plain(dtype) => dtype.size_in_bytes(),
+            Self::Blocks(kind) => kind.block_bytes(),
+        }
+    }
+}
+
 /// Where a tensor lies in a file and how its bytes are to be read; checked against the file when it was opened.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Stored {
-    /// What Candle calls the element type, or how the file calls it if Candle has none.
-    pub dtype: std::result::Result<DType, String>,
+    /// How elements are stored, or how the file calls it if we have no such type.
+    pub encoding: std::result::Result<Encoding, String>,
     pub shape: Vec<usize>,
     /// The bytes from the first element to the last.
     pub bytes: Range<usize>,
@@ -51,14 +80,14 @@ pub(crate) fn is_contiguous(shape: &[usize], strides: &[usize]) -> bool {
 }
 
 impl Stored {
-    /// The elements in the usual order, copied if they lie in another one.
+    /// The bytes of the elements in the usual order, copied if they lie in another one.
     ///
     /// `None` if the bytes are not there, which opening the file has ruled out.
-    pub fn elements<'a>(&self, file: &'a [u8], elem_size: usize) -> Option<Cow<'a, [u8]>> {
+    pub fn elements<'a>(&self, file: &'a [u8], encoding: Encoding) -> Option<Cow<'a, [u8]>> {
         let bytes = file.get(self.bytes.clone())?;
         match &self.strides {
             None => Some(Cow::Borrowed(bytes)),
-            Some(strides) => gather(bytes, &self.shape, strides, elem_size).map(Cow::Owned),
+            Some(strides) => gather(bytes, &self.shape, strides, encoding.bytes()).map(Cow::Owned),
         }
     }
 }
@@ -111,10 +140,11 @@ mod tests {
     #[test]
     fn a_transposed_tensor_is_put_in_order() {
         let file: Vec<u8> = (0..14).collect();
-        let tensor =
-            Stored { dtype: Ok(DType::I16), shape: vec![3, 2], bytes: 2..14, strides: Some(vec![1, 3]) };
-        let elements = tensor.elements(&file, 2).unwrap();
+        let encoding = Encoding::Plain(DType::I16);
+        let strides = Some(vec![1, 3]);
+        let tensor = Stored { encoding: Ok(encoding), shape: vec![3, 2], bytes: 2..14, strides };
+        let elements = tensor.elements(&file, encoding).unwrap();
         assert_eq!(*elements, [2, 3, 8, 9, 4, 5, 10, 11, 6, 7, 12, 13]);
-        assert!(tensor.elements(&file[..13], 2).is_none());
+        assert!(tensor.elements(&file[..13], encoding).is_none());
     }
 }

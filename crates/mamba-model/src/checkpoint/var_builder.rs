@@ -6,12 +6,14 @@ use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 
+use super::form::{self, Form, Forms};
 use super::{Checkpoint, NameMap};
 use crate::{Error, Result};
 
 struct Backend {
     checkpoint: Arc<Checkpoint>,
     names: NameMap,
+    forms: Forms,
 }
 
 impl Checkpoint {
@@ -48,7 +50,18 @@ impl Checkpoint {
         dtype: DType,
         device: &Device,
     ) -> VarBuilder<'static> {
-        let backend: Box<dyn SimpleBackend> = Box::new(Backend { checkpoint: self, names });
+        self.var_builder_with(names, Box::new(|_| Form::Same), dtype, device)
+    }
+
+    /// As [`var_builder`](Self::var_builder), with tensors that the file keeps in another form.
+    pub(crate) fn var_builder_with(
+        self: Arc<Self>,
+        names: NameMap,
+        forms: Forms,
+        dtype: DType,
+        device: &Device,
+    ) -> VarBuilder<'static> {
+        let backend: Box<dyn SimpleBackend> = Box::new(Backend { checkpoint: self, names, forms });
         VarBuilder::from_backend(backend, dtype, device.clone())
     }
 }
@@ -61,17 +74,26 @@ impl Backend {
     fn read(&self, canonical: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
         let name = self.find(canonical).ok_or_else(|| self.missing(canonical))?;
         let entry = self.checkpoint.entry(&name)?;
-        if let Some(expected) = shape
-            && expected.dims() != entry.stored.shape
-        {
+        let Some(shape) = shape else { return self.checkpoint.tensor_as(&name, dtype, device) };
+        let form = (self.forms)(canonical);
+        let (got, expected) = (&entry.stored.shape, form.shape_in_file(shape.dims()));
+        // GGUF files leave out axes of length 1, or add some.
+        let same = match self.checkpoint.metadata() {
+            Some(_) => form::without_ones(got) == form::without_ones(&expected),
+            None => *got == expected,
+        };
+        if !same {
             let file = self.checkpoint.path_of(entry).to_path_buf();
-            let (got, expected) = (entry.stored.shape.clone(), expected.dims().to_vec());
-            return Err(Error::Shape { file, tensor: name, got, expected });
+            return Err(Error::Shape { file, tensor: name, got: got.clone(), expected });
         }
-        // A type that grows is converted on the device, so that fewer bytes travel.
-        let shrinks = entry.stored.dtype.as_ref().is_ok_and(|d| d.size_in_bytes() > dtype.size_in_bytes());
-        let first = if shrinks { &Device::Cpu } else { device };
-        Ok(self.checkpoint.tensor(&name, first)?.to_dtype(dtype)?.to_device(device)?)
+        let tensor = form.read(|dtype| self.checkpoint.tensor_as(&name, dtype, device), shape, dtype)?;
+        if matches!(form, Form::Decay | Form::DecayColumn)
+            && tensor.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_nan()
+        {
+            let message = "has values above 0 or none at all, expected decays";
+            return Err(Error::tensor(self.checkpoint.path_of(entry), &name, message));
+        }
+        Ok(tensor)
     }
 
     fn missing(&self, canonical: &str) -> Error {

@@ -33,6 +33,11 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// An object that was found elsewhere than in JSON, such as the part of a GGUF file's keys below `prefix`.
+    pub(crate) fn from_object(object: Map<String, Value>, file: Option<&'a Path>, prefix: String) -> Self {
+        Self { file, prefix, object }
+    }
+
     /// An error about one field.
     pub fn error(&self, field: &str, message: impl Into<String>) -> Error {
         let field = format!("{}{field}", self.prefix);
@@ -73,6 +78,19 @@ impl<'a> Fields<'a> {
         // Sizes beyond 2^31 are nobody's model, and their products would overflow.
         let small = |n: &u64| *n < 1 << 31;
         self.read(field, "a whole number from 0 to 2^31", |v| Some(v.as_u64().filter(small)? as usize))
+    }
+
+    /// A number of layers that must be there.
+    ///
+    /// # Errors
+    /// If the field is missing, or more than any model has: a layer takes memory before its weights are looked for.
+    pub fn layers(&self, field: &str) -> Result<usize> {
+        const MOST: usize = 1 << 12;
+        let count = self.usize(field)?;
+        if count > MOST {
+            return Err(self.error(field, format!("is {count}, expected at most {MOST} layers")));
+        }
+        Ok(count)
     }
 
     /// A truth value, or the given one.

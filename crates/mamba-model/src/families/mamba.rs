@@ -43,7 +43,7 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         conv_bias: fields.bool_or("use_conv_bias", true)?,
         proj_bias: fields.bool_or("use_bias", false)?,
     };
-    let n_layer = fields.usize("num_hidden_layers")?;
+    let n_layer = fields.layers("num_hidden_layers")?;
     Ok(ModelConfig {
         norm_eps: fields.f64_or("layer_norm_epsilon", 1e-5)?,
         residual_in_f32: fields.bool_or("residual_in_fp32", true)?,

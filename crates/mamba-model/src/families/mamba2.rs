@@ -49,7 +49,7 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         dt_limit: fields.range_or("time_step_limit", default.dt_limit)?,
         chunk_size: fields.usize_opt("chunk_size")?.unwrap_or(default.chunk_size),
     };
-    let n_layer = fields.usize("num_hidden_layers")?;
+    let n_layer = fields.layers("num_hidden_layers")?;
     Ok(ModelConfig {
         norm_eps,
         residual_in_f32: fields.bool_or("residual_in_fp32", true)?,

@@ -1,5 +1,6 @@
 //! How published checkpoints spell their configurations and their tensors: the only place that knows families.
 
+pub(crate) mod gguf;
 mod mamba;
 mod mamba2;
 mod state_spaces;

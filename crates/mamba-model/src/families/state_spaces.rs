@@ -50,7 +50,7 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         vocab_size,
         padded_vocab_size: vocab_size.next_multiple_of(multiple),
         d_model,
-        layers: vec![layer; fields.usize("n_layer")?],
+        layers: vec![layer; fields.layers("n_layer")?],
         norm: if fields.bool_or("rms_norm", true)? { NormKind::Rms } else { NormKind::Layer },
         norm_eps: 1e-5,
         residual_in_f32: fields.bool_or("residual_in_fp32", true)?,

@@ -1,7 +1,7 @@
 //! The settings of a model on the Hub.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::client::Client;
 use super::env::Settings;
 use super::{HubModel, OnProgress, Progress, hub_error};
 use crate::Result;
-use crate::checkpoint::source::is_inside;
+use crate::checkpoint::source::{is_inside, is_weights};
 
 /// The settings of a [`HubModel`].
 ///
@@ -32,6 +32,7 @@ use crate::checkpoint::source::is_inside;
 pub struct HubBuilder {
     repo: String,
     revision: String,
+    weights: Option<String>,
     endpoint: String,
     cache_dir: Option<PathBuf>,
     token: Option<String>,
@@ -58,6 +59,7 @@ impl HubBuilder {
         Self {
             repo: repo.into(),
             revision: "main".into(),
+            weights: None,
             endpoint: settings.endpoint.unwrap_or_else(|| "https://huggingface.co".into()),
             cache_dir: settings.cache_dir,
             token: settings.token,
@@ -72,6 +74,11 @@ impl HubBuilder {
     /// A branch, a tag or a commit; `main` if not set.
     pub fn revision(self, revision: impl Into<String>) -> Self {
         Self { revision: revision.into(), ..self }
+    }
+
+    /// The file of weights to take, such as `model.Q8_0.gguf`, where a repository has several.
+    pub fn weights(self, name: impl Into<String>) -> Self {
+        Self { weights: Some(name.into()), ..self }
     }
 
     /// The address of the Hub or of a mirror.
@@ -131,6 +138,11 @@ impl HubBuilder {
         if !is_inside(&self.revision) {
             return fail("the revision is not the name of a branch, a tag or a commit");
         }
+        if let Some(weights) = &self.weights
+            && (!is_inside(weights) || !is_weights(Path::new(weights)))
+        {
+            return fail(&format!("`{}` is no file of weights", weights.escape_default()));
+        }
         let endpoint = self.endpoint.trim_end_matches('/').to_string();
         if !endpoint.starts_with("https://") && !endpoint.starts_with("http://") {
             return fail(&format!("the endpoint `{}` is not an http address", endpoint.escape_default()));
@@ -143,9 +155,10 @@ impl HubBuilder {
         };
         let cache = RepoCache::new(cache_dir, &self.repo);
         let client = Client::new(endpoint, self.repo.clone(), self.token, self.retries, self.backoff);
-        let (repo, revision, on_progress) = (self.repo, self.revision, self.on_progress);
+        let (repo, revision, weights, on_progress) =
+            (self.repo, self.revision, self.weights, self.on_progress);
         let (offline, refresh, commit) = (self.offline, self.refresh, OnceLock::new());
-        Ok(HubModel { repo, revision, offline, refresh, commit, cache, client, on_progress })
+        Ok(HubModel { repo, revision, weights, offline, refresh, commit, cache, client, on_progress })
     }
 }
 

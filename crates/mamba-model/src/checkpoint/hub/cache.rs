@@ -55,6 +55,13 @@ impl RepoCache {
         self.folder.join("snapshots").join(commit).join(name)
     }
 
+    /// The names of the files of a snapshot that are in no folder.
+    pub fn files(&self, commit: &str) -> Vec<String> {
+        let entries = fs::read_dir(self.folder.join("snapshots").join(commit));
+        let files = entries.into_iter().flatten().flatten().filter(|entry| entry.path().is_file());
+        files.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+
     pub fn is_known_missing(&self, commit: &str, name: &str) -> bool {
         self.folder.join(".no_exist").join(commit).join(name).exists()
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::Deserialize;
 use ureq::http::header::{ACCEPT_ENCODING, AUTHORIZATION, LOCATION, RANGE, RETRY_AFTER};
 use ureq::http::{HeaderMap, Response, StatusCode, Uri};
 use ureq::typestate::WithoutBody;
@@ -13,6 +14,9 @@ use super::cache::{is_commit, is_etag};
 const MAX_REDIRECTS: usize = 10;
 /// No longer wait between two attempts than this, whatever the server asks for.
 const MAX_WAIT: Duration = Duration::from_secs(30);
+
+/// A list of files longer than this is refused.
+const MAX_LISTING_BYTES: u64 = 32 << 20;
 
 /// Why a request did not succeed.
 #[derive(Debug)]
@@ -122,6 +126,25 @@ impl Client {
         Err(Failure::Final("the server redirects in a circle".into()))
     }
 
+    /// Asks for the names of all files of a revision, and for its commit.
+    pub fn list(&self, revision: &str) -> Result<(String, Vec<String>), Failure> {
+        let mut url =
+            format!("{}/api/models/{}/revision/{}", self.endpoint, self.repo, percent_encode(revision));
+        for _ in 0..MAX_REDIRECTS {
+            let answer = self.send(self.agent.get(&url), &url)?;
+            if answer.status() == StatusCode::NOT_FOUND {
+                self.not_found(answer.headers())?;
+                return Err(Failure::Final("the server lists no files".into()));
+            }
+            match redirect(&url, &answer)? {
+                Some((target, _)) => url = target,
+                None if answer.status().is_success() => return listing(answer),
+                None => return Err(self.refusal(&answer)),
+            }
+        }
+        Err(Failure::Final("the server redirects in a circle".into()))
+    }
+
     fn url(&self, revision: &str, name: &str) -> String {
         let name: Vec<_> = name.split('/').map(percent_encode).collect();
         format!("{}/{}/resolve/{}/{}", self.endpoint, self.repo, percent_encode(revision), name.join("/"))
@@ -202,6 +225,30 @@ fn redirect(url: &str, answer: &Response<Body>) -> Result<Option<(String, bool)>
         return Ok(Some((target.to_string(), false)));
     }
     Err(Failure::Final("the server redirects to nowhere, or from https to http".into()))
+}
+
+/// What the Hub says about a revision.
+#[derive(Deserialize)]
+struct Listing {
+    sha: String,
+    #[serde(default)]
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
+}
+
+fn listing(answer: Response<Body>) -> Result<(String, Vec<String>), Failure> {
+    let text =
+        answer.into_body().into_with_config().limit(MAX_LISTING_BYTES).read_to_string().map_err(failure)?;
+    let unusable = |what: String| Failure::Final(format!("the server does not answer as a Hub: {what}"));
+    let listing: Listing = serde_json::from_str(&text).map_err(|e| unusable(e.to_string()))?;
+    if !is_commit(&listing.sha) {
+        return Err(unusable("its list of files names no commit".into()));
+    }
+    Ok((listing.sha, listing.siblings.into_iter().map(|sibling| sibling.rfilename).collect()))
 }
 
 fn remote(headers: &HeaderMap, size: Option<&str>) -> Result<Answer, Failure> {

@@ -7,15 +7,15 @@ mod download;
 mod env;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use self::cache::RepoCache;
 use self::client::{Answer, Client, Failure, Remote, gave_up};
 use self::download::Download;
-use super::ModelSource;
-use super::source::is_inside;
+use super::source::{is_inside, standard_name};
+use super::{ModelSource, WEIGHT_FILES};
 use crate::{Error, Result};
 
 pub use self::builder::HubBuilder;
@@ -66,6 +66,7 @@ type OnProgress = Arc<dyn Fn(Progress<'_>) + Send + Sync>;
 pub struct HubModel {
     repo: String,
     revision: String,
+    weights: Option<String>,
     offline: bool,
     refresh: bool,
     commit: OnceLock<String>,
@@ -121,9 +122,18 @@ impl HubModel {
 
     /// Asks for a file until there is an answer.
     fn look(&self, revision: &str, name: &str) -> std::result::Result<Answer, String> {
+        self.insist(name, || self.client.look(revision, name))
+    }
+
+    /// Repeats a request until it succeeds or there is no hope.
+    fn insist<T>(
+        &self,
+        name: &str,
+        request: impl Fn() -> std::result::Result<T, Failure>,
+    ) -> std::result::Result<T, String> {
         let mut failures = 0;
         loop {
-            match self.client.look(revision, name) {
+            match request() {
                 Ok(answer) => return Ok(answer),
                 Err(Failure::Final(reason)) => return Err(reason),
                 Err(Failure::Passing(reason, asked)) => {
@@ -144,6 +154,13 @@ impl ModelSource for HubModel {
         if !is_inside(name) {
             return Err(self.fail(format!("`{}` points outside the repository", name.escape_default())));
         }
+        if let Some(weights) = &self.weights
+            && WEIGHT_FILES.contains(&name)
+            && weights != name
+        {
+            let stands_for_it = standard_name(Path::new(weights)) == Some(name);
+            return if stands_for_it { self.file(weights) } else { Ok(None) };
+        }
         let commit = self.commit();
         if let Some(commit) = &commit {
             let path = self.cache.pointer(commit, name);
@@ -162,6 +179,28 @@ impl ModelSource for HubModel {
         }
         let folder = self.cache.folder().display();
         Err(self.fail(format!("{name} is not in the cache {folder}, and HF_HUB_OFFLINE forbids to fetch it")))
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        if let Some(weights) = &self.weights {
+            return Ok(vec![weights.clone()]);
+        }
+        let mut names = if self.offline {
+            let commit = self.commit().filter(|commit| self.cache.has_snapshot(commit));
+            commit.map(|commit| self.cache.files(&commit)).unwrap_or_default()
+        } else {
+            let revision = self.commit().unwrap_or_else(|| self.revision.clone());
+            let fail = |message: String| self.fail(format!("the list of files: {message}"));
+            let (commit, names) =
+                self.insist("the list of files", || self.client.list(&revision)).map_err(fail)?;
+            if !self.pin(&commit) {
+                return Err(fail("the server answers for another commit than before".into()));
+            }
+            names
+        };
+        names.retain(|name| is_inside(name) && !name.contains('/'));
+        names.sort();
+        Ok(names)
     }
 
     fn describe(&self) -> String {

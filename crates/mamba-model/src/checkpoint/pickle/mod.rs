@@ -16,7 +16,7 @@ use std::path::Path;
 
 use self::archive::Archive;
 use self::value::{Pickle, Storage, TensorView, Value};
-use super::stored::{Stored, elem_count, is_contiguous, span};
+use super::stored::{Encoding, Stored, elem_count, is_contiguous, span};
 use crate::{Error, Result};
 
 /// How files begin that torch wrote before version 1.6: a pickle of its magic number.
@@ -99,7 +99,7 @@ fn locate(view: &TensorView, storage: &Storage, archive: &Archive) -> std::resul
         return Err(format!("has {place}, which leave its storage of {} elements", storage.len));
     };
     Ok(Stored {
-        dtype: storage.kind.dtype.map_err(str::to_string),
+        encoding: storage.kind.dtype.map(Encoding::Plain).map_err(str::to_string),
         bytes: entry.start + first * size..entry.start + last * size,
         strides: (!is_contiguous(&shape, &strides)).then_some(strides),
         shape,

@@ -109,13 +109,16 @@ fn a_dictionary_of_tensors_is_read() {
     let names: Vec<_> = tensors.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["a", "tied", "turned", "tail", "half", "empty", "mask"]);
     let (a, tied, turned, tail) = (&tensors[0].1, &tensors[1].1, &tensors[2].1, &tensors[3].1);
-    assert_eq!((a.shape.as_slice(), &a.dtype, &a.strides), (&[2, 3][..], &Ok(DType::F32), &None));
+    assert_eq!(
+        (a.shape.as_slice(), &a.encoding, &a.strides),
+        (&[2, 3][..], &Ok(Encoding::Plain(DType::F32)), &None)
+    );
     assert_eq!(&file[a.bytes.clone()], [7; 24]);
     assert_eq!((a, a.bytes.len()), (tied, 24));
     assert_eq!(turned.strides, Some(vec![1, 3]));
     assert_eq!(tail.bytes, a.bytes.start + 16..a.bytes.end);
     assert_eq!((tensors[4].1.bytes.len(), tensors[4].1.shape.len()), (2, 0));
-    assert_eq!(tensors[6].1.dtype, Err("BoolStorage".to_string()));
+    assert_eq!(tensors[6].1.encoding, Err("BoolStorage".to_string()));
 }
 
 #[test]
@@ -195,8 +198,11 @@ fn damaged(mut bytes: Vec<u8>, damage: Vec<(prop::sample::Index, u8)>) -> Vec<u8
 /// Whether the file is refused, or all of its tensors lie in it.
 fn is_safe(file: &[u8]) -> bool {
     let Ok(tensors) = read(Path::new("m.bin"), file) else { return true };
-    let size = |stored: &Stored| stored.dtype.as_ref().map_or(1, |dtype| dtype.size_in_bytes());
-    tensors.iter().all(|(_, stored)| stored.elements(file, size(stored)).is_some())
+    let plain = Encoding::Plain(DType::U8);
+    tensors.iter().all(|(_, stored)| {
+        let encoding = *stored.encoding.as_ref().unwrap_or(&plain);
+        stored.elements(file, encoding).is_some()
+    })
 }
 
 proptest! {
