@@ -78,8 +78,7 @@ fn agrees<O: Op>(case: &O::Case, dtypes: &[DType], [seed, dtype, isa, views]: [u
         .map(|(i, (name, x))| (name.clone(), view(x, (views >> (3 * i % 60)) % 5)))
         .collect();
     let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
-    let (forward, backward) =
-        (tolerance::FORWARD * O::slack(dtype), tolerance::BACKWARD * O::slack(dtype));
+    let (forward, backward) = (tolerance::FORWARD * O::slack(dtype), tolerance::BACKWARD * O::slack(dtype));
     isa.scope(|| {
         let outputs = O::fused(case, &viewed).unwrap();
         if laws::is_empty(&outputs) {

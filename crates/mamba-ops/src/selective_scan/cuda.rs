@@ -373,8 +373,7 @@ pub(super) fn backward(
         let grad_z = gpu.buffer_like(inputs[Z].as_ref(), true)?;
         let initial_state = rows(dim * d_state)?;
         let (a_rows, d_rows, bias_rows) = (rows(dim * d_state)?, rows(dim)?, rows(dim)?);
-        let constant =
-            |groups: Option<usize>| groups.is_none().then(|| rows(dim * d_state)).transpose();
+        let constant = |groups: Option<usize>| groups.is_none().then(|| rows(dim * d_state)).transpose();
         let (b_rows, c_rows) = (constant(b_groups)?, constant(c_groups)?);
         let partials = match (b_groups, c_groups) {
             (None, None) => None,

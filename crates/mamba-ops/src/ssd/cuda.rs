@@ -124,7 +124,8 @@ impl Plan {
         let room = device::shared_memory(device);
         let scans = CHUNKS.into_iter().flat_map(|tokens| CHANNELS.map(|channels| (tokens, channels)));
         let scans = scans.map(|(tokens, channels)| Extents::new(sizes, dtype, tokens, channels));
-        let fits = |extents: &Extents, room: usize| extents.keeps(extents.channels) && extents.of_scan() <= room;
+        let fits =
+            |extents: &Extents, room: usize| extents.keeps(extents.channels) && extents.of_scan() <= room;
         // A multiprocessor that holds two blocks computes in one while the other waits for memory.
         let half = |extents: &Extents| extents.tokens >= 32 && fits(extents, room / 2 - RESERVED / 2);
         let wide = scans.clone().find(half).or_else(|| scans.clone().find(|extents| fits(extents, room)))?;
