@@ -137,6 +137,21 @@ template <int N> struct Tile {
     }
 };
 
+// Words of four 8-column parts of a row, each lane of four with its own two columns of each, become the words of one part: lane i
+// gets all eight columns of part i.
+__device__ __forceinline__ uint4 gather_part(const uint32_t (&words)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    const uint32_t own0 = upper ? words[2] : words[0], own1 = upper ? words[3] : words[1];
+    const uint32_t other0 = __shfl_xor_sync(0xffffffffu, upper ? words[0] : words[2], 2);
+    const uint32_t other1 = __shfl_xor_sync(0xffffffffu, upper ? words[1] : words[3], 2);
+    const uint32_t own = odd ? own1 : own0, other = odd ? other1 : other0;
+    const uint32_t next_own = __shfl_xor_sync(0xffffffffu, odd ? own0 : own1, 1);
+    const uint32_t next_other = __shfl_xor_sync(0xffffffffu, odd ? other0 : other1, 1);
+    const uint2 here = odd ? make_uint2(next_own, own) : make_uint2(own, next_own);
+    const uint2 there = odd ? make_uint2(next_other, other) : make_uint2(other, next_other);
+    return upper ? make_uint4(there.x, there.y, here.x, here.y) : make_uint4(here.x, here.y, there.x, there.y);
+}
+
 enum Order { AS_STORED, TRANSPOSED };
 
 // tile += A[m.., k_begin..k_end] · B[.., n..]: A is stored (m, k), or (k, m) if transposed; B is stored (k, n), or (n, k) if

@@ -13,21 +13,6 @@ __device__ __forceinline__ float exp2_unit(float x) {
     return y;
 }
 
-// 2^x as a polynomial on the units for additions and products, of which there are 128; at least 2^-126.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-    x = fminf(fmaxf(x, -126.0f), 128.0f);
-    const float shift = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer, which the low bits then hold
-    const float rounded = x + shift;
-    const float f = x - (rounded - shift);
-    float y = 0.001339086336353527f;
-    y = fmaf(y, f, 0.009676031918255982f);
-    y = fmaf(y, f, 0.05550357114222094f);
-    y = fmaf(y, f, 0.2402210748530968f);
-    y = fmaf(y, f, 0.6931471880262273f);
-    y = fmaf(y, f, 1.0000000754548972f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
-}
-
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -40,11 +40,6 @@ namespace {
 constexpr int TILE = 32;
 constexpr int ROW = TILE + 1;  // of staged activations, (channel, token): no two channels of a warp share a bank
 
-// One state in this many has its exponential from a polynomial; the special function unit gives the others.
-#ifndef POLYNOMIAL_EVERY
-#define POLYNOMIAL_EVERY 4
-#endif
-
 template <int S_, int LANES_, int WARPS_, int SUB_> struct Shape {
     static constexpr int S = S_, LANES = LANES_, WARPS = WARPS_, SUB = SUB_;
     static constexpr int STATES = S * LANES, THREADS = WARPS * 32, PER_WARP = 32 / LANES, CHANNELS = WARPS * PER_WARP;
@@ -238,14 +233,6 @@ template <typename C, typename T> struct Coefficients {
     }
 };
 
-// The decay of state s at token t of a piece.
-__device__ __forceinline__ float decay(float exponent, int s, int t) {
-    if constexpr (POLYNOMIAL_EVERY > 0) {
-        if ((s + t) % POLYNOMIAL_EVERY == POLYNOMIAL_EVERY - 1) return exp2_polynomial(exponent);
-    }
-    return exp2_unit(exponent);
-}
-
 // Reads or writes the states of a thread in a (dim, d_state) matrix.
 template <int S> __device__ __forceinline__ void load_states(const float* from, int n, int d_state, float (&to)[S]) {
 #pragma unroll
@@ -350,7 +337,7 @@ template <typename T, typename C> __device__ __forceinline__ void forward(const 
                 sums[i] = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    h[s] = fmaf(decay(step * a[s], s, i), h[s], input * bs[s]);
+                    h[s] = fmaf(exp2_unit(step * a[s]), h[s], input * bs[s]);
                     sums[i] = fmaf(cs[s], h[s], sums[i]);
                 }
             }
@@ -493,7 +480,7 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
                 y[i] = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    h[s] = fmaf(decay(step * a[s], s, i), h[s], input * bs[s]);
+                    h[s] = fmaf(exp2_unit(step * a[s]), h[s], input * bs[s]);
                     if (p.z) y[i] = fmaf(cs[s], h[s], y[i]);
                 }
             }
@@ -523,7 +510,7 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
                 load_row(b_rows + t * b.step, bs);
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    decays[i][s] = decay(step * a[s], s, i);
+                    decays[i][s] = exp2_unit(step * a[s]);
                     decayed[i][s] = decays[i][s] * h[s];
                     h[s] = fmaf(input, bs[s], decayed[i][s]);
                 }

@@ -351,12 +351,34 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
         __syncthreads();
         bf16* const to = (reverse ? args.grad_states : args.states) + state_at(args, at.batch, chunk, at.head, TC) +
                          int64_t(at.first) * n;
-        state.each_pair(at, [&](int row, int column, float x, float y) {
+        state.each(at, [&](Tile<4>& tile, int row0, int column0) {
+            const bool whole = column0 + 32 <= n;
 #pragma unroll
-            for (int k = 0; k < TC; k++) {
-                const __nv_bfloat162 part = __floats2bfloat162_rn(x, y);
-                *reinterpret_cast<__nv_bfloat162*>(to + (int64_t(k) * whole_p + row) * n + column) = part;
-                x -= __low2float(part), y -= __high2float(part);
+            for (int half = 0; half < 2; half++) {
+                bf16* const row = to + int64_t(row0 + tile.row(half)) * n + column0;
+                float left[8];
+#pragma unroll
+                for (int k = 0; k < 8; k++) left[k] = tile.v[k / 2][2 * half + k % 2];
+#pragma unroll
+                for (int term = 0; term < TC; term++) {
+                    uint32_t words[4];
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        const __nv_bfloat162 part = __floats2bfloat162_rn(left[2 * k], left[2 * k + 1]);
+                        left[2 * k] -= __low2float(part), left[2 * k + 1] -= __high2float(part);
+                        words[k] = *reinterpret_cast<const uint32_t*>(&part);
+                    }
+                    bf16* const out = row + int64_t(term) * whole_p * n;
+                    if (whole) {
+                        reinterpret_cast<uint4*>(out)[threadIdx.x % 4] = gather_part(words);
+                    } else {
+#pragma unroll
+                        for (int k = 0; k < 4; k++) {
+                            const int column = 8 * k + tile.column();
+                            if (column0 + column < n) *reinterpret_cast<uint32_t*>(out + column) = words[k];
+                        }
+                    }
+                }
             }
         });
         if (!reverse && i + 1 == args.chunks) break;
