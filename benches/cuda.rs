@@ -388,12 +388,9 @@ fn conv_step(b: usize) -> (String, Make) {
         ];
         let call: Call = Box::new(|x| {
             let y = causal_conv1d_update(&CausalConv1dUpdate {
-                x: &x[0],
-                state: &x[1],
-                weight: &x[2],
                 bias: Some(&x[3]),
-                activation: Default::default(),
                 layout: SequenceLayout::ChannelsLast,
+                ..CausalConv1dUpdate::new(&x[0], &x[1], &x[2])
             })?;
             Ok(vec![y])
         });

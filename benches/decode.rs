@@ -137,13 +137,13 @@ fn peer(model: &Model) -> Result<Box<dyn Subject>> {
     let config = model.config();
     let (d_model, n_layer, vocab_size) = (config.d_model, config.layers.len(), config.vocab_size);
     Ok(match &config.layers[0].branches[0].mixers[0] {
-        MixerSpec::Mamba1(_) => {
+        (_, MixerSpec::Mamba1(_)) => {
             let config = mamba::Config { d_model, n_layer, vocab_size, pad_vocab_size_multiple: 8 };
             let state = mamba::State::new(1, &config, DType::F32, &Device::Cpu)?;
             let model = mamba::Model::new(&config, peer_weights(model, "embedding"))?;
             Box::new(PeerMamba1 { config, model, state })
         }
-        MixerSpec::Mamba2(c) => {
+        (_, MixerSpec::Mamba2(c)) => {
             let (d_state, headdim, ngroups) = (c.d_state, c.headdim, c.ngroups);
             let config = mamba2::Config {
                 d_model,

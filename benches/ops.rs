@@ -20,9 +20,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use clap::{Parser, ValueEnum};
 use mamba_ops::simd::Isa;
 use mamba_ops::{
-    CausalConv1d, CausalConv1dUpdate, Norm, NormKind, SelectiveScan, SelectiveStateUpdate, SequenceLayout,
-    SsdChunkScan, causal_conv1d, causal_conv1d_update, norm, selective_scan, selective_state_update,
-    ssd_chunk_scan,
+    CausalConv1d, CausalConv1dUpdate, Norm, NormKind, Packing, SelectiveScan, SelectiveStateUpdate,
+    SequenceLayout, SsdChunkScan, causal_conv1d, causal_conv1d_update, norm, selective_scan,
+    selective_state_update, ssd_chunk_scan,
 };
 use rayon::prelude::*;
 use serde_json::json;
@@ -156,10 +156,17 @@ struct Case {
     products: [Vec<[usize; 4]>; 2],
 }
 
+/// Sequences of one length, and the rest of the tokens at the last; none packed if it is one.
+fn packing(seqlen: usize, sequences: usize) -> Option<Packing> {
+    let mut lengths = vec![seqlen / sequences; sequences];
+    *lengths.last_mut()? += seqlen % sequences;
+    (sequences > 1).then(|| Packing::from_lengths(&lengths))
+}
+
 fn scan(name: &str, [dim, seqlen, n]: [usize; 3], style: Style) -> Case {
     let layout =
         if style.channels_last { SequenceLayout::ChannelsLast } else { SequenceLayout::ChannelsFirst };
-    let Style { stable, varying, .. } = style;
+    let Style { stable, varying, sequences, .. } = style;
     let inputs = move |l: usize| {
         let mut random = Random(0);
         let activation = if style.channels_last { [1, l, dim] } else { [1, dim, l] };
@@ -184,8 +191,10 @@ fn scan(name: &str, [dim, seqlen, n]: [usize; 3], style: Style) -> Case {
     let args = move |x: &[Tensor], run: fn(&SelectiveScan) -> candle_core::Result<_>| {
         let (d, z, delta_bias) = (Some(&x[5]), Some(&x[6]), Some(&x[7]));
         let base = SelectiveScan::new(&x[0], &x[1], &x[2], &x[3], &x[4]);
+        let packing = packing(layout_seqlen(&x[0], layout)?, sequences);
+        let packing = packing.as_ref();
         let out: mamba_ops::SelectiveScanOutput =
-            run(&SelectiveScan { d, z, delta_bias, delta_softplus: varying, layout, ..base })?;
+            run(&SelectiveScan { d, z, delta_bias, delta_softplus: varying, layout, packing, ..base })?;
         Ok(vec![out.y, out.final_state])
     };
     let (channels, states) = ((dim * seqlen) as f64, (dim * seqlen * n) as f64);
@@ -214,9 +223,14 @@ struct Style {
     /// `b` and `c` vary and `delta` goes through a softplus, as in models.
     varying: bool,
     channels_last: bool,
+    sequences: usize,
 }
 
-fn ssd(name: &str, [seqlen, h, p, n, chunk_size]: [usize; 5], stable: bool) -> Case {
+fn layout_seqlen(x: &Tensor, layout: SequenceLayout) -> candle_core::Result<usize> {
+    x.dim(if layout == SequenceLayout::ChannelsLast { 1 } else { 2 })
+}
+
+fn ssd(name: &str, [seqlen, h, p, n, chunk_size]: [usize; 5], stable: bool, sequences: usize) -> Case {
     let inputs = move |l: usize| {
         let mut random = Random(2);
         Ok(vec![
@@ -231,8 +245,10 @@ fn ssd(name: &str, [seqlen, h, p, n, chunk_size]: [usize; 5], stable: bool) -> C
     };
     let args = move |x: &[Tensor], run: fn(&SsdChunkScan) -> candle_core::Result<_>| {
         let base = SsdChunkScan::new(&x[0], &x[1], &x[2], &x[3], &x[4]);
+        let packing = packing(x[0].dim(1)?, sequences);
+        let packing = packing.as_ref();
         let out: mamba_ops::SsdChunkScanOutput =
-            run(&SsdChunkScan { d: Some(&x[5]), z: Some(&x[6]), chunk_size, ..base })?;
+            run(&SsdChunkScan { d: Some(&x[5]), z: Some(&x[6]), chunk_size, packing, ..base })?;
         Ok(vec![out.y, out.final_state])
     };
     // Chunks of 64: what the kernel takes at most.
@@ -360,7 +376,8 @@ fn conv_update(name: &str, [batch, dim, width]: [usize; 3]) -> Case {
         fused: Box::new(|x| {
             let (bias, CausalConv1d { activation, layout, .. }) =
                 (Some(&x[2]), CausalConv1d::new(&x[0], &x[1]));
-            let args = CausalConv1dUpdate { x: &x[0], state: &x[3], weight: &x[1], bias, activation, layout };
+            let step = CausalConv1dUpdate::new(&x[0], &x[3], &x[1]);
+            let args = CausalConv1dUpdate { bias, activation, layout, ..step };
             Ok(vec![causal_conv1d_update(&args)?, x[3].clone()])
         }),
         reference: Box::new(|x| {
@@ -408,7 +425,7 @@ fn rms_norm(name: &str, [rows, dim]: [usize; 2], gated: bool) -> Case {
 }
 
 fn cases() -> Vec<Case> {
-    let seed = Style { stable: false, varying: false, channels_last: false };
+    let seed = Style { stable: false, varying: false, channels_last: false, sequences: 1 };
     let stable = Style { stable: true, ..seed };
     let model = Style { varying: true, ..stable };
     let model_last = Style { channels_last: true, ..model };
@@ -420,12 +437,14 @@ fn cases() -> Vec<Case> {
         scan("B1 D2048 L2048 N16", [2048, 2048, 16], model),
         scan("B1 D2048 L2048 N16 channels last", [2048, 2048, 16], model_last),
         scan("B1 D5120 L2048 N16", [5120, 2048, 16], model),
-        ssd("chunk_scan_l2k_h16_c128 seed", [2048, 16, 64, 128, 128], false),
-        ssd("chunk_scan_l2k_h16_c128 stable", [2048, 16, 64, 128, 128], true),
-        ssd("chunk_scan_l4k_h32_c256 seed", [4096, 32, 64, 128, 256], false),
-        ssd("chunk_scan_l4k_h32_c256 stable", [4096, 32, 64, 128, 256], true),
-        ssd("B1 L2048 H24 P64 N128", [2048, 24, 64, 128, 64], true),
-        ssd("B1 L2048 H80 P64 N128", [2048, 80, 64, 128, 64], true),
+        scan("32 packed D2048 L2048 N16", [2048, 2048, 16], Style { sequences: 32, ..model_last }),
+        ssd("chunk_scan_l2k_h16_c128 seed", [2048, 16, 64, 128, 128], false, 1),
+        ssd("chunk_scan_l2k_h16_c128 stable", [2048, 16, 64, 128, 128], true, 1),
+        ssd("chunk_scan_l4k_h32_c256 seed", [4096, 32, 64, 128, 256], false, 1),
+        ssd("chunk_scan_l4k_h32_c256 stable", [4096, 32, 64, 128, 256], true, 1),
+        ssd("B1 L2048 H24 P64 N128", [2048, 24, 64, 128, 64], true, 1),
+        ssd("32 packed L2048 H24 P64 N128", [2048, 24, 64, 128, 64], true, 32),
+        ssd("B1 L2048 H80 P64 N128", [2048, 80, 64, 128, 64], true, 1),
         state_update("decode_step_d512", [4, 512, 1, 16], true),
         state_update("decode_step_d1024", [4, 1024, 1, 16], true),
         state_update("Mamba-1 B1 D5120 N16", [1, 5120, 1, 16], false),

@@ -2,10 +2,12 @@
 //
 // With `m`, the distance of a tap into the past: pre_t = bias + Σ_m w_m x_{t-m}, y = activation(pre); backward, with
 // g = grad_y · activation'(pre): dx_t = Σ_m w_m g_{t+m}, dw_m = Σ_t g_t x_{t-m}, dbias = Σ_t g_t, where x_{-1}, x_{-2}, …
-// are the window. Kernels are compiled for at most TAPS taps, 4 or 8; of narrower filters the last taps are skipped.
+// are the window. Kernels are compiled for at most TAPS taps, 4 or 8; of narrower filters (not ALL) the last taps are skipped.
 
 #include "elem.cuh"
 #include "reduce.cuh"
+
+#include <type_traits>
 
 struct Conv {
     const void* x;
@@ -63,12 +65,12 @@ __device__ inline float before(const Conv& conv, int64_t row, int m) {
 __device__ inline int final_entry(const Conv& conv, int t) { return t - (conv.seqlen - (conv.width - 1)); }
 
 // bias + Σ_m w_m x_{-m} over the values that end at x[last].
-template <int TAPS>
+template <int TAPS, bool ALL>
 __device__ inline float sum_taps(const float* w, float bias, const float* x, int width) {
     float sum = bias;
 #pragma unroll
     for (int m = 0; m < TAPS; m++)
-        if (m < width) sum = fmaf(w[m], x[-m], sum);
+        if (ALL || m < width) sum = fmaf(w[m], x[-m], sum);
     return sum;
 }
 
@@ -97,7 +99,7 @@ __device__ inline void load_times(float* x, const Conv& conv, const T* row_x, in
     for (int i = 0; i < STEPS; i++) x[BEFORE + i] = own[i];
 }
 
-template <typename T, int TAPS, bool VECTOR>
+template <typename T, int TAPS, bool VECTOR, bool ALL>
 __device__ void forward_first(const ConvForward& args) {
     const Conv& conv = args.conv;
     const int64_t row = blockIdx.x;
@@ -116,7 +118,7 @@ __device__ void forward_first(const ConvForward& args) {
         load_times<BEFORE, VECTOR>(window, conv, x, row, t0);
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
-            out[i] = activate(sum_taps<TAPS>(w, bias, window + BEFORE + i, conv.width), conv.silu);
+            out[i] = activate(sum_taps<TAPS, ALL>(w, bias, window + BEFORE + i, conv.width), conv.silu);
         store<STEPS, VECTOR>(y + t0, out, conv.seqlen - t0);
     }
     const int window = conv.width - 1;
@@ -126,7 +128,7 @@ __device__ void forward_first(const ConvForward& args) {
     }
 }
 
-template <typename T, int TAPS, bool VECTOR>
+template <typename T, int TAPS, bool VECTOR, bool ALL>
 __device__ void backward_first(const ConvBackward& args) {
     __shared__ float scratch[32 * (TAPS + 1)];
     const Conv& conv = args.conv;
@@ -160,7 +162,7 @@ __device__ void backward_first(const ConvBackward& args) {
             if (left > 0) load<AFTER, VECTOR>(next, grad + STEPS, left);
 #pragma unroll
             for (int i = 0; i < STEPS + TAPS - 1; i++) {
-                const float pre = sum_taps<TAPS>(w, bias, inputs + BEFORE + i, conv.width);
+                const float pre = sum_taps<TAPS, ALL>(w, bias, inputs + BEFORE + i, conv.width);
                 g[i] = (i < STEPS ? own[i] : next[i - STEPS]) * slope(pre, conv.silu);
                 if (t0 + i >= conv.seqlen) g[i] = 0.0f;
             }
@@ -178,7 +180,7 @@ __device__ void backward_first(const ConvBackward& args) {
                 dx[i] = 0.0f;
 #pragma unroll
                 for (int m = 0; m < TAPS; m++)
-                    if (m < conv.width) dx[i] = fmaf(w[m], g[i + m], dx[i]);
+                    if (ALL || m < conv.width) dx[i] = fmaf(w[m], g[i + m], dx[i]);
                 const int entry = final_entry(conv, t0 + i);
                 if (args.grad_state && entry >= 0 && t0 + i < conv.seqlen)
                     dx[i] += args.grad_state[row * window + entry];
@@ -227,8 +229,20 @@ __device__ inline void load_token(float (&out)[V], const Conv& conv, int b, int6
     }
 }
 
-template <int V, int TAPS>
+template <int V, int TAPS, bool ALL>
 __device__ inline void load_taps(float (&w)[V][TAPS], float (&bias)[V], const Conv& conv, int c) {
+    if (ALL && V > 1 && reinterpret_cast<uintptr_t>(conv.weight.data) % 16 == 0) {
+        // The filters of neighbouring channels are neighbours.
+        float taps[V * TAPS];
+        conv.weight.get<V * TAPS, true>(taps, static_cast<int64_t>(c) * TAPS);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            bias[v] = conv.bias ? conv.bias.get(c + v) : 0.0f;
+#pragma unroll
+            for (int m = 0; m < TAPS; m++) w[v][m] = taps[v * TAPS + TAPS - 1 - m];
+        }
+        return;
+    }
 #pragma unroll
     for (int v = 0; v < V; v++) {
         bias[v] = conv.bias ? conv.bias.get(c + v) : 0.0f;
@@ -237,7 +251,7 @@ __device__ inline void load_taps(float (&w)[V][TAPS], float (&bias)[V], const Co
     }
 }
 
-template <typename T, int TAPS, int V>
+template <typename T, int TAPS, int V, bool ALL>
 __device__ void forward_last(const ConvForward& args) {
     const Conv& conv = args.conv;
     const int runs = (conv.seqlen + conv.run - 1) / conv.run;
@@ -246,7 +260,7 @@ __device__ void forward_last(const ConvForward& args) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (c >= conv.dim) return;
     float w[V][TAPS], bias[V];
-    load_taps(w, bias, conv, c);
+    load_taps<V, TAPS, ALL>(w, bias, conv, c);
 
     // x[v][TAPS - 1 + i] is the input at time t + i.
     float x[V][TAPS - 1 + UNROLL];
@@ -257,21 +271,26 @@ __device__ void forward_last(const ConvForward& args) {
 #pragma unroll
         for (int v = 0; v < V; v++) x[v][i] = token[v];
     }
+    const int64_t first = (static_cast<int64_t>(b) * conv.seqlen + start) * conv.dim + c;
+    const T* next = static_cast<const T*>(conv.x) + first;
+    T* out = static_cast<T*>(args.y) + first;
     for (int t = start; t < end; t += UNROLL) {
         float tokens[UNROLL][V];
+        const int left = end - t;
 #pragma unroll
-        for (int i = 0; i < UNROLL; i++) load_token<V, T>(tokens[i], conv, b, t + i, c);
+        for (int i = 0; i < UNROLL; i++)
+            load<V, true>(tokens[i], next + static_cast<int64_t>(i < left ? i : 0) * conv.dim);
+        next += static_cast<int64_t>(UNROLL) * conv.dim;
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
-            float out[V];
+            float y[V];
 #pragma unroll
             for (int v = 0; v < V; v++) {
                 x[v][TAPS - 1 + i] = tokens[i][v];
-                out[v] = activate(sum_taps<TAPS>(w[v], bias[v], x[v] + TAPS - 1 + i, conv.width), conv.silu);
+                y[v] = activate(sum_taps<TAPS, ALL>(w[v], bias[v], x[v] + TAPS - 1 + i, conv.width), conv.silu);
             }
-            if (t + i < end)
-                store<V, true>(
-                    static_cast<T*>(args.y) + (static_cast<int64_t>(b) * conv.seqlen + t + i) * conv.dim + c, out);
+            if (i < left) store<V, true>(out, y);
+            out += conv.dim;
         }
 #pragma unroll
         for (int v = 0; v < V; v++)
@@ -293,7 +312,7 @@ __device__ void forward_last(const ConvForward& args) {
 // Rows of a block of the backward: each a run, whose sums are added before they are written.
 constexpr int RUNS = 8;
 
-template <typename T, int TAPS, int V>
+template <typename T, int TAPS, int V, bool ALL>
 __device__ void backward_last(const ConvBackward& args) {
     __shared__ float scratch[RUNS][(TAPS + 1) * V][33];
     const Conv& conv = args.conv;
@@ -305,7 +324,7 @@ __device__ void backward_last(const ConvBackward& args) {
     float dw[V][TAPS] = {}, db[V] = {};
     if (b < conv.batch && c < conv.dim) {
         float w[V][TAPS], bias[V];
-        load_taps(w, bias, conv, c);
+        load_taps<V, TAPS, ALL>(w, bias, conv, c);
         const int end = min(own + conv.run, conv.seqlen);
         const int start = own == 0 ? -window : own;  // the first run has the window too
         // At step s, g_s is computed and dx_{s - TAPS + 1} finished; x[v][TAPS - 1 + i], g[v][TAPS - 1 + i] are of time s + i.
@@ -320,29 +339,39 @@ __device__ void backward_last(const ConvBackward& args) {
                 g[v][i] = 0.0f;
             }
         }
-        for (int s = start; s < end + TAPS - 1; s += UNROLL) {
+        const int64_t plane = static_cast<int64_t>(b) * conv.seqlen;
+        // UNROLL steps from s on; INTERIOR: all of them inside the run, and so are the tokens that they finish.
+        const auto steps = [&](auto interior, int s) {
+            constexpr bool INTERIOR = decltype(interior)::value;
             float tokens[UNROLL][V], grads[UNROLL][V];
+            const int64_t first = (plane + s) * conv.dim + c;
+            const T* inputs = static_cast<const T*>(conv.x) + first;
+            const T* outputs = static_cast<const T*>(args.grad_y) + first;
 #pragma unroll
             for (int i = 0; i < UNROLL; i++) {
-                load_token<V, T>(tokens[i], conv, b, s + i, c);
-                if (args.grad_y && s + i >= 0 && s + i < conv.seqlen) {
-                    load<V, true>(grads[i], static_cast<const T*>(args.grad_y) +
-                                                (static_cast<int64_t>(b) * conv.seqlen + s + i) * conv.dim + c);
+                if (INTERIOR) {
+                    load<V, true>(tokens[i], inputs + static_cast<int64_t>(i) * conv.dim);
+                } else {
+                    load_token<V, T>(tokens[i], conv, b, s + i, c);
+                }
+                if (args.grad_y && (INTERIOR || (s + i >= 0 && s + i < conv.seqlen))) {
+                    load<V, true>(grads[i], outputs + static_cast<int64_t>(i) * conv.dim);
                 } else {
 #pragma unroll
                     for (int v = 0; v < V; v++) grads[i][v] = 0.0f;
                 }
             }
+            T* finished = static_cast<T*>(args.dx) + first - static_cast<int64_t>(TAPS - 1) * conv.dim;
 #pragma unroll
             for (int i = 0; i < UNROLL; i++) {
-                const bool inside = s + i >= own && s + i < end;
+                const bool inside = INTERIOR || (s + i >= own && s + i < end);
 #pragma unroll
                 for (int v = 0; v < V; v++) {
                     x[v][TAPS - 1 + i] = tokens[i][v];
                     const float* newest = x[v] + TAPS - 1 + i;
                     const float value =
-                        grads[i][v] * slope(sum_taps<TAPS>(w[v], bias[v], newest, conv.width), conv.silu);
-                    g[v][TAPS - 1 + i] = s + i >= 0 && s + i < conv.seqlen ? value : 0.0f;
+                        grads[i][v] * slope(sum_taps<TAPS, ALL>(w[v], bias[v], newest, conv.width), conv.silu);
+                    g[v][TAPS - 1 + i] = INTERIOR || (s + i >= 0 && s + i < conv.seqlen) ? value : 0.0f;
                     if (inside) {
                         db[v] += value;
 #pragma unroll
@@ -350,8 +379,8 @@ __device__ void backward_last(const ConvBackward& args) {
                     }
                 }
                 const int t = s + i - (TAPS - 1);
-                if (t < start || t >= end) continue;
-                const int entry = args.grad_state ? final_entry(conv, t) : -1;
+                if (!INTERIOR && (t < start || t >= end)) continue;
+                const int entry = !INTERIOR && args.grad_state ? final_entry(conv, t) : -1;
                 float dx[V];
 #pragma unroll
                 for (int v = 0; v < V; v++) {
@@ -360,12 +389,10 @@ __device__ void backward_last(const ConvBackward& args) {
                                 : 0.0f;
 #pragma unroll
                     for (int m = 0; m < TAPS; m++)
-                        if (m < conv.width) dx[v] = fmaf(w[v][m], g[v][i + m], dx[v]);
+                        if (ALL || m < conv.width) dx[v] = fmaf(w[v][m], g[v][i + m], dx[v]);
                 }
-                if (t >= 0) {
-                    if (args.dx)
-                        store<V, true>(
-                            static_cast<T*>(args.dx) + (static_cast<int64_t>(b) * conv.seqlen + t) * conv.dim + c, dx);
+                if (INTERIOR || t >= 0) {
+                    if (args.dx) store<V, true>(finished + static_cast<int64_t>(i) * conv.dim, dx);
                 } else if (args.dinitial) {
 #pragma unroll
                     for (int v = 0; v < V; v++)
@@ -379,6 +406,13 @@ __device__ void backward_last(const ConvBackward& args) {
                     x[v][i] = x[v][UNROLL + i];
                     g[v][i] = g[v][UNROLL + i];
                 }
+        };
+        // Tokens near the end, to which the final window belongs, are finished by the last steps.
+        for (int s = start; s < end + TAPS - 1; s += UNROLL) {
+            if (s >= own + TAPS - 1 && s + UNROLL <= end)
+                steps(std::true_type{}, s);
+            else
+                steps(std::false_type{}, s);
         }
     }
     if (!args.dweight && !args.dbias) return;
@@ -439,25 +473,32 @@ __device__ void update(const ConvUpdate& args) {
         if (m < window) state[window - 1 - m] = x[m];
 }
 
-#define KERNEL(symbol, bound, Args, function)                                                          \
+// A filter of exactly TAPS taps has a body of its own.
+#define SEQUENCE_KERNEL(symbol, bound, Args, body, T, taps, packs)                                  \
     extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { \
-        function(args);                                                                             \
+        if (args.conv.width == taps)                                                               \
+            body<T, taps, packs, true>(args);                                                      \
+        else                                                                                       \
+            body<T, taps, packs, false>(args);                                                     \
     }
-#define COMMA ,
-#define INSTANTIATE(T, name)                                                                                           \
-    KERNEL(causal_conv1d_fwd_first4v_##name, (128), ConvForward, (forward_first<T COMMA 4 COMMA true>))                  \
-    KERNEL(causal_conv1d_fwd_first4_##name, (128), ConvForward, (forward_first<T COMMA 4 COMMA false>))                  \
-    KERNEL(causal_conv1d_fwd_first8_##name, (128), ConvForward, (forward_first<T COMMA 8 COMMA false>))                  \
-    KERNEL(causal_conv1d_bwd_first4v_##name, (128), ConvBackward, (backward_first<T COMMA 4 COMMA true>))                \
-    KERNEL(causal_conv1d_bwd_first4_##name, (128), ConvBackward, (backward_first<T COMMA 4 COMMA false>))                \
-    KERNEL(causal_conv1d_bwd_first8_##name, (128), ConvBackward, (backward_first<T COMMA 8 COMMA false>))                \
-    KERNEL(causal_conv1d_fwd_last4v_##name, (128), ConvForward, (forward_last<T COMMA 4 COMMA(sizeof(T) == 4 ? 4 : 8)>)) \
-    KERNEL(causal_conv1d_fwd_last4_##name, (128), ConvForward, (forward_last<T COMMA 4 COMMA 1>))                        \
-    KERNEL(causal_conv1d_fwd_last8_##name, (128), ConvForward, (forward_last<T COMMA 8 COMMA 1>))                        \
-    KERNEL(causal_conv1d_bwd_last4v_##name, (256, 2), ConvBackward, (backward_last<T COMMA 4 COMMA 4>))                     \
-    KERNEL(causal_conv1d_bwd_last4_##name, (256, 2), ConvBackward, (backward_last<T COMMA 4 COMMA 1>))                      \
-    KERNEL(causal_conv1d_bwd_last8_##name, (256, 2), ConvBackward, (backward_last<T COMMA 8 COMMA 1>))                      \
-    KERNEL(causal_conv1d_update4_##name, (128), ConvUpdate, (update<T COMMA 4>))                                         \
-    KERNEL(causal_conv1d_update8_##name, (128), ConvUpdate, (update<T COMMA 8>))
+#define UPDATE_KERNEL(symbol, T, taps)                                                                \
+    extern "C" __global__ void __launch_bounds__(128) symbol(const __grid_constant__ ConvUpdate args) { \
+        update<T, taps>(args);                                                                        \
+    }
+#define INSTANTIATE(T, name)                                                                                              \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_first4v_##name, (128), ConvForward, forward_first, T, 4, true)                      \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_first4_##name, (128), ConvForward, forward_first, T, 4, false)                      \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_first8_##name, (128), ConvForward, forward_first, T, 8, false)                      \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_first4v_##name, (128), ConvBackward, backward_first, T, 4, true)                    \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_first4_##name, (128), ConvBackward, backward_first, T, 4, false)                    \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_first8_##name, (128), ConvBackward, backward_first, T, 8, false)                    \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_last4v_##name, (128), ConvForward, forward_last, T, 4, (sizeof(T) == 4 ? 4 : 8))    \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_last4_##name, (128), ConvForward, forward_last, T, 4, 1)                            \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_last8_##name, (128), ConvForward, forward_last, T, 8, 1)                            \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_last4v_##name, (256, 2), ConvBackward, backward_last, T, 4, 4)                      \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_last4_##name, (256, 2), ConvBackward, backward_last, T, 4, 1)                       \
+    SEQUENCE_KERNEL(causal_conv1d_bwd_last8_##name, (256, 2), ConvBackward, backward_last, T, 8, 1)                       \
+    UPDATE_KERNEL(causal_conv1d_update4_##name, T, 4)                                                                     \
+    UPDATE_KERNEL(causal_conv1d_update8_##name, T, 8)
 
 FOR_EACH_DTYPE(INSTANTIATE)

@@ -28,6 +28,13 @@ __device__ inline f16 from_float<f16>(float x) { return __float2half_rn(x); }
 template <>
 __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
+__device__ inline void from_float2(f16* out, float a, float b) {
+    *reinterpret_cast<__half2*>(out) = __floats2half2_rn(a, b);
+}
+__device__ inline void from_float2(bf16* out, float a, float b) {
+    *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(a, b);
+}
+
 // N neighbours that are read or written at once, in accesses of at most 16 bytes.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
@@ -51,8 +58,14 @@ template <int N, bool VECTOR, typename T>
 __device__ inline void store(T* x, const float (&values)[N], int count = N) {
     if constexpr (VECTOR) {
         Pack<T, N> pack;
+        if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+            // Two at once is one instruction.
 #pragma unroll
-        for (int i = 0; i < N; i++) pack.values[i] = from_float<T>(values[i]);
+            for (int i = 0; i < N; i += 2) from_float2(pack.values + i, values[i], values[i + 1]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; i++) pack.values[i] = from_float<T>(values[i]);
+        }
         *reinterpret_cast<Pack<T, N>*>(x) = pack;
     } else {
 #pragma unroll
@@ -114,9 +127,23 @@ struct Any {
 };
 static_assert(sizeof(Any) == 16, "as Pointer in device.rs");
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+// 2^x and 1/x within 2 units of the last place; what is below the smallest normal number is 0.
+__device__ inline float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
-__device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
+constexpr float LOG2_E = 1.4426950408889634f;
+
+__device__ inline float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-LOG2_E * x)); }
+
+__device__ inline float silu(float x) { return x * sigmoid(x); }
 
 // The derivative of silu.
 __device__ inline float silu_slope(float x) {

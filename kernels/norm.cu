@@ -53,6 +53,8 @@ struct Place {
     int size;
 
     __device__ int offset(int k) const { return (k * blockDim.x + threadIdx.x) * V; }
+    // Of a pack in x; of one beyond the end, the start of the group.
+    __device__ int64_t element(int k) const { return start + (offset(k) < size ? offset(k) : 0); }
     __device__ int count(int k) const { return max(0, min(V, size - offset(k))); }
 };
 
@@ -61,29 +63,41 @@ __device__ inline void sum_group(float (&sums)[N], float* scratch) {
     block_sum(sums, scratch, threadIdx.x / 32, blockDim.x / 32);
 }
 
-template <typename T, int PACKS, bool VECTOR>
+// GATE as in `Gate`, or any: then it is what `norm.gate` says.
+constexpr int ANY_GATE = -1;
+
+template <typename T, int PACKS, bool VECTOR, int GATE>
 struct Group {
     float r[PACKS][V];  // x + residual
     float u[PACKS][V];  // û
     float z[PACKS][V];
     float rho;
 
+    __device__ static int gate(const Norm& norm) { return GATE == ANY_GATE ? norm.gate : GATE; }
+
     __device__ void load_sum(const Norm& norm, const Place<PACKS>& at) {
+        // All loads before the first use: threads beyond the end read the start of the group, and take 0.
+        float residual[PACKS][V];
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) load<V, VECTOR>(r[k], static_cast<const T*>(norm.x) + at.element(k), at.count(k));
+        if (gate(norm) != WITHOUT) {
+#pragma unroll
+            for (int k = 0; k < PACKS; k++)
+                load<V, VECTOR>(z[k], static_cast<const T*>(norm.z) + at.element(k), at.count(k));
+        }
+        if (norm.residual) {
+#pragma unroll
+            for (int k = 0; k < PACKS; k++) norm.residual.get<V, VECTOR>(residual[k], at.element(k), at.count(k));
+        }
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
-            const int count = at.count(k);
-            const int64_t i = at.start + at.offset(k);
+            const bool inside = at.count(k) > 0;
 #pragma unroll
-            for (int v = 0; v < V; v++) r[k][v] = z[k][v] = 0.0f;
-            if (count == 0) continue;
-            load<V, VECTOR>(r[k], static_cast<const T*>(norm.x) + i, count);
-            if (norm.residual) {
-                float residual[V];
-                norm.residual.get<V, VECTOR>(residual, i, count);
-#pragma unroll
-                for (int v = 0; v < V; v++) r[k][v] += residual[v];
+            for (int v = 0; v < V; v++) {
+                if (norm.residual) r[k][v] += residual[k][v];
+                if (!inside) r[k][v] = 0.0f;
+                if (!inside || gate(norm) == WITHOUT) z[k][v] = 0.0f;
             }
-            if (norm.gate != WITHOUT) load<V, VECTOR>(z[k], static_cast<const T*>(norm.z) + i, count);
         }
     }
 
@@ -91,7 +105,7 @@ struct Group {
 #pragma unroll
         for (int k = 0; k < PACKS; k++)
 #pragma unroll
-            for (int v = 0; v < V; v++) u[k][v] = norm.gate == BEFORE ? r[k][v] * silu(z[k][v]) : r[k][v];
+            for (int v = 0; v < V; v++) u[k][v] = gate(norm) == BEFORE ? r[k][v] * silu(z[k][v]) : r[k][v];
         const float inverse = 1.0f / static_cast<float>(at.size);
         if (norm.layer) {
             // The second time takes away what rounding left of a mean that is large beside the spread.
@@ -134,7 +148,7 @@ __device__ inline void parameter(float (&out)[V], const Any& x, int64_t i, int c
     if (x && count > 0) x.get<V, VECTOR>(out, i, count);
 }
 
-template <typename T, int PACKS, bool VECTOR>
+template <typename T, int PACKS, bool VECTOR, int GATE>
 __device__ void forward(const NormForward& args) {
     __shared__ float scratch[32];
     const Norm& norm = args.norm;
@@ -144,7 +158,8 @@ __device__ void forward(const NormForward& args) {
     const int64_t row = unit / groups;
     const int column = unit % groups * norm.group_size;
     const Place<PACKS> at{row * norm.dim + column, column, norm.group_size};
-    Group<T, PACKS, VECTOR> group;
+    Group<T, PACKS, VECTOR, GATE> group;
+    const int gate = group.gate(norm);
     group.load_sum(norm, at);
     if (args.sum) {
 #pragma unroll
@@ -162,13 +177,13 @@ __device__ void forward(const NormForward& args) {
 #pragma unroll
         for (int v = 0; v < V; v++) {
             y[v] = fmaf(group.u[k][v], w[v], b[v]);
-            if (norm.gate == AFTER) y[v] *= silu(group.z[k][v]);
+            if (gate == AFTER) y[v] *= silu(group.z[k][v]);
         }
         store<V, VECTOR>(static_cast<T*>(args.y) + at.start + at.offset(k), y, count);
     }
 }
 
-template <typename T, int PACKS, bool VECTOR>
+template <typename T, int PACKS, bool VECTOR, int GATE>
 __device__ void backward(const NormBackward& args) {
     __shared__ float scratch[64];
     const Norm& norm = args.norm;
@@ -177,15 +192,20 @@ __device__ void backward(const NormBackward& args) {
     const int64_t part = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
     for (int64_t row = part; row < norm.rows; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
         const Place<PACKS> at{row * norm.dim + column, column, norm.group_size};
-        Group<T, PACKS, VECTOR> group;
+        Group<T, PACKS, VECTOR, GATE> group;
+    const int gate = group.gate(norm);
         group.load_sum(norm, at);
         float g[PACKS][V];  // the gradient of û, then of r; that of z takes the place of z
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
 #pragma unroll
             for (int v = 0; v < V; v++) g[k][v] = 0.0f;
-            if (args.grad_y && at.count(k) > 0)
-                load<V, VECTOR>(g[k], static_cast<const T*>(args.grad_y) + at.start + at.offset(k), at.count(k));
+            if (args.grad_y)
+                load<V, VECTOR>(g[k], static_cast<const T*>(args.grad_y) + at.element(k), at.count(k));
+            if (at.count(k) == 0) {
+#pragma unroll
+                for (int v = 0; v < V; v++) g[k][v] = 0.0f;
+            }
         }
         if (args.grad_y) {
             group.normalise(norm, at, scratch);
@@ -195,11 +215,11 @@ __device__ void backward(const NormBackward& args) {
                 const int count = at.count(k);
                 float w[V], b[V];
                 parameter<VECTOR>(w, norm.weight, column + at.offset(k), count, 1.0f);
-                if (norm.gate == AFTER) parameter<VECTOR>(b, norm.bias, column + at.offset(k), count, 0.0f);
+                if (gate == AFTER) parameter<VECTOR>(b, norm.bias, column + at.offset(k), count, 0.0f);
 #pragma unroll
                 for (int v = 0; v < V; v++) {
                     const float u = group.u[k][v];
-                    if (norm.gate == AFTER) {
+                    if (gate == AFTER) {
                         const float z = group.z[k][v];
                         group.z[k][v] = g[k][v] * fmaf(u, w[v], b[v]) * silu_slope(z);
                         g[k][v] *= silu(z);
@@ -220,7 +240,7 @@ __device__ void backward(const NormBackward& args) {
                 for (int v = 0; v < V; v++) {
                     const float du = group.rho * fmaf(along, group.u[k][v], g[k][v] - mean);
                     g[k][v] = du;
-                    if (norm.gate == BEFORE) {
+                    if (gate == BEFORE) {
                         const float z = group.z[k][v];
                         group.z[k][v] = du * group.r[k][v] * silu_slope(z);
                         g[k][v] = du * silu(z);
@@ -261,19 +281,28 @@ __device__ void backward(const NormBackward& args) {
 
 constexpr int THREADS = 512;
 
-#define KERNEL(symbol, Args, function)                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) symbol(const __grid_constant__ Args args) { \
-        function(args);                                                                               \
+#define KERNEL(symbol, bound, Args, function)                                                      \
+    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { \
+        function(args);                                                                            \
+    }
+// What is in registers depends on the gate: bodies of their own within one bound.
+#define BY_GATE(symbol, bound, Args, function, T, packs)                            \
+    extern "C" __global__ void bound symbol(const __grid_constant__ Args args) {    \
+        switch (args.norm.gate) {                                                   \
+            case WITHOUT: return function<T, packs, true, WITHOUT>(args);           \
+            case BEFORE: return function<T, packs, true, BEFORE>(args);             \
+            default: return function<T, packs, true, AFTER>(args);                  \
+        }                                                                           \
     }
 #define COMMA ,
-#define INSTANTIATE(T, name)                                                   \
-    KERNEL(norm_fwd_1v_##name, NormForward, (forward<T COMMA 1 COMMA true>))   \
-    KERNEL(norm_fwd_2v_##name, NormForward, (forward<T COMMA 2 COMMA true>))   \
-    KERNEL(norm_fwd_4v_##name, NormForward, (forward<T COMMA 4 COMMA true>))   \
-    KERNEL(norm_fwd_4_##name, NormForward, (forward<T COMMA 4 COMMA false>))   \
-    KERNEL(norm_bwd_1v_##name, NormBackward, (backward<T COMMA 1 COMMA true>)) \
-    KERNEL(norm_bwd_2v_##name, NormBackward, (backward<T COMMA 2 COMMA true>)) \
-    KERNEL(norm_bwd_4v_##name, NormBackward, (backward<T COMMA 4 COMMA true>)) \
-    KERNEL(norm_bwd_4_##name, NormBackward, (backward<T COMMA 4 COMMA false>))
+#define INSTANTIATE(T, name)                                                                                  \
+    BY_GATE(norm_fwd_1v_##name, __launch_bounds__(THREADS), NormForward, forward, T, 1)                       \
+    BY_GATE(norm_fwd_2v_##name, __launch_bounds__(THREADS COMMA 2), NormForward, forward, T, 2)               \
+    KERNEL(norm_fwd_4v_##name, (THREADS), NormForward, (forward<T COMMA 4 COMMA true COMMA ANY_GATE>))        \
+    KERNEL(norm_fwd_4_##name, (THREADS), NormForward, (forward<T COMMA 4 COMMA false COMMA ANY_GATE>))        \
+    BY_GATE(norm_bwd_1v_##name, __launch_bounds__(THREADS COMMA 2), NormBackward, backward, T, 1)             \
+    BY_GATE(norm_bwd_2v_##name, __launch_bounds__(THREADS), NormBackward, backward, T, 2)                     \
+    KERNEL(norm_bwd_4v_##name, (THREADS), NormBackward, (backward<T COMMA 4 COMMA true COMMA ANY_GATE>))      \
+    KERNEL(norm_bwd_4_##name, (THREADS), NormBackward, (backward<T COMMA 4 COMMA false COMMA ANY_GATE>))
 
 FOR_EACH_DTYPE(INSTANTIATE)

@@ -83,7 +83,7 @@ pub fn load(args: &ModelArgs) -> Result<(Model, Box<dyn ModelSource>)> {
 }
 
 /// A folder or file if there is one of that name, else a repository on the Hub or a file in one.
-fn source(name: &str, revision: &str) -> Result<Box<dyn ModelSource>> {
+pub fn source(name: &str, revision: &str) -> Result<Box<dyn ModelSource>> {
     let path = Path::new(name);
     let parts: Vec<&str> = name.splitn(3, '/').collect();
     let weights = parts.get(2).filter(|file| file.ends_with(".gguf") || file.ends_with(".safetensors"));
@@ -154,7 +154,7 @@ fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
 }
 
 /// Turns `auto`, `cpu`, `cuda` or `cuda:N` into a device.
-fn device(name: &str) -> Result<Device> {
+pub fn device(name: &str) -> Result<Device> {
     let cuda = |index: usize| {
         ensure!(
             candle_core::utils::cuda_is_available(),

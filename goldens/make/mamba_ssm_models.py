@@ -210,6 +210,10 @@ def main():
         ssm_cfg={"layer": "Mamba2", "d_state": 6, "headdim": 6, "chunk_size": 8},
         steps="left out: without flash_attn, MHA of mamba_ssm lets a step see the first position only, and its prefill keeps "
               "the convolved values where the step wants the inputs")
+    make("ss_mamba1_attention_mlp", 7, n_layer=2, attn_layer_idx=[0], d_model=12, attn_cfg={
+        "num_heads": 4, "num_heads_kv": 1, "head_dim": 6, "mlp_dim": 200, "causal": True, "softmax_scale": 0.7},
+        ssm_cfg={"d_state": 4, "dt_rank": 2}, tie_embeddings=False, vocab_size=40,
+        steps="left out: without flash_attn, MHA of mamba_ssm lets a step see the first position only")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main():
     parser = argparse.ArgumentParser(description="Writes or checks goldens/MANIFEST.toml.")
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    folders = [GOLDENS / name for name in ("ops", "models", "generate", "gguf")]
+    folders = [GOLDENS / name for name in ("ops", "models", "generate", "gguf", "train", "train_peft")]
     paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     text = HEAD + "".join("\n" + entry(path) for path in paths)
     manifest = GOLDENS / "MANIFEST.toml"

@@ -4,9 +4,15 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod batches;
+mod beams;
+mod chats;
 mod gguf_tokenizers;
 mod models;
+mod prefixes;
 mod rules;
 mod sampling;
+mod speculation;
 mod states;
 mod streaming;
+mod upstream;

@@ -8,10 +8,13 @@ mod support;
 mod loading;
 
 use candle_core::{Device, Result, Tensor, Var};
+use candle_nn::VarBuilder;
+use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
+use mamba_model::{Model, Recompute};
 use mamba_ops::{
-    CausalConv1d, GatedRmsNorm, Mamba1Inner, Mamba2SplitConv1dScan, Norm, SelectiveScan, SequenceLayout,
-    SsdChunkScan, causal_conv1d, checkpoint, mamba1_inner, mamba2_split_conv1d_scan, norm, selective_scan,
-    ssd_chunk_scan,
+    CausalConv1d, GatedRmsNorm, LinearCrossEntropy, Mamba1Inner, Mamba2SplitConv1dScan, Norm, SelectiveScan,
+    SequenceLayout, SsdChunkScan, causal_conv1d, checkpoint, linear_cross_entropy, mamba1_inner,
+    mamba2_split_conv1d_scan, norm, selective_scan, ssd_chunk_scan,
 };
 
 use crate::support::alloc::{Counting, live, peak, reset_peak};
@@ -154,11 +157,62 @@ fn generic_checkpoint() {
     assert!(fused.1 < unfused.1 + weight.elem_count() * 4 / 2, "backward takes {} bytes", fused.1);
 }
 
+/// The loss of a head: what its graph keeps are gradients of the factors, and the logits of all rows never exist at once.
+fn head() {
+    let (rows, dim, classes) = (2048, 32, 1000);
+    let (x, weight) = (var(&[rows, dim]), var(&[classes, dim]));
+    let targets = Tensor::zeros(rows, candle_core::DType::I64, &Device::Cpu).unwrap();
+    let args =
+        |chunk_rows| LinearCrossEntropy { chunk_rows, ..LinearCrossEntropy::new(&x, &weight, &targets) };
+    let logits = rows * classes * 4;
+    let fused = graph(|| Ok(vec![linear_cross_entropy(&args(Some(64)))?]));
+    let unfused = graph(|| Ok(vec![linear_cross_entropy::reference::forward(&args(None))?]));
+    report("head", rows * dim * 4, fused, unfused);
+    println!("  logits of all rows: {logits}");
+    let factors = (rows * dim + classes * dim) * 4;
+    assert!(fused.0 < factors + 20_000, "the graph keeps {} bytes", fused.0);
+    assert!(unfused.0 > 3 * logits, "the measure is wrong: unfused keeps {} bytes", unfused.0);
+    assert!(fused.1 < 5 * factors, "backward takes {} bytes", fused.1);
+    let before = live();
+    reset_peak();
+    drop(linear_cross_entropy(&args(Some(64))).unwrap());
+    let peak = peak() - before;
+    assert!(peak < logits / 4, "forward takes {peak} bytes, logits {logits}");
+}
+
+/// A model that recomputes its layers keeps a layer's input each, and gives the same loss.
+fn layers() {
+    let config = ModelConfig::uniform(50, 64, 8, MixerSpec::Mamba1(Mamba1Config::new(64)));
+    let start = Model::random(&config, 1, &Device::Cpu).unwrap();
+    let vars: std::collections::HashMap<String, Tensor> = start
+        .parameters()
+        .iter()
+        .map(|(name, x)| (name.clone(), Var::from_tensor(x).unwrap().into_inner()))
+        .collect();
+    let ids = Tensor::zeros((2, 256), candle_core::DType::U32, &Device::Cpu).unwrap();
+    let model = |recompute| {
+        let weights = VarBuilder::from_tensors(vars.clone(), candle_core::DType::F32, &Device::Cpu);
+        Model::new(&config, weights).unwrap().with_recompute(recompute)
+    };
+    let measure = |recompute| {
+        let model = model(recompute);
+        graph(|| Ok(vec![model.hidden_states(&ids, None)?]))
+    };
+    let (fused, unfused) = (measure(Recompute::Layers), measure(Recompute::Nothing));
+    let stream = 2 * 256 * 64 * 4;
+    report("8 layers", stream, fused, unfused);
+    // Update and stream of each layer; a layer has some twenty such tensors inside.
+    assert!(fused.0 < 8 * 3 * stream, "the model keeps {} bytes", fused.0);
+    assert!(unfused.0 > 3 * fused.0 && unfused.1 > 2 * fused.1, "nothing was saved");
+}
+
 /// One test alone, so that nothing else allocates meanwhile.
 #[test]
 fn memory() {
     mamba2();
     mamba1();
     generic_checkpoint();
+    head();
+    layers();
     loading::one_tensor_at_a_time();
 }

@@ -51,7 +51,7 @@ fn logits_are_those_of_the_original() {
                 for mixer in
                     config.layers.iter_mut().flat_map(|l| &mut l.branches).flat_map(|b| &mut b.mixers)
                 {
-                    if let mamba_model::config::MixerSpec::Mamba2(c) = mixer {
+                    if let (_, mamba_model::config::MixerSpec::Mamba2(c)) = mixer {
                         c.chunk_size = 0;
                     }
                 }

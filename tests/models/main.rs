@@ -5,7 +5,10 @@
 mod support;
 
 mod gguf;
+mod gradients;
+mod heads;
 mod laws;
+mod options;
 mod parity;
 mod saving;
 

@@ -32,11 +32,42 @@ fn a_saved_model_is_the_same_model() {
         ("ss_mamba2_partial_ssm", None),
         ("ss_mamba2_d_has_hdim", None),
         ("ss_mamba2_no_norm", None),
+        ("ss_mamba2_attention", None),
+        ("ss_mamba1_attention_mlp", None),
+        ("falcon_mamba_untied_bias", Some("falcon_mamba")),
+        ("jamba", Some("jamba")),
+        ("jamba_dense", Some("jamba")),
+        ("bamba", Some("bamba")),
+        ("bamba_options", Some("bamba")),
+        ("granitemoehybrid", Some("granitemoehybrid")),
+        ("granitemoehybrid_dense_rope", Some("granitemoehybrid")),
+        ("nemotron_h", Some("nemotron_h")),
+        ("nemotron_h_moe", Some("nemotron_h")),
+        ("nemotron_h_latent_moe", Some("nemotron_h")),
+        ("falcon_h1", Some("falcon_h1")),
+        ("falcon_h1_norm", Some("falcon_h1")),
+        ("falcon_h1_gate_norm", Some("falcon_h1")),
+        ("lfm2", Some("lfm2")),
+        ("lfm2_bias", Some("lfm2")),
+        ("zamba2", Some("zamba2")),
+        ("zamba2_one_block", Some("zamba2")),
+        ("zamba", Some("zamba")),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let model = open(name, DType::F32);
         model.save_pretrained(folder.path(), DType::F32).unwrap();
         let again = load(folder.path()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        // The names in the file are those that were read.
+        let weights = path("models").join(name).join("model.safetensors");
+        if weights.exists() {
+            let names = |file: &Path| {
+                let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+                let mut names: Vec<String> = tensors.into_keys().filter(|n| n != "lm_head.weight").collect();
+                names.sort();
+                names
+            };
+            assert_eq!(names(&folder.path().join("model.safetensors")), names(&weights), "{name}");
+        }
         assert_eq!(again.config().layers, model.config().layers, "{name}");
         let gap = max_error(&again.forward(&input, None).unwrap(), &model.forward(&input, None).unwrap());
         assert_eq!(gap, 0.0, "{name}");

@@ -231,12 +231,9 @@ impl Mamba2 {
         let Self { batch, nheads, headdim, ngroups, d_state, .. } = *self;
         let [z, xbc, dt] = self.split(token)?;
         let xbc = causal_conv1d_update(&CausalConv1dUpdate {
-            x: &xbc,
-            state: conv,
-            weight: &inputs["conv_weight"],
             bias: inputs.get("conv_bias"),
-            activation: mamba_ops::Activation::Silu,
             layout: SequenceLayout::ChannelsLast,
+            ..CausalConv1dUpdate::new(&xbc, conv, &inputs["conv_weight"])
         })?;
         let (d_ssm, bc) = (self.d_ssm(), ngroups * d_state);
         let y = selective_state_update(&SelectiveStateUpdate {
@@ -372,12 +369,9 @@ impl Mamba1 {
 
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor> {
         let x = causal_conv1d_update(&CausalConv1dUpdate {
-            x: &channels(token, 0, self.dim)?,
-            state: conv,
-            weight: &inputs["conv_weight"],
             bias: inputs.get("conv_bias"),
-            activation: mamba_ops::Activation::Silu,
             layout: SequenceLayout::ChannelsLast,
+            ..CausalConv1dUpdate::new(&channels(token, 0, self.dim)?, conv, &inputs["conv_weight"])
         })?;
         let [delta, b, c] = self.coefficients(&x, inputs)?;
         let y = selective_state_update(&SelectiveStateUpdate {

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use mamba_ops::{
-    Activation, CausalConv1d, CausalConv1dUpdate, Packing, SequenceLayout, causal_conv1d,
+    Activation, CausalConv1d, CausalConv1dUpdate, Packing, SequenceLayout, StateIndices, causal_conv1d,
     causal_conv1d_update,
 };
 
@@ -10,7 +10,7 @@ use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
 use crate::support::target;
-use crate::support::tolerance::{self, max_error, relative_rms};
+use crate::support::tolerance::{self, max_error, relative_rms, values};
 
 #[derive(Debug, Clone)]
 pub struct Case {
@@ -186,14 +186,18 @@ fn split() {
 #[test]
 fn layout() {
     for layout in [ChannelsFirst, ChannelsLast] {
-        laws::layout::<Conv>(&case([2, 6, 9, 4], true, true, Silu, layout));
+        let case = case([2, 6, 9, 4], true, true, Silu, layout);
+        laws::layout::<Conv>(&case);
+        laws::layout::<Conv>(&Conv::packed(&case, Some(laws::packings()[6].clone())));
     }
 }
 
 #[test]
 fn threads() {
     for layout in [ChannelsFirst, ChannelsLast] {
-        laws::threads::<Conv>(&case([2, 70, 400, 4], true, true, Silu, layout));
+        let case = case([2, 70, 400, 4], true, true, Silu, layout);
+        laws::threads::<Conv>(&case);
+        laws::threads::<Conv>(&Conv::packed(&case, Some(Packing::from_lengths(&[130, 1, 0, 200, 64, 3]))));
     }
 }
 
@@ -223,12 +227,10 @@ fn update(inputs: &Tensors, activation: Activation, layout: SequenceLayout) -> (
     let inputs = target::place(&format!("{shapes:?} {activation:?} {layout:?}"), inputs).unwrap();
     let state = inputs["state"].copy().unwrap();
     let y = causal_conv1d_update(&CausalConv1dUpdate {
-        x: &inputs["x"],
-        state: &state,
-        weight: &inputs["weight"],
         bias: inputs.get("bias"),
         activation,
         layout,
+        ..CausalConv1dUpdate::new(&inputs["x"], &state, &inputs["weight"])
     })
     .unwrap();
     let mut outputs = target::back([("y".into(), y), ("state".into(), state)].into()).unwrap();
@@ -300,6 +302,57 @@ fn updates_equal_forward() {
     }
 }
 
+/// Rows move on the windows that their indices name and no others, as each does alone; padding moves none and gives 0.
+#[test]
+fn pool_of_windows() {
+    const POOL: usize = 6;
+    let rows = [4, -1, 0, 5, -7];
+    let indices = StateIndices::new(&rows).unwrap();
+    for (layout, tokens, width) in [
+        (ChannelsFirst, 1, 4),
+        (ChannelsLast, 1, 3),
+        (ChannelsFirst, 5, 4),
+        (ChannelsLast, 5, 4),
+        (ChannelsLast, 2, 8),
+        (ChannelsLast, 2, 1),
+        (ChannelsFirst, 0, 4),
+    ] {
+        let case = case([rows.len(), 600, tokens, width], true, false, Silu, layout);
+        let mut random = Random::new(2);
+        let exact = Conv::inputs(&case, &mut random);
+        let pool = random.normal(&[POOL, 600, width - 1]);
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let inputs =
+                if dtype == DType::F64 { exact.clone() } else { laws::cast::<Conv>(&exact, dtype).unwrap() };
+            let before = pool.to_dtype(if dtype == DType::F64 { dtype } else { DType::F32 }).unwrap();
+            for isa in mamba_ops::simd::Isa::available() {
+                let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
+                let step = |x: &Tensor, state: &Tensor, state_indices: Option<&StateIndices>| {
+                    let args = CausalConv1dUpdate::new(x, state, &inputs["weight"]);
+                    let bias = inputs.get("bias");
+                    let args = CausalConv1dUpdate { bias, layout, state_indices, ..args };
+                    isa.scope(|| causal_conv1d_update(&args)).unwrap()
+                };
+                let after = before.copy().unwrap();
+                let y = step(&inputs["x"], &after, Some(&indices));
+                let mut want: Vec<Tensor> = (0..POOL).map(|i| before.narrow(0, i, 1).unwrap()).collect();
+                for (i, index) in rows.into_iter().enumerate() {
+                    let got = values(&y.narrow(0, i, 1).unwrap());
+                    let Ok(index) = usize::try_from(index) else {
+                        assert!(got.iter().all(|v| *v == 0.0), "{context}: padding");
+                        continue;
+                    };
+                    want[index] = want[index].copy().unwrap();
+                    let alone =
+                        step(&inputs["x"].narrow(0, i, 1).unwrap().copy().unwrap(), &want[index], None);
+                    assert_eq!(got, values(&alone), "{context}: row {i}");
+                }
+                assert_eq!(values(&after), values(&Tensor::cat(&want, 0).unwrap()), "{context}");
+            }
+        }
+    }
+}
+
 #[test]
 fn misuse() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
@@ -325,14 +378,13 @@ fn misuse() {
     fails(CausalConv1d { initial_state: Some(&half), ..good }, "`initial_state` has dtype f16, expected f32");
 
     let state = zeros(&[2, 3, 3]);
-    let update = CausalConv1dUpdate {
-        x: &x,
-        state: &state,
-        weight: &weight,
-        bias: None,
-        activation: Silu,
-        layout: ChannelsFirst,
-    };
+    let update = CausalConv1dUpdate::new(&x, &state, &weight);
+    let indices = StateIndices::new(&[-1, 2]).unwrap();
+    let message = causal_conv1d_update(&CausalConv1dUpdate { state_indices: Some(&indices), ..update })
+        .unwrap_err()
+        .to_string();
+    let expected = "causal_conv1d_update: `state_indices` is 2 somewhere, expected less than states 2";
+    assert!(message.contains(expected), "{message}");
     let tracked = candle_core::Var::from_tensor(&weight).unwrap();
     let message =
         causal_conv1d_update(&CausalConv1dUpdate { weight: &tracked, ..update }).unwrap_err().to_string();

@@ -54,12 +54,9 @@ impl Step {
     fn run(&self) -> candle_core::Result<()> {
         let [weight, dt, a, b, c, gain] = &self.parameters[..] else { unreachable!() };
         let x = causal_conv1d_update(&CausalConv1dUpdate {
-            x: &self.x,
-            state: &self.conv_state,
-            weight,
-            bias: None,
             activation: Activation::Silu,
             layout: SequenceLayout::ChannelsLast,
+            ..CausalConv1dUpdate::new(&self.x, &self.conv_state, weight)
         })?
         .squeeze(1)?;
         let update = SelectiveStateUpdate::new(&self.ssm_state, &x, dt, a, b, c);

@@ -436,10 +436,11 @@ fn selective_state_update() {
         sizes(&groups.map(|(_, heads)| heads)),
         sizes(&headdims),
         sizes(&[0, 1, 3]),
-        options(3), // form
-        options(2), // d, z, bias
-        options(2), // softplus
-        options(2), // dt_limit
+        options(3),        // form
+        options(2),        // d, z, bias
+        options(2),        // softplus
+        options(2),        // dt_limit
+        sizes(&[1, 1, 4]), // tokens: one, one on an axis of its own, several
     ];
     let cases = cover(&factors, 1.5e6);
     println!("{} cases", cases.len());
@@ -451,7 +452,9 @@ fn selective_state_update() {
             Channels => (nheads * headdims[level[2]], 1),
             _ => (nheads, headdims[level[2]]),
         };
+        let tokens = [None, Some(1), Some(4)][level[8]];
         let case = selective_state_update::Case {
+            tokens,
             options: level[5] == 1,
             dt_limit: [selective_state_update::FREE, (0.1, 0.9)][level[7]],
             ..selective_state_update::Case::new(
@@ -473,8 +476,8 @@ fn selective_state_update() {
         let ngroups = ngroups.unwrap_or(1);
         let ssm = Ssm {
             batch: case.batch,
-            sequences: &sequences(None, [case.batch, 1]),
-            seqlen: 1,
+            sequences: &sequences(None, [case.batch, tokens.unwrap_or(1)]),
+            seqlen: tokens.unwrap_or(1),
             dim: nheads * headdim,
             d_state: case.d_state,
             x: &v["x"],

@@ -4,13 +4,16 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod attention;
 mod blocks;
 mod causal_conv1d;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod embedding;
 mod grid;
 mod laws;
 mod linear;
+mod linear_cross_entropy;
 mod misuse;
 mod norm;
 mod oracle;

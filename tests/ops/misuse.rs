@@ -2,10 +2,9 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use mamba_ops::{
-    Activation, CausalConv1d, CausalConv1dUpdate, GatedRmsNorm, Mamba1Inner, Mamba2SplitConv1dScan, Norm,
-    Packing, SelectiveScan, SelectiveStateUpdate, SequenceLayout, SsdChunkScan, causal_conv1d,
-    causal_conv1d_update, mamba1_inner, mamba2_split_conv1d_scan, norm, selective_scan,
-    selective_state_update, ssd_chunk_scan,
+    CausalConv1d, CausalConv1dUpdate, GatedRmsNorm, Mamba1Inner, Mamba2SplitConv1dScan, Norm, Packing,
+    SelectiveScan, SelectiveStateUpdate, SequenceLayout, SsdChunkScan, causal_conv1d, causal_conv1d_update,
+    mamba1_inner, mamba2_split_conv1d_scan, norm, selective_scan, selective_state_update, ssd_chunk_scan,
 };
 
 use crate::laws::Tensors;
@@ -104,10 +103,8 @@ fn subjects() -> Vec<Subject> {
         causal_conv1d(&CausalConv1d { bias, initial_state, layout, ..good }).map(drop)
     }
     fn conv_update(t: &Tensors) -> Result<()> {
-        let (x, state, weight, bias) = (&t["x"], &t["state"], &t["weight"], t.get("bias"));
-        let activation = Activation::Silu;
-        causal_conv1d_update(&CausalConv1dUpdate { x, state, weight, bias, activation, layout: FIRST })
-            .map(drop)
+        let good = CausalConv1dUpdate::new(&t["x"], &t["state"], &t["weight"]);
+        causal_conv1d_update(&CausalConv1dUpdate { bias: t.get("bias"), ..good }).map(drop)
     }
     fn scan(t: &Tensors, layout: SequenceLayout) -> Result<()> {
         selective_scan(&SelectiveScan {

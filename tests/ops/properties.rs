@@ -297,12 +297,14 @@ fn mamba1_inner() {
 fn selective_state_update() {
     use selective_state_update::Form::{Channels, Heads, Tied};
     let sizes = (0usize..4, 1usize..5, 0usize..5, 0usize..20, 0usize..40);
-    let cases = (sizes, 0usize..3, any::<[bool; 4]>(), 0usize..1 << 20, 0usize..4, 0usize..8);
+    let tokens = prop_oneof![Just(None), (0usize..4).prop_map(Some)];
+    let cases = (sizes, 0usize..3, any::<[bool; 4]>(), 0usize..1 << 20, 0usize..4, 0usize..8, tokens);
     runner()
-        .run(&cases, |((batch, g, share, headdim, d_state), form, flags, seed, dtype, isa)| {
+        .run(&cases, |((batch, g, share, headdim, d_state), form, flags, seed, dtype, isa, tokens)| {
             let [options, grouped, softplus, limit] = flags;
             let form = [Channels, Heads, Tied][form];
             let case = selective_state_update::Case {
+                tokens,
                 options,
                 dt_limit: if limit { (0.2, 0.7) } else { selective_state_update::FREE },
                 ..selective_state_update::Case::new(

@@ -240,14 +240,18 @@ fn split() {
 #[test]
 fn layout() {
     for layout in [ChannelsFirst, ChannelsLast] {
-        laws::layout::<Scan>(&Case { b: Some(3), ..Case::new([2, 6, 9, 4], layout) });
+        let case = Case { b: Some(3), ..Case::new([2, 6, 9, 4], layout) };
+        laws::layout::<Scan>(&case);
+        laws::layout::<Scan>(&Scan::packed(&case, Some(laws::packings()[6].clone())));
     }
 }
 
 #[test]
 fn threads() {
     for layout in [ChannelsFirst, ChannelsLast] {
-        laws::threads::<Scan>(&Case { b: Some(2), ..Case::new([2, 300, 140, 4], layout) });
+        let case = Case { b: Some(2), ..Case::new([2, 300, 140, 4], layout) };
+        laws::threads::<Scan>(&case);
+        laws::threads::<Scan>(&Scan::packed(&case, Some(laws::packings()[5].clone())));
     }
 }
 

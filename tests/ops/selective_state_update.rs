@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use mamba_ops::{
-    SelectiveScan, SelectiveStateUpdate, SequenceLayout, SsdChunkScan, selective_scan,
+    SelectiveScan, SelectiveStateUpdate, SequenceLayout, SsdChunkScan, StateIndices, selective_scan,
     selective_state_update, ssd_chunk_scan,
 };
 
@@ -27,6 +27,8 @@ use Form::{Channels, Heads, Tied};
 pub struct Case {
     pub form: Form,
     pub batch: usize,
+    /// Several at once, on an axis of their own.
+    pub tokens: Option<usize>,
     pub nheads: usize,
     pub headdim: usize,
     /// None: `b` and `c` without the axis.
@@ -40,24 +42,25 @@ pub const FREE: (f64, f64) = (f64::NEG_INFINITY, f64::INFINITY);
 
 impl Case {
     pub fn new(form: Form, [batch, nheads, headdim, d_state]: [usize; 4], ngroups: Option<usize>) -> Self {
-        Self { form, batch, nheads, headdim, ngroups, d_state, options: true, dt_limit: FREE }
+        Self { form, batch, tokens: None, nheads, headdim, ngroups, d_state, options: true, dt_limit: FREE }
     }
 
     pub fn inputs(&self, random: &mut Random) -> Tensors {
-        let Self { form, batch, nheads, headdim, ngroups, d_state, options, .. } = *self;
+        let Self { form, batch, tokens, nheads, headdim, ngroups, d_state, options, .. } = *self;
         let channels = if form == Channels { vec![nheads] } else { vec![nheads, headdim] };
         let heads = if form == Tied { vec![nheads] } else { channels.clone() };
-        let with = |first: Option<usize>, middle: &[usize], last: Option<usize>| -> Vec<usize> {
-            first.into_iter().chain(middle.iter().copied()).chain(last).collect()
+        let with = |first: &[usize], middle: &[usize], last: Option<usize>| -> Vec<usize> {
+            [first, middle].concat().into_iter().chain(last).collect()
         };
-        let x = with(Some(batch), &channels, None);
-        let group = with(Some(batch), &ngroups.map_or(vec![], |g| vec![g]), Some(d_state));
-        let a = with(None, &heads, if form == Tied { None } else { Some(d_state) });
+        let rows: Vec<usize> = [batch].into_iter().chain(tokens).collect();
+        let x = with(&rows, &channels, None);
+        let group = with(&rows, &ngroups.map_or(vec![], |g| vec![g]), Some(d_state));
+        let a = with(&[], &heads, if form == Tied { None } else { Some(d_state) });
         let mut inputs = Tensors::new();
         let mut insert = |name: &str, x| inputs.insert(name.to_owned(), x);
-        insert("state", random.normal(&with(Some(batch), &channels, Some(d_state))));
+        insert("state", random.normal(&with(&[batch], &channels, Some(d_state))));
         insert("x", random.normal(&x));
-        insert("dt", random.tensor(&with(Some(batch), &heads, None), -3.0, 1.0));
+        insert("dt", random.tensor(&with(&rows, &heads, None), -3.0, 1.0));
         insert("a", random.tensor(&a, -4.0, -0.1));
         insert("b", random.normal(&group));
         insert("c", random.normal(&group));
@@ -115,6 +118,15 @@ fn cases() -> Vec<Case> {
         cases.push(Case::new(form, [2, 700 / headdim, headdim, 16], Some(4)));
         cases.push(Case { options: false, ..Case::new(form, [2, 4, headdim, 16], None) });
         cases.push(Case { dt_limit: (0.2, 0.7), ..Case::new(form, [2, 4, headdim, 16], None) });
+        for tokens in [0, 1, 5] {
+            let tokens = Some(tokens);
+            cases.push(Case { tokens, ..Case::new(form, [3, 4, headdim, 5], Some(2)) });
+            cases.push(Case {
+                tokens,
+                options: false,
+                ..Case::new(form, [2, 300 / headdim, headdim, 40], None)
+            });
+        }
     }
     cases.push(Case::new(Tied, [1, 5, 130, 70], Some(1)));
     cases
@@ -168,6 +180,104 @@ fn tied_heads_equal_repeated_values() {
         let got = update(&single, true, FREE);
         assert!(relative_rms(&got.0, &want.0) <= tolerance::FORWARD, "{name}");
         assert!(relative_rms(&got.1, &want.1) <= tolerance::FORWARD, "{name}");
+    }
+}
+
+/// The tokens of one batch element, all others left out; of what has no batch, all.
+fn element(inputs: &Tensors, i: usize) -> Tensors {
+    let of = |(name, x): (&String, &Tensor)| match name.as_str() {
+        "a" | "d" | "dt_bias" => (name.clone(), x.clone()),
+        _ => (name.clone(), x.narrow(0, i, 1).unwrap()),
+    };
+    inputs.iter().map(of).collect()
+}
+
+/// Several tokens at once give the bits that they give one by one.
+#[test]
+fn several_tokens_equal_steps() {
+    const TOKENS: usize = 6;
+    for form in [Channels, Heads, Tied] {
+        let headdim = if form == Channels { 1 } else { 7 };
+        let case = Case { tokens: Some(TOKENS), ..Case::new(form, [3, 98 / headdim, headdim, 19], Some(2)) };
+        let inputs = case.inputs(&mut Random::new(7));
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let inputs = cast(&inputs, dtype, if dtype == DType::F64 { dtype } else { DType::F32 });
+            for isa in Target::available() {
+                isa.scope(|| {
+                    let (y, state) = update(&inputs, true, (0.1, 0.9));
+                    let (mut step, mut ys) = (inputs.clone(), vec![]);
+                    for t in 0..TOKENS {
+                        for name in ["x", "dt", "b", "c", "z"] {
+                            step.insert(name.into(), inputs[name].get_on_dim(1, t).unwrap());
+                        }
+                        let (y, state) = update(&step, true, (0.1, 0.9));
+                        ys.push(y);
+                        step.insert("state".into(), state);
+                    }
+                    assert_eq!(relative_rms(&y, &Tensor::stack(&ys, 1).unwrap()), 0.0, "{case:?}");
+                    assert_eq!(relative_rms(&state, &step["state"]), 0.0, "{case:?}");
+                });
+            }
+        }
+    }
+}
+
+/// Rows move on the states that their indices name and no others, as each does alone; rows of padding, whatever is in
+/// them, move none and give 0.
+#[test]
+fn pool_of_states() {
+    const POOL: usize = 6;
+    let rows = [4, -1, 0, 5, -7];
+    let indices = StateIndices::new(&rows).unwrap();
+    for form in [Channels, Heads, Tied] {
+        for tokens in [None, Some(3)] {
+            let headdim = if form == Channels { 1 } else { 7 };
+            let shape = [rows.len(), 308 / headdim, headdim, 19];
+            let case = Case { tokens, ..Case::new(form, shape, Some(2)) };
+            let mut random = Random::new(8);
+            let exact = case.inputs(&mut random);
+            let pool = Case { batch: POOL, ..case.clone() }.inputs(&mut random).remove("state").unwrap();
+            for dtype in [DType::F32, DType::BF16, DType::F64] {
+                let state_dtype = if dtype == DType::F64 { dtype } else { DType::F32 };
+                let before = pool.to_dtype(state_dtype).unwrap();
+                let mut inputs = cast(&exact, dtype, state_dtype);
+                for isa in Target::available() {
+                    let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
+                    let pool = before.copy().unwrap();
+                    // What padding holds must not matter.
+                    let x = &inputs["x"];
+                    let nan = (x.narrow(0, 0, 1).unwrap() * f64::NAN).unwrap();
+                    let x: Vec<Tensor> = (0..rows.len())
+                        .map(|i| if rows[i] < 0 { nan.clone() } else { x.narrow(0, i, 1).unwrap() })
+                        .collect();
+                    inputs.insert("x".into(), Tensor::cat(&x, 0).unwrap());
+                    inputs.insert("state".into(), pool.clone());
+                    let args = arguments(&inputs, true, FREE);
+                    let args = SelectiveStateUpdate { state_indices: Some(&indices), ..args };
+                    let y = isa.scope(|| selective_state_update(&args)).unwrap();
+                    let mut want = before.copy().unwrap();
+                    for (i, index) in rows.into_iter().enumerate() {
+                        let y = y.narrow(0, i, 1).unwrap();
+                        let Ok(index) = usize::try_from(index) else {
+                            assert!(values(&y).iter().all(|v| *v == 0.0), "{context}: padding gives {y}");
+                            continue;
+                        };
+                        let mut alone = element(&inputs, i);
+                        alone.insert("state".into(), before.narrow(0, index, 1).unwrap());
+                        let (y_alone, state) = isa.scope(|| update(&alone, true, FREE));
+                        assert_eq!(relative_rms(&y, &y_alone), 0.0, "{context}: row {i}");
+                        let parts = [
+                            want.narrow(0, 0, index).unwrap(),
+                            state,
+                            want.narrow(0, index + 1, POOL - index - 1).unwrap(),
+                        ];
+                        let parts: Vec<&Tensor> = parts.iter().filter(|x| x.elem_count() > 0).collect();
+                        want = Tensor::cat(&parts, 0).unwrap();
+                    }
+                    assert_eq!(relative_rms(&pool, &want), 0.0, "{context}");
+                }
+            }
+        }
     }
 }
 
@@ -381,8 +491,21 @@ fn misuse() {
         assert!(message.contains(want), "{message}");
     };
     assert!(selective_state_update(&good).is_ok());
-    let expected = "selective_state_update: `state` has shape [2, 6, 4], expected (batch 2, nheads 6, headdim 3, d_state 4)";
-    fails(SelectiveStateUpdate { state: &zeros(&[2, 6, 4]), ..good }, expected);
+    let expected = "selective_state_update: `state` has shape [2, 6, 5, 4], expected (batch 2, nheads 6, headdim 3, d_state 4)";
+    fails(SelectiveStateUpdate { state: &zeros(&[2, 6, 5, 4]), ..good }, expected);
+    let several = zeros(&[2, 9, 6, 3]);
+    fails(
+        SelectiveStateUpdate { x: &several, ..good },
+        "`dt` has shape [2, 6], expected (batch 2, tokens 9, nheads 6",
+    );
+    let indices = StateIndices::new(&[0, 2]).unwrap();
+    let pooled = SelectiveStateUpdate { state_indices: Some(&indices), ..good };
+    fails(pooled, "`state_indices` is 2 somewhere, expected less than states 2");
+    let indices = StateIndices::new(&[0, 1, -1]).unwrap();
+    fails(
+        SelectiveStateUpdate { state_indices: Some(&indices), ..good },
+        "`state_indices` is of 3 rows, expected batch 2",
+    );
     fails(
         SelectiveStateUpdate { dt: &zeros(&[2, 5]), ..good },
         "`dt` has shape [2, 5], expected (batch 2, nheads 6)",

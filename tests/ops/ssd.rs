@@ -216,11 +216,14 @@ fn split() {
 #[test]
 fn layout() {
     laws::layout::<Ssd>(&Case { d: Some(2), ..Case::new([2, 20, 4, 3, 2, 5]) });
+    laws::layout::<Ssd>(&Ssd::packed(&Case::new([0, 0, 4, 3, 2, 5]), Some(laws::packings()[6].clone())));
 }
 
 #[test]
 fn threads() {
     laws::threads::<Ssd>(&Case::new([2, 150, 20, 16, 2, 24]));
+    let packed = Ssd::packed(&Case::new([0, 0, 20, 16, 2, 24]), Some(laws::packings()[5].clone()));
+    laws::threads::<Ssd>(&packed);
 }
 
 #[test]

@@ -80,6 +80,14 @@ pub enum Error {
         /// The model's error.
         source: BoxError,
     },
+    /// A drafter that does not know the tokens of the model it is to help.
+    #[error("speculative: the draft has a vocabulary of {draft} tokens, expected that of the model, {model}")]
+    DraftVocabulary {
+        /// How many tokens the drafter knows.
+        draft: usize,
+        /// How many the model knows.
+        model: usize,
+    },
     /// The tokenizer of a GGUF file cannot be used.
     #[error("gguf: `{key}` {message}")]
     Gguf {
@@ -99,6 +107,9 @@ pub enum Error {
     /// A saved generation cannot be used.
     #[error("saved generation: {0}")]
     State(String),
+    /// A chat template cannot be read, or refuses a conversation; its own words are the source.
+    #[error("the chat template failed")]
+    ChatTemplate(#[source] BoxError),
     /// The tokenizer could not decode; its own error is the source.
     #[error("the tokenizer failed to decode")]
     Tokenizer(#[source] BoxError),

@@ -18,6 +18,11 @@
 //!   cache has read when it ends, so that a conversation can go on.
 //! - [`GenerationState`] is a generation as a value: copied, saved to a file, gone on with. [`score`] says how likely a model
 //!   thinks a given text is.
+//! - [`Batch`] generates many texts at once, whose rows come and go. [`PrefixCache`] keeps states of prompts for others that
+//!   begin alike. [`Speculative`] generates the same text in fewer evaluations. [`beam_search`] looks for the likeliest
+//!   text, and [`generate`](generate()) has the options of mamba_ssm.
+//! - [`CancelToken`] stops a generation from another thread. With the feature `stream` there is an asynchronous stream of what
+//!   a thread generates, with `chat` the chat templates of tokenizers.
 //! - [`TextStream`] makes text of tokens, [`StopStrings`] ends it, and [`TextGenerator`] is all of it in one iterator.
 //!
 //! # Example
@@ -80,47 +85,70 @@
 //!   any part of a stop string.
 //! - Bad parameters are errors when they are set; NaN among the logits is an error that names the token, never a token.
 
+mod batch;
+mod beam;
+mod cancel;
 mod candidates;
+#[cfg(feature = "chat")]
+mod chat;
 mod error;
 #[cfg(test)]
 mod fake;
 mod filter;
+mod generate;
 mod generator;
 mod gguf;
 mod lm;
 mod logprobs;
 mod mirostat;
 mod model;
+mod prefix_cache;
 mod rng;
 mod sampler;
 mod sampling;
 mod saved;
 mod score;
+mod sequence;
+mod speculative;
 mod state;
 mod stop;
+#[cfg(feature = "stream")]
+mod stream;
 mod text;
 mod text_generator;
 mod timings;
+mod token;
 
+pub use batch::{Batch, BatchEvent, RowId};
+pub use beam::{BeamOptions, EarlyStopping, Hypothesis, beam_search};
+pub use cancel::CancelToken;
 pub use candidates::{Candidate, Candidates};
+#[cfg(feature = "chat")]
+pub use chat::{ChatTemplate, Message};
 pub use error::{BoxError, Error, Result};
 pub use filter::{
     BannedTokens, Chain, Dry, DryConfig, ForcedTokens, History, LogitBias, LogitsFilter, MinNewTokens, MinP,
     NoRepeatNgram, OccurrencePenalty, RepetitionPenalty, Temperature, TopK, TopNSigma, TopP, Typical, Xtc,
 };
-pub use generator::{FinishReason, Generator, GeneratorBuilder, Token};
+pub use generate::{GenerateOptions, Generated, Streamer, generate};
+pub use generator::{Generator, GeneratorBuilder};
 pub use gguf::{tokenizer_from_gguf, tokenizer_to_gguf};
-pub use lm::{CausalLm, StateLm};
+pub use lm::{BatchLm, CausalLm, StateLm};
 pub use logprobs::{Logprobs, TokenLogprob};
 pub use mirostat::Mirostat;
+pub use prefix_cache::{PrefixCache, PrefixCacheOptions, PrefixStats, Reuse};
 pub use sampler::{ArgMax, Multinomial, Sampler};
 pub use sampling::{Sampling, SamplingConfig};
 pub use score::{Score, score};
+pub use speculative::{Drafter, ModelDrafter, NgramDrafter, Speculative, SpeculativeStats};
 pub use state::GenerationState;
 pub use stop::StopStrings;
+#[cfg(feature = "stream")]
+pub use stream::{Sender, SpawnedStream, spawn_stream};
 pub use text::TextStream;
 pub use text_generator::{TextGenerator, TextOptions};
 pub use timings::Timings;
+pub use token::{FinishReason, Token, Tokens};
 
 /// The code of the workspace's README, compiled and run.
 #[cfg(doctest)]

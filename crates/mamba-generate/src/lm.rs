@@ -166,3 +166,27 @@ pub trait StateLm: CausalLm {
     /// If the bytes are not of a state of a model such as this.
     fn load_cache(&self, bytes: &[u8]) -> Result<Self::Cache, BoxError>;
 }
+
+/// A language model that steps several sequences at once, whose states stand beside each other as rows.
+///
+/// The rows may have read different tokens, and different numbers of them.
+pub trait BatchLm: StateLm {
+    /// Reads one token a row, and writes the logits that follow each of them, row by row.
+    ///
+    /// # Errors
+    /// If the model cannot be evaluated, or there are more or fewer tokens than rows. The cache is then in no defined state.
+    fn step_batch(&self, ids: &[u32], cache: &mut Self::Cache, logits: &mut Vec<f32>)
+    -> Result<(), BoxError>;
+
+    /// The states of all rows of several, in order.
+    ///
+    /// # Errors
+    /// If there is no memory for it, or the states are not of one model.
+    fn concat(&self, caches: &[&Self::Cache]) -> Result<Self::Cache, BoxError>;
+
+    /// The states of some rows, in the given order; a row may be taken more than once.
+    ///
+    /// # Errors
+    /// If there is no memory for it, or no such row.
+    fn select(&self, cache: &Self::Cache, rows: &[usize]) -> Result<Self::Cache, BoxError>;
+}

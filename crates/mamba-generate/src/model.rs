@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use mamba_model::{InferenceCache, Model};
 
 use crate::error::BoxError;
-use crate::lm::{CausalLm, StateLm};
+use crate::lm::{BatchLm, CausalLm, StateLm};
 
 /// One sequence at a time; the cache is an [`InferenceCache`] for a batch of one.
 impl CausalLm for Model {
@@ -62,6 +62,26 @@ impl StateLm for Model {
 
     fn load_cache(&self, bytes: &[u8]) -> Result<InferenceCache, BoxError> {
         Ok(InferenceCache::from_bytes(bytes, self.config(), self.device())?)
+    }
+}
+
+impl BatchLm for Model {
+    fn step_batch(
+        &self,
+        ids: &[u32],
+        cache: &mut InferenceCache,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), BoxError> {
+        let ids = Tensor::from_slice(ids, ids.len(), self.device())?;
+        read(&Model::step(self, &ids, cache)?, logits)
+    }
+
+    fn concat(&self, caches: &[&InferenceCache]) -> Result<InferenceCache, BoxError> {
+        Ok(InferenceCache::concat(caches)?)
+    }
+
+    fn select(&self, cache: &InferenceCache, rows: &[usize]) -> Result<InferenceCache, BoxError> {
+        Ok(cache.select(rows)?)
     }
 }
 

@@ -1,14 +1,14 @@
 //! The loop with text: tokens generated, decoded, and ended at stop strings.
 
 use std::iter::FusedIterator;
+use std::ops::ControlFlow;
 
 use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result};
-use crate::generator::{FinishReason, Generator};
-use crate::lm::CausalLm;
 use crate::stop::StopStrings;
 use crate::text::TextStream;
+use crate::token::{FinishReason, Tokens};
 
 /// What a [`TextGenerator`] shows, and where it stops.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,12 +31,12 @@ impl Default for TextOptions {
 /// nor is a stop string, nor what follows one. After an error, which comes when all text before it has, the iterator ends.
 ///
 /// At a stop string the generation ends as it does at a token limit: the last token was not read by the model, see
-/// [`Generator`]. The tokens that made the stop string are among the [`ids`](Self::ids).
+/// [`Generator`](crate::Generator). The tokens that made the stop string are among the [`ids`](Self::ids).
 ///
 /// # Example
 /// See the [crate's](crate) page.
-pub struct TextGenerator<'a, M: CausalLm + ?Sized> {
-    generator: Generator<'a, M>,
+pub struct TextGenerator<'a, G: Tokens> {
+    generator: G,
     stream: TextStream<'a>,
     stops: StopStrings,
     done: bool,
@@ -44,12 +44,14 @@ pub struct TextGenerator<'a, M: CausalLm + ?Sized> {
     error: Option<Error>,
 }
 
-impl<'a, M: CausalLm + ?Sized> TextGenerator<'a, M> {
-    /// Makes text of what `generator` generates, as `tokenizer` decodes it after the prompt.
+impl<'a, G: Tokens> TextGenerator<'a, G> {
+    /// Makes text of what `generator`, plain or speculative, generates, as `tokenizer` decodes it after the prompt.
+    ///
+    /// Of a generation that was resumed, the text goes on where it was, with the same options.
     ///
     /// # Errors
     /// If a stop string is empty, or the tokenizer cannot decode the prompt.
-    pub fn new(generator: Generator<'a, M>, tokenizer: &'a Tokenizer, options: TextOptions) -> Result<Self> {
+    pub fn new(generator: G, tokenizer: &'a Tokenizer, options: TextOptions) -> Result<Self> {
         let mut stream = TextStream::new(tokenizer)
             .skip_special_tokens(options.skip_special_tokens)
             .after(generator.prompt())?;
@@ -82,8 +84,28 @@ impl<'a, M: CausalLm + ?Sized> TextGenerator<'a, M> {
     }
 
     /// The generator of the tokens, for its timings, its cache and its pending token.
-    pub fn generator(&self) -> &Generator<'a, M> {
+    pub fn generator(&self) -> &G {
         &self.generator
+    }
+
+    /// The generator of the tokens, to go on without text.
+    pub fn into_generator(self) -> G {
+        self.generator
+    }
+
+    /// Generates to the end, and shows every piece to `on_piece` as soon as it is certain, which may break off.
+    ///
+    /// Returns why it ended; nothing if it was broken off, and can be gone on with.
+    ///
+    /// # Errors
+    /// As the iterator, after the text before the error.
+    pub fn run(&mut self, mut on_piece: impl FnMut(&str) -> ControlFlow<()>) -> Result<Option<FinishReason>> {
+        for piece in self.by_ref() {
+            if on_piece(&piece?).is_break() {
+                return Ok(None);
+            }
+        }
+        Ok(self.finish_reason())
     }
 
     /// The text that is certain after one more token, or after the last.
@@ -107,7 +129,7 @@ impl<'a, M: CausalLm + ?Sized> TextGenerator<'a, M> {
     }
 }
 
-impl<M: CausalLm + ?Sized> Iterator for TextGenerator<'_, M> {
+impl<G: Tokens> Iterator for TextGenerator<'_, G> {
     type Item = Result<String>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -125,12 +147,13 @@ impl<M: CausalLm + ?Sized> Iterator for TextGenerator<'_, M> {
     }
 }
 
-impl<M: CausalLm + ?Sized> FusedIterator for TextGenerator<'_, M> {}
+impl<G: Tokens> FusedIterator for TextGenerator<'_, G> {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fake::Fake;
+    use crate::generator::Generator;
     use crate::text::tests::byte_level;
 
     fn ids(text: &str) -> Vec<u32> {
@@ -145,7 +168,7 @@ mod tests {
         TextOptions { stop_strings: stops.map(String::from).into(), ..TextOptions::default() }
     }
 
-    fn pieces(text: &mut TextGenerator<'_, Fake>) -> Vec<String> {
+    fn pieces(text: &mut TextGenerator<'_, Generator<'_, Fake>>) -> Vec<String> {
         text.map(|piece| piece.unwrap()).collect()
     }
 
@@ -271,6 +294,22 @@ mod tests {
         let mut text = TextGenerator::new(generator(&model, 0), &tokenizer, TextOptions::default()).unwrap();
         assert!(text.next().is_none());
         assert_eq!(text.finish_reason(), Some(FinishReason::Length));
+    }
+
+    #[test]
+    fn pieces_are_shown_and_can_be_broken_off() {
+        let tokenizer = byte_level();
+        let model = Fake::saying(1, &ids("hé😀!"));
+        let mut text = TextGenerator::new(generator(&model, 8), &tokenizer, TextOptions::default()).unwrap();
+        let mut shown = vec![];
+        let mut show = |piece: &str, last: &str| {
+            shown.push(piece.to_owned());
+            if piece == last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        assert_eq!(text.run(|piece| show(piece, "é")).unwrap(), None);
+        assert_eq!(text.run(|piece| show(piece, "")).unwrap(), Some(FinishReason::Length));
+        assert_eq!(shown, ["h", "é", "😀", "!"]);
+        assert_eq!(text.into_generator().generated().len(), 8);
     }
 
     #[test]

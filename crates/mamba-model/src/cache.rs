@@ -1,17 +1,24 @@
-//! What a model remembers of the tokens it has read: per mixer a window of inputs and a state, in `f32`.
+//! What a model remembers of the tokens it has read: per mixer a window of inputs, a state in `f32`, keys and values.
 
 mod bytes;
+mod kv;
 mod rows;
+mod state;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
-use crate::config::{MixerSpec, ModelConfig};
+use crate::batch::Sequences;
+use crate::config::{ModelConfig, SharedBlockUse};
 use crate::{Error, Result};
+
+pub(crate) use kv::KvCache;
+pub(crate) use state::{MixerState, StateShape};
 
 /// The state of a model after some tokens, for a batch of sequences.
 ///
-/// Its size does not depend on the number of tokens read. Steps change it in place, so it is no `Clone`:
-/// [`fork`](Self::fork) says that the numbers are copied.
+/// What state space mixers remember does not grow with the number of tokens read; attention keeps keys and values of
+/// each, in blocks that are not moved when there are more. Steps change it in place, so it is no `Clone`:
+/// [`fork`](Self::fork) says that the numbers are copied (full blocks of keys and values, which never change, are shared).
 ///
 /// # Example
 /// ```
@@ -34,23 +41,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct InferenceCache {
     states: Vec<MixerState>,
-    batch: usize,
-    position: usize,
+    positions: Vec<usize>,
     fingerprint: String,
-}
-
-/// The state of one mixer.
-#[derive(Debug)]
-pub(crate) enum MixerState {
-    /// A mixer that looks at one token at a time.
-    None,
-    /// A mixer with a convolution and a state space model.
-    Recurrent {
-        /// The last inputs of the convolution, `(batch, conv_dim, d_conv - 1)`.
-        conv: Tensor,
-        /// `(batch, d_inner, d_state)` or `(batch, nheads, headdim, d_state)`.
-        ssm: Tensor,
-    },
 }
 
 impl InferenceCache {
@@ -60,46 +52,41 @@ impl InferenceCache {
     /// If the device is out of memory.
     pub fn new(config: &ModelConfig, batch: usize, dtype: DType, device: &Device) -> Result<Self> {
         let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        let zeros = |shape: Vec<usize>| Tensor::zeros(shape, dtype, device);
-        let states = mixers(config).map(|mixer| {
-            Ok(match state_shapes(mixer, batch) {
-                Some([conv, ssm]) => MixerState::Recurrent { conv: zeros(conv)?, ssm: zeros(ssm)? },
-                None => MixerState::None,
-            })
-        });
+        let states = shapes(config).into_iter().map(|shape| MixerState::new(&shape, batch, dtype, device));
         Ok(Self {
             states: states.collect::<Result<_>>()?,
-            batch,
-            position: 0,
+            positions: vec![0; batch],
             fingerprint: fingerprint(config),
         })
     }
 
     /// Sequences of the batch.
     pub fn batch(&self) -> usize {
-        self.batch
+        self.positions.len()
+    }
+
+    /// Tokens that the longest sequence has read; all have read as many if no input was padded.
+    pub fn position(&self) -> usize {
+        self.positions.iter().copied().max().unwrap_or(0)
     }
 
     /// Tokens that each sequence has read.
-    pub fn position(&self) -> usize {
-        self.position
+    pub fn positions(&self) -> &[usize] {
+        &self.positions
     }
 
-    /// Memory of the states, in bytes.
+    /// Memory of the states, in bytes; blocks that a fork shares count for both.
     pub fn bytes(&self) -> usize {
-        self.tensors().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum()
+        self.states.iter().map(MixerState::bytes).sum()
     }
 
-    /// Forgets every token, keeping the memory.
+    /// Forgets every token, keeping the memory of what does not grow.
     ///
     /// # Errors
     /// If candle refuses.
     pub fn reset(&mut self) -> Result<()> {
-        for x in self.tensors() {
-            x.zero_set()?;
-        }
-        self.position = 0;
-        Ok(())
+        self.positions.fill(0);
+        self.states.iter_mut().try_for_each(MixerState::reset)
     }
 
     /// A copy that goes its own way from here.
@@ -107,32 +94,23 @@ impl InferenceCache {
     /// # Errors
     /// If the device is out of memory.
     pub fn fork(&self) -> Result<Self> {
-        let states = self.states.iter().map(|state| {
-            Ok(match state {
-                MixerState::None => MixerState::None,
-                MixerState::Recurrent { conv, ssm } => {
-                    MixerState::Recurrent { conv: conv.copy()?, ssm: ssm.copy()? }
-                }
-            })
-        });
-        let fingerprint = self.fingerprint.clone();
         Ok(Self {
-            states: states.collect::<Result<_>>()?,
-            batch: self.batch,
-            position: self.position,
-            fingerprint,
+            states: self.states.iter().map(MixerState::fork).collect::<Result<_>>()?,
+            positions: self.positions.clone(),
+            fingerprint: self.fingerprint.clone(),
         })
     }
 
-    /// Checks that the cache fits a model and a batch.
-    pub(crate) fn check(&self, mixers: usize, batch: usize) -> Result<()> {
-        if self.states.len() != mixers {
-            let message = format!("has states for {} mixers, the model has {mixers}", self.states.len());
-            return Err(Error::Cache(message));
+    /// Checks that the cache fits a model and what it is to read, and says where its sequences are.
+    pub(crate) fn check(&self, fingerprint: &str, sequences: &mut Sequences) -> Result<()> {
+        if self.fingerprint != fingerprint {
+            return Err(Error::Cache("belongs to a model of other sizes".into()));
         }
-        if self.batch != batch {
-            return Err(Error::Cache(format!("holds {} sequences, the input has {batch}", self.batch)));
+        let (got, expected) = (self.batch(), sequences.count());
+        if got != expected {
+            return Err(Error::Cache(format!("holds {got} sequences, the input has {expected}")));
         }
+        sequences.positions.clone_from(&self.positions);
         Ok(())
     }
 
@@ -140,37 +118,30 @@ impl InferenceCache {
         self.states.iter_mut()
     }
 
-    pub(crate) fn advance(&mut self, tokens: usize) {
-        self.position += tokens;
-    }
-
-    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        self.states.iter().flat_map(|state| match state {
-            MixerState::None => vec![],
-            MixerState::Recurrent { conv, ssm } => vec![conv, ssm],
-        })
+    pub(crate) fn advance(&mut self, sequences: &Sequences) {
+        for (position, len) in self.positions.iter_mut().zip(&sequences.lengths) {
+            *position += len;
+        }
     }
 }
 
-fn mixers(config: &ModelConfig) -> impl Iterator<Item = &MixerSpec> {
-    config.layers.iter().flat_map(|layer| &layer.branches).flat_map(|branch| &branch.mixers)
-}
-
-/// Shapes of the window and of the state.
-fn state_shapes(mixer: &MixerSpec, batch: usize) -> Option<[Vec<usize>; 2]> {
-    match mixer {
-        MixerSpec::Mamba1(c) => {
-            Some([vec![batch, c.d_inner, c.d_conv - 1], vec![batch, c.d_inner, c.d_state]])
+/// What each mixer remembers, in the order in which the model runs them.
+fn shapes(config: &ModelConfig) -> Vec<StateShape> {
+    let mut shapes = vec![];
+    for layer in &config.layers {
+        if let Some(SharedBlockUse { block, .. }) = layer.shared
+            && let Some(block) = config.shared_blocks.get(block)
+        {
+            shapes.push(StateShape::of_attention(&block.attention));
         }
-        MixerSpec::Mamba2(c) => {
-            Some([vec![batch, c.conv_dim(), c.d_conv - 1], vec![batch, c.nheads(), c.headdim, c.d_state]])
-        }
-        MixerSpec::Mlp(_) => None,
+        let mixers = layer.branches.iter().flat_map(|branch| &branch.mixers);
+        shapes.extend(mixers.map(|(_, mixer)| StateShape::of(mixer, config.d_model)));
     }
+    shapes
 }
 
 /// The sizes that a state belongs to.
-fn fingerprint(config: &ModelConfig) -> String {
-    let shapes: Vec<String> = mixers(config).map(|mixer| format!("{:?}", state_shapes(mixer, 1))).collect();
+pub(crate) fn fingerprint(config: &ModelConfig) -> String {
+    let shapes: Vec<String> = shapes(config).iter().map(|shape| format!("{shape:?}")).collect();
     format!("d_model {} vocab {} states {}", config.d_model, config.vocab_size, shapes.join(" "))
 }

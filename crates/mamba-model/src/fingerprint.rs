@@ -11,10 +11,10 @@ use crate::{Model, Result};
 const SAMPLES: usize = 64;
 
 impl Model {
-    /// A name for exactly these weights, in hexadecimal: what is kept for a model can say which one it belongs to.
+    /// A name for these weights, in hexadecimal: what is kept for a model can say which one it belongs to.
     ///
     /// The SHA-256 of the vocabulary's size and, for each parameter, its name, its shape, its dtype and 64 of its elements,
-    /// evenly spread. So it takes milliseconds, and tells apart models of one size, fine-tuned ones from their base, and
+    /// evenly spread. So it takes milliseconds, and tells apart models of one size, ones that were fine-tuned as a whole from their base, and
     /// the same weights in different dtypes.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use candle_nn::var_builder::SimpleBackend;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
+use crate::adapter::is_adapter;
 use crate::config::ModelConfig;
 
 /// Bounds of the initial step size, and its floor.
@@ -44,8 +45,8 @@ impl Initializer {
         let (parent, leaf) = name.rsplit_once('.').unwrap_or(("", name));
         let module = parent.rsplit('.').next().unwrap_or_default();
         match (module, leaf) {
-            (_, "A_log") if shape.len() == 2 => {
-                (0..count).map(|i| ((i % shape[1] + 1) as f64).ln()).collect()
+            (_, "A_log") if shape.len() > 1 => {
+                (0..count).map(|i| ((i % shape[shape.len() - 1] + 1) as f64).ln()).collect()
             }
             (_, "A_log") => (0..count).map(|_| draw(A_RANGE.0, A_RANGE.1).ln()).collect(),
             (_, "D") => vec![1.0; count],
@@ -53,7 +54,7 @@ impl Initializer {
                 let step = || draw(DT_MIN.ln(), DT_MAX.ln()).exp().max(DT_FLOOR);
                 std::iter::repeat_with(step).take(count).map(inverse_softplus).collect()
             }
-            ("norm" | "norm_f", "weight") => vec![1.0; count],
+            (norm, "weight") if norm.contains("norm") => vec![1.0; count],
             ("embedding", _) => {
                 let mut normal = || {
                     let (u, v) = (draw(f64::MIN_POSITIVE, 1.0), draw(0.0, std::f64::consts::TAU));
@@ -62,10 +63,16 @@ impl Initializer {
                 (0..count).map(|_| normal()).collect()
             }
             ("conv1d", "bias") => (0..count).map(|_| draw(-0.5, 0.5)).collect(),
-            (_, "bias") => vec![0.0; count],
+            (_, "bias" | "correction_bias" | "init_states") => vec![0.0; count],
             _ => {
-                let fan_in = shape[1..].iter().product::<usize>().max(1) as f64;
-                let residual = matches!(module, "out_proj" | "fc2");
+                // Matrices of several experts or heads stand behind each other.
+                let fan_in = match shape {
+                    [_, _, columns] if module != "conv1d" => *columns,
+                    [_, rest @ ..] => rest.iter().product(),
+                    [] => 1,
+                };
+                let fan_in = fan_in.max(1) as f64;
+                let residual = matches!(module, "out_proj" | "o_proj" | "down_proj" | "latent_out");
                 let scale = if residual { (self.branches.max(1) as f64).sqrt() } else { 1.0 };
                 let bound = 1.0 / (fan_in.sqrt() * scale);
                 (0..count).map(|_| draw(-bound, bound)).collect()
@@ -101,8 +108,9 @@ impl SimpleBackend for Initializer {
         candle_core::bail!("init: the shape of `{name}` must be given")
     }
 
-    fn contains_tensor(&self, _: &str) -> bool {
-        true
+    /// Whatever is asked for, but no adapters.
+    fn contains_tensor(&self, name: &str) -> bool {
+        !is_adapter(name)
     }
 }
 
@@ -128,11 +136,23 @@ mod tests {
         assert!(a.iter().all(|a| (0.999..=16.001).contains(a)));
         let mean = a.iter().sum::<f64>() / 4000.0;
         assert!((8.2..8.8).contains(&mean), "{mean}");
+        // The floor counts for tiny ranges only; every value goes through softplus to a step size again.
+        assert!((softplus(inverse_softplus(DT_FLOOR)) / DT_FLOOR - 1.0).abs() < 1e-9);
         assert_eq!(make("layers.0.0.mamba1.A_log", &[2, 3])[3..], [1f64.ln(), 2f64.ln(), 3f64.ln()]);
         assert_eq!(make("layers.0.0.mamba1.D", &[3]), [1.0; 3]);
         let bound = |values: Vec<f64>| values.into_iter().fold(0.0f64, |m, v| m.max(v.abs()));
         assert!((0.09..=0.1).contains(&bound(make("layers.0.0.mamba1.in_proj.weight", &[50, 100]))));
+        // Four layers write into the residual stream: half the bound.
         assert!((0.045..=0.05).contains(&bound(make("layers.0.0.mamba1.out_proj.weight", &[50, 100]))));
+        // A filter of a depthwise convolution sees its width alone.
+        for name in ["layers.0.0.mamba2.conv1d.weight", "layers.0.0.mamba2.conv1d.bias"] {
+            let values = make(name, if name.ends_with("bias") { &[300] } else { &[300, 1, 4] });
+            let variance = values.iter().map(|v| v * v).sum::<f64>() / values.len() as f64;
+            assert!((0.47..=0.5).contains(&bound(values)) && (0.075..0.092).contains(&variance), "{name}");
+        }
+        let embedding = make("embedding.weight", &[100, 40]);
+        let variance = embedding.iter().map(|v| v * v).sum::<f64>() / 4000.0;
+        assert!((0.019..0.021).contains(&variance.sqrt()), "{variance}");
     }
 
     #[test]

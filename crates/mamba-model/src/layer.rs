@@ -1,13 +1,20 @@
 //! A layer: branches that add to the residual stream.
 
-use candle_core::Tensor;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use candle_nn::VarBuilder;
 use mamba_ops::{Norm, NormKind};
 
 use crate::Result;
+use crate::batch::Sequences;
 use crate::cache::MixerState;
-use crate::config::{BranchSpec, ModelConfig};
-use crate::mixers::{Mixer, build};
+use crate::config::{BranchSpec, LayerSpec, ModelConfig};
+use crate::linear::Linear;
+use crate::mixers::{Mixer, build, scaled};
 use crate::params::Params;
+use crate::shared_block::SharedBlock;
 
 /// The residual stream between two branches: the next norm adds what the last branch gave, in one pass.
 pub(crate) struct Stream {
@@ -50,39 +57,181 @@ impl StreamNorm {
     }
 }
 
-/// `x + Σ mixer(norm(x))`.
-pub(crate) struct Branch {
+/// What a model that is trained computes a second time in `backward()`, to remember less in between.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing: the fastest, with the most memory.
+    #[default]
+    Nothing,
+    /// Each branch of each layer as a whole: of a layer only its input is kept, for one more forward pass. A branch that
+    /// also reads a shared block (Zamba's) is computed once, as without this.
+    Layers,
+}
+
+/// Branches one after another, the first of which may also read a block that other layers use too.
+pub(crate) struct Layer {
+    shared: Option<Shared>,
+    branches: Vec<Branch>,
+}
+
+/// A use of a shared block.
+struct Shared {
+    block: Arc<SharedBlock>,
+    adapter: usize,
+    linear: Linear,
+}
+
+/// `x + Σ scale · mixer(norm(x))`.
+struct Branch {
     norm: StreamNorm,
-    mixers: Vec<Box<dyn Mixer>>,
+    mixers: Vec<(f64, Box<dyn Mixer>)>,
+    recipe: Arc<Recipe>,
+    parameters: Vec<Tensor>,
+}
+
+/// How to build a branch again over other tensors.
+struct Recipe {
+    spec: BranchSpec,
+    config: Arc<ModelConfig>,
+    dtype: DType,
+    /// Where the branch stands.
+    prefix: String,
+    /// The full names of its parameters.
+    names: Vec<String>,
+}
+
+impl Recipe {
+    /// Update and stream after a branch of the given parameters.
+    fn run(&self, stream: Stream, sequences: &Sequences, parameters: &[Tensor]) -> Result<Vec<Tensor>> {
+        let device = stream.update.device().clone();
+        let tensors: HashMap<String, Tensor> =
+            self.names.iter().cloned().zip(parameters.iter().cloned()).collect();
+        let params = Params::new(VarBuilder::from_tensors(tensors, self.dtype, &device)).at(&self.prefix);
+        let branch = Branch::new(&self.spec, &self.config, &params)?;
+        let Stream { update, residual } = branch.forward(&stream, sequences, &mut std::iter::empty())?;
+        Ok([Some(update), residual].into_iter().flatten().collect())
+    }
+}
+
+/// The states of the mixers that are still to come; none without a cache.
+pub(crate) type States<'s, 'c> = &'s mut dyn Iterator<Item = &'c mut MixerState>;
+
+impl Layer {
+    /// `blocks` are the shared blocks that earlier layers made: the first layer that uses one holds its parameters.
+    pub(crate) fn new(
+        spec: &LayerSpec,
+        config: &Arc<ModelConfig>,
+        params: &Params,
+        blocks: &mut [Option<Arc<SharedBlock>>],
+    ) -> Result<Self> {
+        let shared = match spec.shared {
+            None => None,
+            Some(shared) => {
+                let made = &mut blocks[shared.block];
+                let block = match made {
+                    Some(block) => block.clone(),
+                    None => made
+                        .insert(Arc::new(SharedBlock::new(shared.block, config, &params.at("shared"))?))
+                        .clone(),
+                };
+                let linear = Linear::new(&params.at("linear"), config.d_model, config.d_model, false)?;
+                Some(Shared { block, adapter: shared.adapter, linear })
+            }
+        };
+        // Families that share blocks name such layers in another way.
+        let params = if shared.is_some() { params.at("hybrid") } else { params.clone() };
+        let branches = spec.branches.iter().enumerate();
+        let branches = branches.map(|(b, branch)| Branch::new(branch, config, &params.at(b)));
+        Ok(Self { shared, branches: branches.collect::<Result<_>>()? })
+    }
+
+    /// `recompute` is for passes without states.
+    pub(crate) fn forward<'c>(
+        &self,
+        mut stream: Stream,
+        embedding: &Tensor,
+        sequences: &Sequences,
+        states: States<'_, 'c>,
+        recompute: Recompute,
+    ) -> Result<Stream> {
+        for (b, branch) in self.branches.iter().enumerate() {
+            stream = match &self.shared {
+                Some(shared) if b == 0 => {
+                    // The block reads the stream as it is, so it is added up first.
+                    let sum = match stream.residual {
+                        Some(residual) => (residual.to_dtype(stream.update.dtype())? + stream.update)?,
+                        None => stream.update,
+                    };
+                    let block =
+                        shared.block.forward(&sum, embedding, shared.adapter, sequences, states.next())?;
+                    let addition = shared.linear.forward(&block)?;
+                    let update = (&sum + addition)?;
+                    let (x, _) = branch.norm.forward(&Stream { update, residual: None })?;
+                    Stream { update: branch.mix(&x, sequences, states)?, residual: Some(sum) }
+                }
+                _ if recompute == Recompute::Layers => branch.forward_checkpointed(&stream, sequences)?,
+                _ => branch.forward(&stream, sequences, states)?,
+            };
+        }
+        Ok(stream)
+    }
 }
 
 impl Branch {
-    pub(crate) fn new(spec: &BranchSpec, config: &ModelConfig, params: &Params) -> Result<Self> {
-        let mixers = spec.mixers.iter().map(|mixer| build(mixer, config.d_model, params));
-        Ok(Self {
-            norm: StreamNorm::new(config, &params.at("norm"))?,
-            mixers: mixers.collect::<Result<_>>()?,
-        })
+    fn new(spec: &BranchSpec, config: &Arc<ModelConfig>, params: &Params) -> Result<Self> {
+        let before = params.count();
+        let mixers =
+            spec.mixers.iter().map(|(scale, mixer)| Ok((*scale, build(mixer, config.d_model, params)?)));
+        let (norm, mixers) = (StreamNorm::new(config, &params.at("norm"))?, mixers.collect::<Result<_>>()?);
+        let (names, parameters) = params.noted().into_iter().skip(before).unzip();
+        let recipe = Recipe {
+            spec: spec.clone(),
+            config: config.clone(),
+            dtype: params.dtype(),
+            prefix: params.prefix(),
+            names,
+        };
+        Ok(Self { norm, mixers, recipe: Arc::new(recipe), parameters })
     }
 
-    pub(crate) fn forward<'c>(
-        &self,
-        stream: Stream,
-        states: &mut impl Iterator<Item = Option<&'c mut MixerState>>,
-    ) -> Result<Stream> {
-        let (x, residual) = self.norm.forward(&stream)?;
+    fn forward<'c>(&self, stream: &Stream, sequences: &Sequences, states: States<'_, 'c>) -> Result<Stream> {
+        let (x, residual) = self.norm.forward(stream)?;
+        Ok(Stream { update: self.mix(&x, sequences, states)?, residual: Some(residual) })
+    }
+
+    /// As [`forward`](Self::forward) without states, as one node of the graph that keeps only its inputs.
+    fn forward_checkpointed(&self, stream: &Stream, sequences: &Sequences) -> Result<Stream> {
+        let (recipe, sequences) = (self.recipe.clone(), sequences.clone());
+        let streams = 1 + usize::from(stream.residual.is_some());
+        let inputs: Vec<&Tensor> = [Some(&stream.update), stream.residual.as_ref()]
+            .into_iter()
+            .flatten()
+            .chain(&self.parameters)
+            .collect();
+        let outputs = mamba_ops::checkpoint("layer", &inputs, move |inputs| {
+            let (stream, parameters) = inputs.split_at(streams);
+            let stream = Stream { update: stream[0].clone(), residual: stream.get(1).cloned() };
+            Ok(recipe.run(stream, &sequences, parameters)?)
+        })?;
+        let mut outputs = outputs.into_iter();
+        match outputs.next() {
+            Some(update) => Ok(Stream { update, residual: outputs.next() }),
+            None => Err(crate::Error::Input("a layer gave nothing".into())),
+        }
+    }
+
+    fn mix<'c>(&self, x: &Tensor, sequences: &Sequences, states: States<'_, 'c>) -> Result<Tensor> {
         let mut update: Option<Tensor> = None;
-        for mixer in &self.mixers {
-            let y = mixer.forward(&x, states.next().flatten())?;
+        for (scale, mixer) in &self.mixers {
+            let y = scaled(mixer.forward(x, sequences, states.next())?, *scale)?;
             update = Some(match update {
                 Some(sum) => (sum + y)?,
                 None => y,
             });
         }
-        let update = match update {
-            Some(update) => update,
-            None => x.zeros_like()?,
-        };
-        Ok(Stream { update, residual: Some(residual) })
+        match update {
+            Some(update) => Ok(update),
+            None => Ok(x.zeros_like()?),
+        }
     }
 }

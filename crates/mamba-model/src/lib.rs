@@ -59,8 +59,11 @@
 //! # Ok::<_, mamba_model::Error>(())
 //! ```
 
+mod adapter;
+mod batch;
 mod cache;
 pub mod checkpoint;
+mod classifier;
 pub mod config;
 pub mod error;
 pub mod families;
@@ -73,9 +76,13 @@ mod model;
 mod params;
 mod save;
 mod save_gguf;
+mod shared_block;
 
+pub use batch::Batch;
 pub use cache::InferenceCache;
+pub use classifier::{Pooling, SequenceClassifier};
 pub use error::{Error, Result};
 pub use init::Initializer;
+pub use layer::Recompute;
 pub use model::Model;
 pub use save::write_atomically;

@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use mamba_ops::linear;
 
 use crate::Result;
+use crate::adapter::LowRank;
 use crate::params::Params;
 
 /// `y = x Wᵀ + bias` over the last axis.
@@ -12,23 +13,48 @@ pub(crate) struct Linear {
     /// `(out, in)`.
     weight: Tensor,
     bias: Option<Tensor>,
+    adapter: Option<LowRank>,
 }
 
 impl Linear {
     pub(crate) fn new(params: &Params, d_in: usize, d_out: usize, bias: bool) -> Result<Self> {
-        Ok(Self { weight: params.get((d_out, d_in), "weight")?, bias: params.get_if(bias, d_out, "bias")? })
+        Ok(Self {
+            weight: params.get((d_out, d_in), "weight")?,
+            bias: params.get_if(bias, d_out, "bias")?,
+            adapter: LowRank::find(params, d_out, d_in)?,
+        })
     }
 
     pub(crate) fn from_weight(weight: Tensor) -> Self {
-        Self { weight, bias: None }
+        Self { weight, bias: None, adapter: None }
+    }
+
+    pub(crate) fn with_adapter(self, adapter: Option<LowRank>) -> Self {
+        Self { adapter, ..self }
+    }
+
+    /// The weight that is multiplied with, `(out, in)`.
+    pub(crate) fn weight(&self) -> Result<Tensor> {
+        match &self.adapter {
+            Some(adapter) => adapter.merged(&self.weight),
+            None => Ok(self.weight.clone()),
+        }
     }
 
     /// `x`: `(.., in)` to `(.., out)`, in the dtype of the weight.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.to_dtype(self.weight.dtype())?;
-        Ok(linear(&mamba_ops::Linear {
-            bias: self.bias.as_ref(),
-            ..mamba_ops::Linear::new(&x, &self.weight)
-        })?)
+        let Some(adapter) = &self.adapter else {
+            return Ok(linear(&mamba_ops::Linear {
+                bias: self.bias.as_ref(),
+                ..mamba_ops::Linear::new(&x, &self.weight)
+            })?);
+        };
+        let y = linear(&mamba_ops::Linear::new(&x, &self.weight))?;
+        let y = adapter.forward(&x, y, &self.weight)?;
+        match &self.bias {
+            Some(bias) => Ok(y.broadcast_add(&bias.to_dtype(y.dtype())?)?),
+            None => Ok(y),
+        }
     }
 }

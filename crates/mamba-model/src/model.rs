@@ -4,13 +4,17 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use mamba_ops::Embedding;
 
-use crate::cache::InferenceCache;
+use crate::adapter::LowRank;
+use crate::batch::{Batch, Sequences};
+use crate::cache::{self, InferenceCache};
 use crate::checkpoint::{Checkpoint, Form, Forms, ModelSource, NameMap};
 use crate::config::ModelConfig;
 use crate::init::Initializer;
-use crate::layer::{Branch, Stream, StreamNorm};
+use crate::layer::{Layer, Recompute, Stream, StreamNorm};
 use crate::linear::Linear;
+use crate::mixers::scaled;
 use crate::params::Params;
 use crate::{Error, Result, families};
 
@@ -38,12 +42,16 @@ use crate::{Error, Result, families};
 /// # Ok::<_, mamba_model::Error>(())
 /// ```
 pub struct Model {
-    config: ModelConfig,
+    config: Arc<ModelConfig>,
     embedding: Tensor,
-    branches: Vec<Branch>,
+    embedding_adapter: Option<LowRank>,
+    recompute: Recompute,
+    layers: Vec<Layer>,
     norm_f: StreamNorm,
     lm_head: Linear,
     parameters: Vec<(String, Tensor)>,
+    /// The sizes that a cache must have.
+    cache_sizes: String,
 }
 
 impl std::fmt::Debug for Model {
@@ -64,24 +72,39 @@ impl Model {
     /// If the configuration cannot be, or a parameter is missing or has another shape.
     pub fn new(config: &ModelConfig, weights: VarBuilder) -> Result<Self> {
         config.validate()?;
+        let config = Arc::new(config.clone());
         let params = Params::new(weights);
         let vocabulary = (config.padded_vocab_size, config.d_model);
         let embedding = params.at("embedding").get(vocabulary, "weight")?;
-        let mut branches = vec![];
-        for (l, layer) in config.layers.iter().enumerate() {
-            for (b, branch) in layer.branches.iter().enumerate() {
-                branches.push(Branch::new(branch, config, &params.at("layers").at(l).at(b))?);
-            }
-        }
-        let norm_f = StreamNorm::new(config, &params.at("norm_f"))?;
+        let embedding_adapter =
+            LowRank::of_embedding(&params.at("embedding"), config.padded_vocab_size, config.d_model)?;
+        let mut blocks = vec![None; config.shared_blocks.len()];
+        let layers = config.layers.iter().enumerate();
+        let layers =
+            layers.map(|(l, layer)| Layer::new(layer, &config, &params.at("layers").at(l), &mut blocks));
+        let layers = layers.collect::<Result<_>>()?;
+        let norm_f = StreamNorm::new(&config, &params.at("norm_f"))?;
         let head = match config.tie_embeddings {
             true => embedding.clone(),
             false => params.at("lm_head").get(vocabulary, "weight")?,
         };
         // Ids past the vocabulary exist for alignment only: they get no logits.
-        let lm_head = Linear::from_weight(head.narrow(0, 0, config.vocab_size)?);
+        let adapter = LowRank::find(&params.at("lm_head"), config.padded_vocab_size, config.d_model)?;
+        let adapter = adapter.map(|adapter| adapter.narrowed(config.vocab_size)).transpose()?;
+        let lm_head = Linear::from_weight(head.narrow(0, 0, config.vocab_size)?).with_adapter(adapter);
         let parameters = params.noted();
-        Ok(Self { config: config.clone(), embedding, branches, norm_f, lm_head, parameters })
+        let cache_sizes = cache::fingerprint(&config);
+        Ok(Self {
+            config,
+            embedding,
+            embedding_adapter,
+            recompute: Recompute::default(),
+            layers,
+            norm_f,
+            lm_head,
+            parameters,
+            cache_sizes,
+        })
     }
 
     /// Loads a published checkpoint: `config.json` says which family it is of, and the weights are safetensors or
@@ -148,6 +171,11 @@ impl Model {
         Self::new(config, VarBuilder::from_backend(Box::new(initializer), DType::F32, device.clone()))
     }
 
+    /// The same model, which computes a part of itself again in `backward()`: see [`Recompute`]. Numbers do not change.
+    pub fn with_recompute(self, recompute: Recompute) -> Self {
+        Self { recompute, ..self }
+    }
+
     /// What the model is made of.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -168,6 +196,15 @@ impl Model {
         &self.parameters
     }
 
+    /// The matrix that [`forward`](Self::forward) multiplies the [`hidden_states`](Self::hidden_states) with,
+    /// `(vocab_size, d_model)`: for losses that never form the logits of a whole batch.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub fn head_weight(&self) -> Result<Tensor> {
+        self.lm_head.weight()
+    }
+
     /// An empty cache for `batch` sequences.
     ///
     /// # Errors
@@ -176,55 +213,47 @@ impl Model {
         InferenceCache::new(&self.config, batch, self.dtype(), self.device())
     }
 
-    /// Logits of every position, `(batch, seqlen, vocab_size)`, for `ids`, `(batch, seqlen)`; goes on from `cache` and
-    /// leaves it after the last token, if given one. Differentiable if the model was built from `Var`s.
+    /// Logits of every position, `(batch, seqlen, vocab_size)`, for ids, `(batch, seqlen)`, or another [`Batch`]; goes on
+    /// from `cache` and leaves it after the last token, if given one. Differentiable if the model was built from `Var`s.
     ///
     /// # Errors
     /// If an id is out of range, or the cache does not fit the model and the batch.
-    pub fn forward(&self, ids: &Tensor, cache: Option<&mut InferenceCache>) -> Result<Tensor> {
-        self.lm_head.forward(&self.hidden_states(ids, cache)?)
+    pub fn forward<'a>(
+        &self,
+        input: impl Into<Batch<'a>>,
+        cache: Option<&mut InferenceCache>,
+    ) -> Result<Tensor> {
+        self.logits(&self.hidden_states(input, cache)?)
     }
 
-    /// What the head sees, `(batch, seqlen, d_model)`: the output of the last norm. Otherwise as
+    /// What the head sees, `(batch, seqlen, d_model)`: the output of the last norm, 0 in padding. Otherwise as
     /// [`forward`](Self::forward).
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub fn hidden_states(&self, ids: &Tensor, cache: Option<&mut InferenceCache>) -> Result<Tensor> {
-        let (batch, seqlen) = self.check_ids(ids)?;
-        let mut states = vec![];
-        let mut advance = None;
-        if let Some(cache) = cache {
-            let mixers =
-                self.config.layers.iter().flat_map(|layer| &layer.branches).map(|b| b.mixers.len()).sum();
-            cache.check(mixers, batch)?;
-            let cache = advance.insert(cache);
-            states.extend(cache.states_mut());
-        }
-        let embedded = self.embedding.index_select(&ids.flatten_all()?, 0)?;
-        let update = embedded.reshape((batch, seqlen, self.config.d_model))?;
-        let mut stream = Stream { update, residual: None };
-        let mut states = states.into_iter().map(Some);
-        for branch in &self.branches {
-            stream = branch.forward(stream, &mut states)?;
-        }
-        drop(states);
-        if let Some(cache) = advance {
-            cache.advance(seqlen);
-        }
-        Ok(self.norm_f.forward(&stream)?.0)
+    pub fn hidden_states<'a>(
+        &self,
+        input: impl Into<Batch<'a>>,
+        cache: Option<&mut InferenceCache>,
+    ) -> Result<Tensor> {
+        let batch = input.into();
+        let (hidden, _) = self.hidden_states_of_tokens(&batch, cache)?;
+        batch.restore(&hidden)
     }
 
-    /// Reads a prompt, `(batch, seqlen)`, and gives the logits of its last position, `(batch, vocab_size)`.
+    /// Reads a prompt, `(batch, seqlen)` or another [`Batch`], and gives the logits of the last token of each sequence,
+    /// `(batch, vocab_size)`.
     ///
     /// # Errors
-    /// If the prompt is empty; otherwise as [`forward`](Self::forward).
-    pub fn prefill(&self, ids: &Tensor, cache: &mut InferenceCache) -> Result<Tensor> {
-        let hidden = self.hidden_states(ids, Some(cache))?;
-        match hidden.dim(1)? {
-            0 => Err(Error::Input("the prompt is empty".into())),
-            seqlen => self.lm_head.forward(&hidden.narrow(1, seqlen - 1, 1)?.squeeze(1)?.contiguous()?),
-        }
+    /// If a prompt is empty; otherwise as [`forward`](Self::forward).
+    pub fn prefill<'a>(&self, input: impl Into<Batch<'a>>, cache: &mut InferenceCache) -> Result<Tensor> {
+        let batch = input.into();
+        let (_, sequences) = batch.tokens()?;
+        let last = sequences.last_tokens()?;
+        let (hidden, _) = self.hidden_states_of_tokens(&batch, Some(cache))?;
+        let count = last.len();
+        let last = Tensor::from_vec(last, count, hidden.device())?;
+        self.logits(&hidden.flatten(0, 1)?.index_select(&last, 0)?)
     }
 
     /// Reads one token a sequence, `(batch,)`, changing the cache in place; the logits, `(batch, vocab_size)`.
@@ -235,25 +264,64 @@ impl Model {
         self.prefill(&ids.unsqueeze(1)?, cache)
     }
 
-    fn check_ids(&self, ids: &Tensor) -> Result<(usize, usize)> {
-        let &[batch, seqlen] = ids.dims() else {
-            return Err(Error::Input(format!("ids have shape {:?}, expected (batch, seqlen)", ids.dims())));
-        };
-        if !matches!(ids.dtype(), DType::U32 | DType::I64 | DType::U8) {
-            return Err(Error::Input(format!(
-                "ids have dtype {}, expected u32 or i64",
-                ids.dtype().as_str()
-            )));
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        scaled(self.lm_head.forward(hidden)?, self.config.logits_scale)
+    }
+
+    /// Hidden states of the tokens alone, and how they lie.
+    pub(crate) fn hidden_states_of_tokens(
+        &self,
+        batch: &Batch,
+        cache: Option<&mut InferenceCache>,
+    ) -> Result<(Tensor, Sequences)> {
+        let (ids, mut sequences) = batch.tokens()?;
+        self.check_ids(&ids)?;
+        if let Some(cache) = &cache {
+            cache.check(&self.cache_sizes, &mut sequences)?;
         }
+        let (rows, seqlen) = sequences.shape();
+        if rows * seqlen == 0 {
+            // Nothing is read, and candle cannot take parts of nothing.
+            let shape = (rows, seqlen, self.config.d_model);
+            return Ok((Tensor::zeros(shape, self.dtype(), self.device())?, sequences));
+        }
+        let ids = ids.reshape((rows, seqlen))?;
+        let mut embedding = mamba_ops::embedding(&Embedding::new(&ids, &self.embedding))?;
+        if let Some(adapter) = &self.embedding_adapter {
+            embedding = adapter.embed(&ids, embedding)?;
+        }
+        let embedding = scaled(embedding, self.config.embedding_scale)?;
+        let mut stream = Stream { update: embedding.clone(), residual: None };
+        match cache {
+            None => {
+                for layer in &self.layers {
+                    let states = &mut std::iter::empty();
+                    stream = layer.forward(stream, &embedding, &sequences, states, self.recompute)?;
+                }
+            }
+            Some(cache) => {
+                let mut states = cache.states_mut();
+                for layer in &self.layers {
+                    stream =
+                        layer.forward(stream, &embedding, &sequences, &mut states, Recompute::Nothing)?;
+                }
+                drop(states);
+                cache.advance(&sequences);
+            }
+        }
+        Ok((self.norm_f.forward(&stream)?.0, sequences))
+    }
+
+    fn check_ids(&self, ids: &Tensor) -> Result<()> {
         // A synchronisation on a GPU, where the gather checks on its own.
         if ids.device().is_cpu() {
             let vocab_size = self.config.vocab_size as i64;
-            for id in ids.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()? {
+            for id in ids.to_dtype(DType::I64)?.to_vec1::<i64>()? {
                 if !(0..vocab_size).contains(&id) {
                     return Err(Error::Input(format!("token id {id}, expected 0 to {}", vocab_size - 1)));
                 }
             }
         }
-        Ok((batch, seqlen))
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use candle_core::{DType, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::Result;
@@ -25,6 +25,11 @@ impl<'a> Params<'a> {
         Self { weights: self.weights.pp(name), noted: self.noted.clone() }
     }
 
+    /// Where the parameters are.
+    pub(crate) fn device(&self) -> &Device {
+        self.weights.device()
+    }
+
     /// The parameter `name`, in the dtype of the model.
     pub(crate) fn get(&self, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
         self.read(shape.into(), name, self.weights.dtype())
@@ -41,12 +46,35 @@ impl<'a> Params<'a> {
         wanted.then(|| self.get(shape, name)).transpose()
     }
 
+    /// An extent of the parameter `name`, if there is such a parameter.
+    pub(crate) fn extent_if_present(&self, name: &str, axis: usize) -> Result<Option<usize>> {
+        match self.weights.contains_tensor(name) {
+            true => Ok(Some(self.weights.get_unchecked(name)?.dim(axis)?)),
+            false => Ok(None),
+        }
+    }
+
     fn read(&self, shape: Shape, name: &str, dtype: DType) -> Result<Tensor> {
         let tensor = self.weights.get_with_hints_dtype(shape, name, candle_nn::Init::Const(0.0), dtype)?;
         let prefix = self.weights.prefix();
         let full = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
         self.noted.borrow_mut().push((full, tensor.clone()));
         Ok(tensor)
+    }
+
+    /// The dtype of the model.
+    pub(crate) fn dtype(&self) -> DType {
+        self.weights.dtype()
+    }
+
+    /// How many parameters were read so far.
+    pub(crate) fn count(&self) -> usize {
+        self.noted.borrow().len()
+    }
+
+    /// The name of this place.
+    pub(crate) fn prefix(&self) -> String {
+        self.weights.prefix()
     }
 
     /// Everything that was read so far, by canonical name.

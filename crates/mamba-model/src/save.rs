@@ -20,7 +20,7 @@ impl Model {
     /// under its name or not there.
     ///
     /// # Errors
-    /// If no family can express the configuration, or a file cannot be written.
+    /// If no family can express the configuration, the model has adapters, or a file cannot be written.
     ///
     /// # Example
     /// ```
@@ -37,8 +37,11 @@ impl Model {
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
     pub fn save_pretrained(&self, folder: impl AsRef<Path>, dtype: DType) -> Result<()> {
+        if self.has_adapters() {
+            return Err(Error::Input("the model has adapters: save what `merged` gives".into()));
+        }
         let folder = folder.as_ref();
-        let written = FAMILIES.iter().find_map(|family| Some((family, (family.write)(self.config())?)));
+        let written = FAMILIES.iter().find_map(|family| Some((family, family.words(self.config())?)));
         let (family, config) = written.ok_or_else(|| Error::Config {
             file: None,
             field: "layers".into(),
@@ -72,9 +75,11 @@ impl Model {
     }
 }
 
-/// Parameters that the state depends on exponentially.
+/// Parameters that the state depends on exponentially, or that decide between experts.
 fn is_sensitive(name: &str) -> bool {
-    ["A_log", "D", "dt_bias", "dt_proj.bias"].iter().any(|leaf| name.ends_with(&format!(".{leaf}")))
+    ["A_log", "D", "dt_bias", "dt_proj.bias", "init_states", "correction_bias"]
+        .iter()
+        .any(|leaf| name.ends_with(&format!(".{leaf}")))
 }
 
 /// Writes tensors in safetensors format.

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::packing::Packing;
+use crate::state_indices::StateIndices;
 
 /// A named extent, as in `("batch", 2)`.
 pub(crate) type Dim = (&'static str, usize);
@@ -97,6 +98,21 @@ impl<'a> Checker<'a> {
             )
         })?;
         Ok(("sequences", packing.len()))
+    }
+
+    /// Whether the indices fit; the first extent of the state.
+    pub(crate) fn states(&self, indices: Option<&StateIndices>, batch: usize, state: &Tensor) -> Result<Dim> {
+        let Some(indices) = indices else { return Ok(("batch", batch)) };
+        let (states, len) = (state.dims().first().copied().unwrap_or(0), indices.states().len());
+        self.require(len == batch, || format!("`state_indices` is of {len} rows, expected batch {batch}"))?;
+        let outside = indices.states().iter().flatten().find(|index| **index >= states);
+        self.require(outside.is_none(), || {
+            format!(
+                "`state_indices` is {} somewhere, expected less than states {states}",
+                outside.unwrap_or(&0)
+            )
+        })?;
+        Ok(("states", states))
     }
 
     /// The bounds of a step size.

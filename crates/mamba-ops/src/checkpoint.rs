@@ -137,7 +137,7 @@ where
 }
 
 /// The elements of a tensor in contiguous storage of their own: it may be a view of an input.
-fn storage(x: &Tensor) -> Result<Output> {
+pub(crate) fn storage(x: &Tensor) -> Result<Output> {
     let (storage, layout) = x.storage_and_layout();
     let copy = match &*storage {
         Storage::Cpu(storage) => Storage::Cpu(storage.to_dtype(layout, x.dtype())?),

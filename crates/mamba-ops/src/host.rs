@@ -9,6 +9,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::args::share_storage;
 use crate::autograd::Output;
 
 /// The elements of a CPU tensor as a contiguous `f32` slice: borrowed if that is what they are, else converted.
@@ -225,6 +226,14 @@ pub(crate) fn modify<T>(
     let pending = Modify { op, f: Cell::new(Some(f)), result: Cell::new(None) };
     state.inplace_op1(&pending)?;
     pending.result.take().map_or_else(|| bail!("{op}: the state was not visited"), Ok)
+}
+
+/// Overwrites a state by another tensor; every clone of it sees that.
+pub(crate) fn replace(state: &Tensor, next: &Tensor) -> Result<()> {
+    if state.elem_count() == 0 || share_storage(state, next) {
+        return Ok(()); // nothing to change: without tokens, the next state is the state
+    }
+    state.slice_set(&next.contiguous()?, 0, 0)
 }
 
 struct Modify<F, T> {

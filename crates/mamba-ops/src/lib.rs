@@ -7,6 +7,9 @@
 //! | [`ssd_chunk_scan`] | that of Mamba-2, one decay a head, by chunks of matrix products |
 //! | [`norm`](fn@norm) | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
 //! | [`linear`](fn@linear) | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
+//! | [`embedding`](fn@embedding) | the rows of a table, with gradients added up in one order |
+//! | [`linear_cross_entropy`](fn@linear_cross_entropy) | the loss of a language model from its hidden states, without the logits of all tokens |
+//! | [`attention`](fn@attention) | softmax attention over keys and values in blocks, never holding a matrix of scores |
 //! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
 //! | [`mamba1_inner`], [`mamba2_split_conv1d_scan`] | a block between its projections, which keeps only its inputs for `backward()` |
 //! | [`checkpoint()`] | the same for any function, a layer of a model for one |
@@ -57,21 +60,25 @@
 //!   them. An op enqueues its kernels and never waits, so that a CUDA graph can capture it.
 //! - The gradient of every input exists, through every output. An op without a backward refuses inputs that track.
 //! - A state that comes out may go in again: a sequence can be cut anywhere.
-//! - Sequences of different lengths may share a batch: [`Packing`] says where each of them lies.
+//! - Sequences of different lengths may share a batch: [`Packing`] says where each of them lies. Decoding steps may take
+//!   their states from a pool: [`StateIndices`] says which.
 //! - The same inputs give the same bits, whatever the number of threads. [`simd::Isa`] says which instructions run.
 //! - Inputs may be strided. Wrong ones are errors that name op, argument, what came and what was expected.
 //!
 //! A new op follows the others: see `CONTRIBUTING.md`; [`autograd::FusedFn`] is what it implements.
 
 mod args;
+pub mod attention;
 pub mod autograd;
 pub mod causal_conv1d;
 mod checkpoint;
 #[cfg(feature = "cuda")]
 mod device;
+pub mod embedding;
 mod host;
 mod layout;
 pub mod linear;
+pub mod linear_cross_entropy;
 mod mamba1_inner;
 mod mamba2_split_conv1d_scan;
 pub mod norm;
@@ -82,13 +89,17 @@ pub mod selective_scan;
 pub mod selective_state_update;
 pub mod simd;
 pub mod ssd;
+mod state_indices;
 
+pub use attention::{Attention, attention};
 pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
 };
 pub use checkpoint::checkpoint;
+pub use embedding::{Embedding, embedding};
 pub use layout::{Activation, SequenceLayout};
 pub use linear::{Linear, linear};
+pub use linear_cross_entropy::{LinearCrossEntropy, linear_cross_entropy};
 pub use mamba1_inner::{Mamba1Inner, Mamba1InnerOutput, mamba1_inner};
 pub use mamba2_split_conv1d_scan::{
     GatedRmsNorm, Mamba2SplitConv1dScan, Mamba2SplitConv1dScanOutput, mamba2_split_conv1d_scan,
@@ -98,3 +109,4 @@ pub use packing::{PackedSequence, Packing};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
 pub use selective_state_update::{SelectiveStateUpdate, selective_state_update};
 pub use ssd::{SsdChunkScan, SsdChunkScanOutput, ssd_chunk_scan};
+pub use state_indices::StateIndices;

@@ -69,7 +69,7 @@ impl Packing {
         if cu_seqlens.rank() != 1 || cu_seqlens.elem_count() == 0 {
             bail!("packing: `cu_seqlens` has shape {:?}, expected (sequences + 1)", cu_seqlens.dims())
         }
-        let ends = integers("cu_seqlens", cu_seqlens)?;
+        let ends = integers("packing", "cu_seqlens", cu_seqlens)?;
         if ends[0] != 0 {
             bail!("packing: `cu_seqlens` begins with {}, expected 0", ends[0])
         }
@@ -97,7 +97,7 @@ impl Packing {
         let Ok((batch, seqlen)) = seq_idx.dims2() else {
             bail!("packing: `seq_idx` has shape {:?}, expected (batch, seqlen)", seq_idx.dims())
         };
-        let ids = integers("seq_idx", seq_idx)?;
+        let ids = integers("packing", "seq_idx", seq_idx)?;
         let mut sequences = vec![];
         for (row, ids) in ids.chunks_exact(seqlen.max(1)).enumerate() {
             let mut start = 0;
@@ -113,7 +113,12 @@ impl Packing {
 
     /// Each row one sequence: what a call without packing means.
     pub(crate) fn rows(batch: usize, seqlen: usize) -> Self {
-        let sequences = (0..batch).map(|row| PackedSequence { row, start: 0, len: seqlen }).collect();
+        Self::some_rows(0..batch, batch, seqlen)
+    }
+
+    /// Some rows one sequence each, the others padding.
+    pub(crate) fn some_rows(rows: impl Iterator<Item = usize>, batch: usize, seqlen: usize) -> Self {
+        let sequences = rows.map(|row| PackedSequence { row, start: 0, len: seqlen }).collect();
         Self { batch, seqlen, sequences }
     }
 
@@ -207,9 +212,10 @@ pub(crate) fn state_of(states: Option<&Tensor>, i: usize) -> Result<Option<Tenso
     states.map(|states| part(states, 0, i, 1)).transpose()
 }
 
-fn integers(name: &'static str, x: &Tensor) -> Result<Vec<i64>> {
+/// The elements of an integer tensor on any device, in order.
+pub(crate) fn integers(of: &'static str, name: &'static str, x: &Tensor) -> Result<Vec<i64>> {
     if !x.dtype().is_int() {
-        bail!("packing: `{name}` has dtype {}, expected an integer one", x.dtype().as_str())
+        bail!("{of}: `{name}` has dtype {}, expected an integer one", x.dtype().as_str())
     }
     if x.elem_count() == 0 {
         return Ok(vec![]);

@@ -130,9 +130,8 @@ mod tests {
             let mut sum = 0.0;
             let needed = order.iter().take_while(|&&i| { let go = sum < mass; sum += log_p[i].exp(); go }).count();
             let last = distance(order[needed - 1]);
-            for i in 0..logits.len() {
-                let expected = if distance(i) <= last { logits[i] } else { f32::NEG_INFINITY };
-                prop_assert_eq!(out[i], expected);
+            for (i, (&logit, &out)) in logits.iter().zip(&out).enumerate() {
+                prop_assert_eq!(out, if distance(i) <= last { logit } else { f32::NEG_INFINITY });
             }
         }
     }

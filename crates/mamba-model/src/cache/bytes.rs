@@ -3,15 +3,18 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
-use super::{InferenceCache, MixerState, fingerprint, mixers, state_shapes};
+use super::state::StateShape;
+use super::{InferenceCache, KvCache, MixerState, fingerprint, shapes};
 use crate::config::ModelConfig;
 use crate::{Error, Result};
 
 const CONV: &str = "conv_state";
 const SSM: &str = "ssm_state";
-const VERSION: &str = "1";
+const KEYS: &str = "keys";
+const VALUES: &str = "values";
+const VERSION: &str = "2";
 
 impl InferenceCache {
     /// The state in safetensors format, with the sizes of the model it belongs to.
@@ -36,16 +39,22 @@ impl InferenceCache {
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut tensors = vec![];
         for (i, state) in self.states.iter().enumerate() {
-            if let MixerState::Recurrent { conv, ssm } = state {
-                tensors.push((format!("{i}.{CONV}"), conv.clone()));
-                tensors.push((format!("{i}.{SSM}"), ssm.clone()));
+            let named = [(CONV, &state.conv), (SSM, &state.ssm)];
+            tensors
+                .extend(named.into_iter().filter_map(|(name, x)| Some((format!("{i}.{name}"), x.clone()?))));
+            for (row, kv) in state.kv.iter().flatten().enumerate() {
+                let (keys, values) = kv.blocks()?;
+                if !keys.is_empty() {
+                    tensors.push((format!("{i}.{KEYS}.{row}"), Tensor::cat(&keys, 1)?));
+                    tensors.push((format!("{i}.{VALUES}.{row}"), Tensor::cat(&values, 1)?));
+                }
             }
         }
+        let positions: Vec<String> = self.positions.iter().map(usize::to_string).collect();
         let notes = [
             ("format", "mamba-model cache".to_owned()),
             ("version", VERSION.to_owned()),
-            ("position", self.position.to_string()),
-            ("batch", self.batch.to_string()),
+            ("positions", positions.join(" ")),
             ("model", self.fingerprint.clone()),
         ];
         let notes: HashMap<String, String> = notes.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
@@ -66,30 +75,13 @@ impl InferenceCache {
         if note("model") != Some(fingerprint(config).as_str()) {
             return Err(bad("belongs to a model of other sizes".into()));
         }
-        let number = |name: &str| {
-            let number = note(name).and_then(|n| n.parse::<usize>().ok());
-            number.ok_or_else(|| bad(format!("says no {name}")))
-        };
-        let (batch, position) = (number("batch")?, number("position")?);
-        let mut tensors = candle_core::safetensors::load_buffer(bytes, device)?;
-        let mut read = |i: usize, name: &str, shape: Vec<usize>| {
-            let name = format!("{i}.{name}");
-            let tensor = tensors.remove(&name).ok_or_else(|| bad(format!("holds no `{name}`")))?;
-            match tensor.dims() == shape && matches!(tensor.dtype(), DType::F32 | DType::F64) {
-                true => Ok(tensor),
-                false => Err(bad(format!("`{name}` has shape {:?}, expected {shape:?}", tensor.dims()))),
-            }
-        };
-        let mut states = vec![];
-        for (i, mixer) in mixers(config).enumerate() {
-            states.push(match state_shapes(mixer, batch) {
-                Some([conv, ssm]) => {
-                    MixerState::Recurrent { conv: read(i, CONV, conv)?, ssm: read(i, SSM, ssm)? }
-                }
-                None => MixerState::None,
-            });
-        }
-        Ok(Self { states, batch, position, fingerprint: fingerprint(config) })
+        let positions = note("positions").unwrap_or_default().split_whitespace().map(|n| n.parse().ok());
+        let positions: Option<Vec<usize>> = positions.collect();
+        let positions = positions.ok_or_else(|| bad("says no positions".into()))?;
+        let mut tensors = Tensors(candle_core::safetensors::load_buffer(bytes, device)?);
+        let states = shapes(config).into_iter().enumerate();
+        let states = states.map(|(i, shape)| tensors.state(i, &shape, &positions));
+        Ok(Self { states: states.collect::<Result<_>>()?, positions, fingerprint: fingerprint(config) })
     }
 
     /// Writes the state to a file in safetensors format, with the sizes of the model it belongs to.
@@ -113,5 +105,51 @@ impl InferenceCache {
             Error::Checkpoint { message, .. } => Error::checkpoint(path, message),
             other => other,
         })
+    }
+}
+
+/// What was read, by name.
+struct Tensors(HashMap<String, Tensor>);
+
+impl Tensors {
+    fn state(&mut self, i: usize, shape: &StateShape, positions: &[usize]) -> Result<MixerState> {
+        let batch = positions.len();
+        let mut state = |name: &str, shape: Vec<usize>| self.read(&format!("{i}.{name}"), &shape, true);
+        let conv = shape.conv.map(|(dim, window)| state(CONV, vec![batch, dim, window])).transpose()?;
+        let ssm =
+            shape.ssm.as_ref().map(|shape| state(SSM, [&[batch], shape.as_slice()].concat())).transpose()?;
+        let Some((nheads_kv, headdim, window)) = shape.kv else {
+            return Ok(MixerState { conv, ssm, kv: None });
+        };
+        let mut rows = vec![];
+        for (row, position) in positions.iter().enumerate() {
+            let mut kv = KvCache::new(window);
+            let [keys, values] = [KEYS, VALUES].map(|name| format!("{i}.{name}.{row}"));
+            if *position > 0 {
+                // With a window, what is out of sight may be missing.
+                let kept = self.0.get(&keys).and_then(|x| x.dims().get(1)).copied().unwrap_or(0);
+                let needed = window.map_or(*position, |window| window.min(*position + 1) - 1);
+                if !(needed..=*position).contains(&kept) {
+                    return Err(Error::Cache(format!("`{keys}` has {kept} tokens of {position}")));
+                }
+                let shape = [1, kept, nheads_kv, headdim];
+                kv.append(&self.read(&keys, &shape, false)?, &self.read(&values, &shape, false)?)?;
+            }
+            rows.push(kv);
+        }
+        Ok(MixerState { conv, ssm, kv: Some(rows) })
+    }
+
+    /// The tensor of this name and shape; states are never rounded, keys and values have the dtype of the model.
+    fn read(&mut self, name: &str, shape: &[usize], exact: bool) -> Result<Tensor> {
+        let Some(tensor) = self.0.remove(name) else {
+            return Err(Error::Cache(format!("holds no `{name}`")));
+        };
+        let dtypes = [DType::F32, DType::F64, DType::F16, DType::BF16];
+        let allowed = if exact { &dtypes[..2] } else { &dtypes[..] };
+        match tensor.dims() == shape && allowed.contains(&tensor.dtype()) {
+            true => Ok(tensor),
+            false => Err(Error::Cache(format!("`{name}` has shape {:?}, expected {shape:?}", tensor.dims()))),
+        }
     }
 }

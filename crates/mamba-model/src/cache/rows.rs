@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{InferenceCache, MixerState};
+use super::{InferenceCache, KvCache, MixerState};
 use crate::{Error, Result};
 
 impl InferenceCache {
@@ -30,33 +30,30 @@ impl InferenceCache {
     /// # Ok::<_, mamba_model::Error>(())
     /// ```
     pub fn select(&self, rows: &[usize]) -> Result<Self> {
-        if let Some(row) = rows.iter().find(|&&row| row >= self.batch) {
-            return Err(Error::Cache(format!("holds {} sequences, row {row} was asked for", self.batch)));
+        if let Some(row) = rows.iter().find(|&&row| row >= self.batch()) {
+            return Err(Error::Cache(format!("holds {} sequences, row {row} was asked for", self.batch())));
         }
         if rows.is_empty() {
             return Err(Error::Cache("at least one row must be selected".into()));
         }
         let ids: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-        let take = |x: &Tensor| -> Result<Tensor> {
-            Ok(x.index_select(&Tensor::from_slice(&ids, ids.len(), x.device())?, 0)?)
+        let take = |x: &Option<Tensor>| -> Result<Option<Tensor>> {
+            let take = |x: &Tensor| x.index_select(&Tensor::from_slice(&ids, ids.len(), x.device())?, 0);
+            Ok(x.as_ref().map(take).transpose()?)
         };
         let states = self.states.iter().map(|state| {
-            Ok(match state {
-                MixerState::None => MixerState::None,
-                MixerState::Recurrent { conv, ssm } => {
-                    MixerState::Recurrent { conv: take(conv)?, ssm: take(ssm)? }
-                }
-            })
+            let kv =
+                state.kv.as_ref().map(|kv| rows.iter().map(|&row| kv[row].fork()).collect::<Result<_>>());
+            Ok(MixerState { conv: take(&state.conv)?, ssm: take(&state.ssm)?, kv: kv.transpose()? })
         });
         Ok(Self {
             states: states.collect::<Result<_>>()?,
-            batch: rows.len(),
-            position: self.position,
+            positions: rows.iter().map(|&row| self.positions[row]).collect(),
             fingerprint: self.fingerprint.clone(),
         })
     }
 
-    /// One batch of the rows of several, which may have read different numbers of tokens; its position is the largest.
+    /// One batch of the rows of several, which may have read different numbers of tokens.
     ///
     /// # Errors
     /// If there is none, or they belong to models of different sizes.
@@ -67,26 +64,22 @@ impl InferenceCache {
         if rest.iter().any(|cache| cache.fingerprint != first.fingerprint) {
             return Err(Error::Cache("those to concatenate belong to models of different sizes".into()));
         }
+        let join =
+            |rows: Vec<&Tensor>| if rows.is_empty() { Ok(None) } else { Tensor::cat(&rows, 0).map(Some) };
         let mut states = vec![];
         for (i, state) in first.states.iter().enumerate() {
-            states.push(match state {
-                MixerState::None => MixerState::None,
-                MixerState::Recurrent { .. } => {
-                    let (mut convs, mut ssms) = (vec![], vec![]);
-                    for cache in caches {
-                        if let Some(MixerState::Recurrent { conv, ssm }) = cache.states.get(i) {
-                            convs.push(conv);
-                            ssms.push(ssm);
-                        }
-                    }
-                    MixerState::Recurrent { conv: Tensor::cat(&convs, 0)?, ssm: Tensor::cat(&ssms, 0)? }
-                }
+            let of_all = || caches.iter().filter_map(|cache| cache.states.get(i));
+            let kv = of_all().filter_map(|state| state.kv.as_ref()).flatten().map(KvCache::fork);
+            let kv = kv.collect::<Result<Vec<_>>>()?;
+            states.push(MixerState {
+                conv: join(of_all().filter_map(|state| state.conv.as_ref()).collect())?,
+                ssm: join(of_all().filter_map(|state| state.ssm.as_ref()).collect())?,
+                kv: state.kv.is_some().then_some(kv),
             });
         }
         Ok(Self {
             states,
-            batch: caches.iter().map(|cache| cache.batch).sum(),
-            position: caches.iter().map(|cache| cache.position).max().unwrap_or_default(),
+            positions: caches.iter().flat_map(|cache| cache.positions.clone()).collect(),
             fingerprint: first.fingerprint.clone(),
         })
     }

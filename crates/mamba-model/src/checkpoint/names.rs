@@ -30,18 +30,24 @@
 pub struct NameMap {
     rows: &'static [(&'static str, &'static str)],
     leading: Option<&'static str>,
+    optional: Option<&'static str>,
     unread: &'static [&'static str],
 }
 
 impl NameMap {
     /// A map with these rows of canonical and file prefixes.
     pub const fn new(rows: &'static [(&'static str, &'static str)]) -> Self {
-        Self { rows, leading: None, unread: &[] }
+        Self { rows, leading: None, optional: None, unread: &[] }
     }
 
     /// The same map for checkpoints in which every name may stand behind `leading` (with its dot), as in Codestral.
     pub const fn with_leading(self, leading: &'static str) -> Self {
         Self { leading: Some(leading), ..self }
+    }
+
+    /// The same map for checkpoints whose names may lack `prefix` (with its dot), as those of models without a head do.
+    pub const fn with_optional(self, prefix: &'static str) -> Self {
+        Self { optional: Some(prefix), ..self }
     }
 
     /// The same map with a list of prefixes of file names that a model may leave unread: aliases such as a tied
@@ -65,6 +71,11 @@ impl NameMap {
             .collect();
         if names.is_empty() {
             names.push(canonical.to_string());
+        }
+        if let Some(optional) = self.optional {
+            let bare: Vec<_> =
+                names.iter().filter_map(|name| Some(name.strip_prefix(optional)?.to_string())).collect();
+            names.extend(bare);
         }
         if let Some(leading) = self.leading {
             let behind: Vec<_> = names.iter().map(|name| format!("{leading}{name}")).collect();
@@ -170,7 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn a_leading_prefix_is_tried_second_and_ignored_for_unread_names() {
+    fn prefixes_that_may_be_there_or_not_are_tried_later() {
+        let names = NameMap::new(&[("a", "model.b"), ("c", "d")]).with_optional("model.");
+        assert_eq!(
+            (names.candidates("a.w"), names.candidates("c.w")),
+            (vec!["model.b.w".into(), "b.w".into()], vec!["d.w".to_string()])
+        );
         let names = NameMap::new(&[("a", "b")]).with_leading("model.").with_unread(&["b.{i}.inv_freq"]);
         assert_eq!(names.candidates("a.w"), ["b.w", "model.b.w"]);
         assert_eq!(names.candidates("c"), ["c", "model.c"]);

@@ -49,6 +49,11 @@ impl<'a> Fields<'a> {
         self.object.get(field).filter(|value| !value.is_null())
     }
 
+    /// Whether the field is written at all, if only as null.
+    pub fn contains(&self, field: &str) -> bool {
+        self.object.contains_key(field)
+    }
+
     fn required<T>(&self, field: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| self.error(field, "is missing"))
     }
@@ -151,6 +156,51 @@ impl<'a> Fields<'a> {
     pub fn object(&self, field: &str) -> Result<Fields<'a>> {
         let object = self.read(field, "an object", |v| v.as_object().cloned())?.unwrap_or_default();
         Ok(Fields { file: self.file, prefix: format!("{}{field}.", self.prefix), object })
+    }
+
+    /// A count, or the given one.
+    ///
+    /// # Errors
+    /// If the field is not a whole number from 0.
+    pub fn usize_or(&self, field: &str, default: usize) -> Result<usize> {
+        Ok(self.usize_opt(field)?.unwrap_or(default))
+    }
+
+    /// A count; none if absent or the word "auto".
+    ///
+    /// # Errors
+    /// If the field is something else.
+    pub fn usize_or_auto(&self, field: &str) -> Result<Option<usize>> {
+        match self.get(field).and_then(Value::as_str) {
+            Some("auto") => Ok(None),
+            _ => self.usize_opt(field),
+        }
+    }
+
+    /// A list of counts, if it is there.
+    ///
+    /// # Errors
+    /// If the field is something else.
+    pub fn usizes_opt(&self, field: &str) -> Result<Option<Vec<usize>>> {
+        let list = |v: &Value| v.as_array()?.iter().map(|v| Some(v.as_u64()? as usize)).collect();
+        self.read(field, "a list of whole numbers", list)
+    }
+
+    /// A list of numbers, if it is there.
+    ///
+    /// # Errors
+    /// If the field is something else.
+    pub fn f64s_opt(&self, field: &str) -> Result<Option<Vec<f64>>> {
+        self.read(field, "a list of numbers", |v| v.as_array()?.iter().map(number).collect())
+    }
+
+    /// A list of texts, if it is there.
+    ///
+    /// # Errors
+    /// If the field is something else.
+    pub fn strs_opt(&self, field: &str) -> Result<Option<Vec<String>>> {
+        let list = |v: &Value| v.as_array()?.iter().map(|v| v.as_str().map(str::to_owned)).collect();
+        self.read(field, "a list of texts", list)
     }
 
     /// Whether the field holds something: not absent, null, 0, false, or an empty text, list or object.

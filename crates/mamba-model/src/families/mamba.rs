@@ -2,27 +2,27 @@
 
 use serde_json::{Value, json};
 
+use super::parts::{self, Parts};
 use super::{Family, require_silu};
 use crate::Result;
 use crate::checkpoint::NameMap;
-use crate::config::{Fields, Mamba1Config, MixerSpec, ModelConfig, NormKind};
+use crate::config::{Fields, Mamba1Config, MixerSpec, ModelConfig};
 
-pub(super) static MAMBA: Family = Family {
-    model_type: Some("mamba"),
-    names: NameMap::new(&[
-        ("embedding", "backbone.embeddings"),
-        ("embedding", "backbone.embedding"),
-        ("layers.{l}.0.norm", "backbone.layers.{l}.norm"),
-        ("layers.{l}.0.mamba1", "backbone.layers.{l}.mixer"),
-        ("norm_f", "backbone.norm_f"),
-        ("lm_head", "lm_head"),
-    ])
-    .with_leading("model."),
-    parse,
-    write,
-};
+pub(super) static MAMBA: Family =
+    Family { model_type: Some("mamba"), names: NAMES, parse, write: |config| write_with(config, "mamba") };
 
-fn parse(fields: &Fields) -> Result<ModelConfig> {
+pub(super) const NAMES: NameMap = NameMap::new(&[
+    ("embedding", "backbone.embeddings"),
+    ("embedding", "backbone.embedding"),
+    ("layers.{l}.0.norm", "backbone.layers.{l}.norm"),
+    ("layers.{l}.0.mamba1", "backbone.layers.{l}.mixer"),
+    ("norm_f", "backbone.norm_f"),
+    ("lm_head", "lm_head"),
+])
+.with_leading("model.")
+.with_optional("backbone.");
+
+pub(super) fn parse(fields: &Fields) -> Result<ModelConfig> {
     require_silu(fields, "hidden_act")?;
     let d_model = fields.usize("hidden_size")?;
     let default = Mamba1Config::new(d_model);
@@ -42,6 +42,8 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         dt_rank,
         conv_bias: fields.bool_or("use_conv_bias", true)?,
         proj_bias: fields.bool_or("use_bias", false)?,
+        dt_bc_norm: None,
+        nheads: None,
     };
     let n_layer = fields.layers("num_hidden_layers")?;
     Ok(ModelConfig {
@@ -53,22 +55,16 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
     })
 }
 
-fn write(config: &ModelConfig) -> Option<Value> {
-    let layer = config.layers.first()?;
-    let [branch] = layer.branches.as_slice() else { return None };
-    let [MixerSpec::Mamba1(c)] = branch.mixers.as_slice() else { return None };
-    let expressible = config.layers.iter().all(|other| other == layer)
-        && config.norm == NormKind::Rms
-        && c.d_inner % config.d_model == 0;
-    expressible.then(|| {
-        json!({
-            "architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": config.padded_vocab_size,
-            "hidden_size": config.d_model, "num_hidden_layers": config.layers.len(), "state_size": c.d_state,
-            "expand": c.d_inner / config.d_model, "intermediate_size": c.d_inner, "conv_kernel": c.d_conv,
-            "time_step_rank": c.dt_rank, "use_conv_bias": c.conv_bias, "use_bias": c.proj_bias,
-            "hidden_act": "silu", "layer_norm_epsilon": config.norm_eps,
-            "residual_in_fp32": config.residual_in_f32, "tie_word_embeddings": config.tie_embeddings,
-            "eos_token_id": config.eos_token_ids.first(),
-        })
-    })
+/// The configuration of `mamba`, or of `falcon_mamba`, which has norms.
+pub(super) fn write_with(config: &ModelConfig, model_type: &str) -> Option<Value> {
+    let c = Parts::of(config).mamba1?;
+    let architecture = if c.dt_bc_norm.is_none() { "MambaForCausalLM" } else { "FalconMambaForCausalLM" };
+    let words = json!({
+        "state_size": c.d_state, "expand": c.d_inner / config.d_model, "intermediate_size": c.d_inner,
+        "conv_kernel": c.d_conv, "time_step_rank": c.dt_rank, "use_conv_bias": c.conv_bias,
+        "use_bias": c.proj_bias, "hidden_act": "silu", "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": config.residual_in_f32,
+    });
+    let norm = c.dt_bc_norm.map_or(json!({}), |norm| json!({"mixer_rms_eps": norm.eps}));
+    Some(parts::object(config, model_type, architecture, &[words, norm]))
 }

@@ -2,10 +2,11 @@
 
 use serde_json::{Value, json};
 
+use super::parts::{self, Parts};
 use super::{Family, require_silu};
 use crate::Result;
 use crate::checkpoint::NameMap;
-use crate::config::{Fields, GatedNorm, Mamba2Config, MixerSpec, ModelConfig, NormKind};
+use crate::config::{Fields, GatedNorm, Mamba2Config, MixerSpec, ModelConfig};
 
 pub(super) static MAMBA2: Family = Family {
     model_type: Some("mamba2"),
@@ -17,7 +18,8 @@ pub(super) static MAMBA2: Family = Family {
         ("norm_f", "backbone.norm_f"),
         ("lm_head", "lm_head"),
     ])
-    .with_leading("model."),
+    .with_leading("model.")
+    .with_optional("backbone."),
     parse,
     write,
 };
@@ -43,11 +45,13 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         headdim,
         ngroups: fields.usize_opt("n_groups")?.unwrap_or(8),
         conv_bias: fields.bool_or("use_conv_bias", true)?,
-        proj_bias: fields.bool_or("use_bias", false)?,
+        in_bias: fields.bool_or("use_bias", false)?,
+        out_bias: fields.bool_or("use_bias", false)?,
         norm: Some(GatedNorm { eps: norm_eps, before_gate: false }),
         d_has_headdim: false,
         dt_limit: fields.range_or("time_step_limit", default.dt_limit)?,
         chunk_size: fields.usize_opt("chunk_size")?.unwrap_or(default.chunk_size),
+        ..default
     };
     let n_layer = fields.layers("num_hidden_layers")?;
     Ok(ModelConfig {
@@ -60,26 +64,14 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
 }
 
 fn write(config: &ModelConfig) -> Option<Value> {
-    let layer = config.layers.first()?;
-    let [branch] = layer.branches.as_slice() else { return None };
-    let [MixerSpec::Mamba2(c)] = branch.mixers.as_slice() else { return None };
-    let expressible = config.layers.iter().all(|other| other == layer)
-        && config.norm == NormKind::Rms
-        && c.norm == Some(GatedNorm { eps: config.norm_eps, before_gate: false })
-        && (c.d_ssm, c.d_has_headdim) == (c.d_inner, false)
-        && c.d_inner % config.d_model == 0;
-    let (low, high) = c.dt_limit;
-    expressible.then(|| {
-        json!({
-            "architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2",
-            "vocab_size": config.padded_vocab_size, "hidden_size": config.d_model,
-            "num_hidden_layers": config.layers.len(), "num_heads": c.nheads(), "head_dim": c.headdim,
-            "state_size": c.d_state, "expand": c.d_inner / config.d_model, "conv_kernel": c.d_conv,
-            "n_groups": c.ngroups, "use_conv_bias": c.conv_bias, "use_bias": c.proj_bias, "hidden_act": "silu",
-            "layer_norm_epsilon": config.norm_eps, "residual_in_fp32": config.residual_in_f32,
-            "time_step_limit": [low, if high.is_finite() { json!(high) } else { json!({"__float__": "Infinity"}) }],
-            "time_step_rank": config.d_model.div_ceil(16), "chunk_size": c.chunk_size,
-            "tie_word_embeddings": config.tie_embeddings, "eos_token_id": config.eos_token_ids.first(),
-        })
-    })
+    let c = Parts::of(config).mamba2?;
+    let words = json!({
+        "num_heads": c.nheads(), "head_dim": c.headdim, "state_size": c.d_state,
+        "expand": c.d_inner / config.d_model, "conv_kernel": c.d_conv, "n_groups": c.ngroups,
+        "use_conv_bias": c.conv_bias, "use_bias": c.in_bias, "hidden_act": "silu",
+        "layer_norm_epsilon": config.norm_eps, "residual_in_fp32": config.residual_in_f32,
+        "time_step_limit": parts::range(c.dt_limit), "time_step_rank": config.d_model.div_ceil(16),
+        "chunk_size": c.chunk_size,
+    });
+    Some(parts::object(config, "mamba2", "Mamba2ForCausalLM", &[words]))
 }

@@ -1,9 +1,22 @@
 //! How published checkpoints spell their configurations and their tensors: the only place that knows families.
 
+mod bamba;
+mod falcon_h1;
+mod falcon_mamba;
 pub(crate) mod gguf;
+mod granitemoehybrid;
+mod jamba;
+mod layer_types;
+mod lfm2;
 mod mamba;
 mod mamba2;
+mod mamba2_fields;
+mod nemotron_h;
+mod parts;
 mod state_spaces;
+mod transformer;
+mod zamba;
+mod zamba2;
 
 use std::path::Path;
 
@@ -26,8 +39,42 @@ pub struct Family {
     pub(crate) write: fn(&ModelConfig) -> Option<Value>,
 }
 
+impl Family {
+    /// The configuration in the words of this family, if reading them gives the same model again.
+    pub(crate) fn words(&self, config: &ModelConfig) -> Option<Value> {
+        let written = (self.write)(config)?;
+        let text = serde_json::to_string(&written).ok()?;
+        let mut again = (self.parse)(&Fields::parse(&text, None).ok()?).ok()?;
+        again.validate().ok()?;
+        if again.vocab_size == config.padded_vocab_size {
+            // Most families cannot say that some ids exist for alignment only.
+            (again.vocab_size, again.padded_vocab_size) = (config.vocab_size, config.padded_vocab_size);
+        }
+        (again == *config).then_some(written)
+    }
+}
+
 /// Every family; to save a model, the first that has words for it is used.
-pub static FAMILIES: [&Family; 3] = [&mamba::MAMBA, &mamba2::MAMBA2, &state_spaces::STATE_SPACES];
+pub static FAMILIES: [&Family; 12] = [
+    &mamba::MAMBA,
+    &mamba2::MAMBA2,
+    &falcon_mamba::FALCON_MAMBA,
+    &state_spaces::STATE_SPACES,
+    &jamba::JAMBA,
+    &bamba::BAMBA,
+    &granitemoehybrid::GRANITE_MOE_HYBRID,
+    &nemotron_h::NEMOTRON_H,
+    &falcon_h1::FALCON_H1,
+    &lfm2::LFM2,
+    &zamba2::ZAMBA2,
+    &zamba::ZAMBA,
+];
+
+/// The family that [`Model::save_pretrained`](crate::Model::save_pretrained) writes a configuration in: the first that has
+/// words for it.
+pub fn of(config: &ModelConfig) -> Option<&'static Family> {
+    FAMILIES.into_iter().find(|family| family.words(config).is_some())
+}
 
 /// Finds the family of a configuration and reads it.
 pub(crate) fn parse(text: &str, file: Option<&Path>) -> Result<(ModelConfig, &'static Family)> {

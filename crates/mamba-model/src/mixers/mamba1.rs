@@ -2,13 +2,16 @@
 
 use candle_core::Tensor;
 use mamba_ops::{
-    SelectiveScan, SelectiveStateUpdate, SequenceLayout, selective_scan, selective_state_update,
+    Activation, Norm, NormKind, SelectiveScan, SelectiveStateUpdate, SequenceLayout, norm, selective_scan,
+    selective_state_update,
 };
 
-use super::{CausalConv, Mixer, NegativeExp};
+use super::conv::CausalConv;
+use super::{Mixer, NegativeExp};
 use crate::Result;
+use crate::batch::Sequences;
 use crate::cache::MixerState;
-use crate::config::Mamba1Config;
+use crate::config::{DtBcNorm, Mamba1Config};
 use crate::linear::Linear;
 use crate::params::Params;
 
@@ -16,38 +19,109 @@ pub(super) struct Mamba1 {
     config: Mamba1Config,
     in_proj: Linear,
     conv1d: CausalConv,
-    x_proj: Linear,
-    dt_proj: Linear,
+    /// From the channels of each head to its `[dt | B | C]`.
+    x_proj: Vec<Linear>,
+    /// From `dt` to the channels of each head.
+    dt_proj: Vec<Linear>,
     dt_bias: Tensor,
     a: NegativeExp,
     d: Tensor,
+    /// The norms of dt, B and C, with their weights if they have some.
+    norms: Option<(f64, [Option<Tensor>; 3])>,
     out_proj: Linear,
 }
 
 impl Mamba1 {
     pub(super) fn new(config: &Mamba1Config, d_model: usize, params: &Params) -> Result<Self> {
-        let Mamba1Config { d_inner, d_state, d_conv, dt_rank, conv_bias, proj_bias } = *config;
+        let Mamba1Config { d_inner, d_state, d_conv, dt_rank, conv_bias, proj_bias, .. } = *config;
+        let d_bcdt = dt_rank + 2 * d_state;
+        // The bias of dt_proj is added within the scan, in f32.
+        let dt_params = params.at("dt_proj");
+        let (x_proj, dt_proj, dt_bias, a_log, d) = match config.nheads {
+            None => (
+                vec![Linear::new(&params.at("x_proj"), d_inner, d_bcdt, false)?],
+                vec![Linear::new(&dt_params, dt_rank, d_inner, false)?],
+                dt_params.get_f32(d_inner, "bias")?,
+                params.get_f32((d_inner, d_state), "A_log")?,
+                params.get_f32(d_inner, "D")?,
+            ),
+            Some(h) => (
+                by_head(&params.at("x_proj").get((h, d_bcdt, d_inner / h), "weight")?)?,
+                by_head(&dt_params.get((h, d_inner / h, dt_rank), "weight")?)?,
+                dt_params.get_f32((h, d_inner / h), "bias")?.flatten_all()?,
+                params.get_f32((h, d_inner / h, d_state), "A_log")?.flatten(0, 1)?,
+                params.get_f32((h, d_inner / h), "D")?.flatten_all()?,
+            ),
+        };
+        let norms = match config.dt_bc_norm {
+            None => None,
+            Some(DtBcNorm { eps, weights }) => {
+                let weight = |name: &str, d: usize| params.at(name).get_if(weights, d, "weight");
+                let weights =
+                    [weight("dt_norm", dt_rank)?, weight("b_norm", d_state)?, weight("c_norm", d_state)?];
+                Some((eps, weights))
+            }
+        };
         Ok(Self {
             config: config.clone(),
             in_proj: Linear::new(&params.at("in_proj"), d_model, 2 * d_inner, proj_bias)?,
-            conv1d: CausalConv::new(&params.at("conv1d"), d_inner, d_conv, conv_bias)?,
-            x_proj: Linear::new(&params.at("x_proj"), d_inner, dt_rank + 2 * d_state, false)?,
-            // The bias of dt_proj is added within the scan, in f32.
-            dt_proj: Linear::new(&params.at("dt_proj"), dt_rank, d_inner, false)?,
-            dt_bias: params.at("dt_proj").get_f32(d_inner, "bias")?,
-            a: NegativeExp::new(params.get_f32((d_inner, d_state), "A_log")?)?,
-            d: params.get_f32(d_inner, "D")?,
+            conv1d: CausalConv::new(&params.at("conv1d"), d_inner, d_conv, conv_bias, Activation::Silu)?,
+            x_proj,
+            dt_proj,
+            dt_bias,
+            a: NegativeExp::new(a_log)?,
+            d,
+            norms,
             out_proj: Linear::new(&params.at("out_proj"), d_inner, d_model, proj_bias)?,
         })
     }
 
+    /// `x` and `z`, which stand side by side or, with heads, channel by channel in turn.
+    fn split(&self, xz: &Tensor) -> Result<(Tensor, Tensor)> {
+        let d_inner = self.config.d_inner;
+        if self.config.nheads.is_none() {
+            return Ok((xz.narrow(2, 0, d_inner)?, xz.narrow(2, d_inner, d_inner)?));
+        }
+        let (batch, seqlen, _) = xz.dims3()?;
+        let pairs = xz.reshape((batch, seqlen, d_inner, 2))?;
+        let part = |i: usize| pairs.narrow(3, i, 1)?.squeeze(3)?.contiguous();
+        Ok((part(0)?, part(1)?))
+    }
+
+    /// The step size of each channel, before its bias, and B and C, `(batch, seqlen, heads, d_state)`.
+    fn coefficients(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+        let Mamba1Config { d_inner, d_state, dt_rank, .. } = self.config;
+        let p = d_inner / self.x_proj.len();
+        let (mut dt, mut b, mut c) = (vec![], vec![], vec![]);
+        for (h, (x_proj, dt_proj)) in self.x_proj.iter().zip(&self.dt_proj).enumerate() {
+            let projected = x_proj.forward(&x.narrow(2, h * p, p)?)?;
+            let part = |i: usize, start: usize, len: usize| -> Result<Tensor> {
+                let part = projected.narrow(2, start, len)?;
+                let Some((eps, weights)) = &self.norms else { return Ok(part) };
+                let rms = Norm::new(&part, NormKind::Rms, *eps);
+                Ok(norm(&Norm { weight: weights[i].as_ref(), ..rms })?.y)
+            };
+            dt.push(dt_proj.forward(&part(0, 0, dt_rank)?)?);
+            b.push(part(1, dt_rank, d_state)?);
+            c.push(part(2, dt_rank + d_state, d_state)?);
+        }
+        Ok([Tensor::cat(&dt, 2)?, Tensor::stack(&b, 2)?, Tensor::stack(&c, 2)?])
+    }
+
+    /// Everything between the projections.
+    fn core(&self, xz: &Tensor, state: Option<&mut MixerState>) -> Result<Tensor> {
+        let (conv, ssm) = match state {
+            Some(MixerState { conv, ssm, .. }) => (conv.as_mut(), ssm.as_mut()),
+            None => (None, None),
+        };
+        let (x, z) = self.split(xz)?;
+        let x = self.conv1d.forward(&x, conv)?;
+        self.scan(&x, &z, ssm)
+    }
+
     /// The scan over a sequence or, in place, one step of it.
     fn scan(&self, x: &Tensor, z: &Tensor, state: Option<&mut Tensor>) -> Result<Tensor> {
-        let Mamba1Config { d_state, dt_rank, .. } = self.config;
-        let projected = self.x_proj.forward(x)?;
-        let dt = self.dt_proj.forward(&projected.narrow(2, 0, dt_rank)?)?;
-        let b = projected.narrow(2, dt_rank, d_state)?;
-        let c = projected.narrow(2, dt_rank + d_state, d_state)?;
+        let [dt, b, c] = self.coefficients(x)?;
         let a = self.a.get()?;
         if let (Some(state), 1) = (&state, x.dim(1)?) {
             let y = selective_state_update(&SelectiveStateUpdate {
@@ -82,16 +156,16 @@ impl Mamba1 {
     }
 }
 
+/// The matrices of each head, from all of them.
+fn by_head(weights: &Tensor) -> Result<Vec<Linear>> {
+    let head = |h: usize| Ok(Linear::from_weight(weights.narrow(0, h, 1)?.squeeze(0)?));
+    (0..weights.dim(0)?).map(head).collect()
+}
+
 impl Mixer for Mamba1 {
-    fn forward(&self, x: &Tensor, state: Option<&mut MixerState>) -> Result<Tensor> {
-        let (conv, ssm) = match state {
-            Some(MixerState::Recurrent { conv, ssm }) => (Some(conv), Some(ssm)),
-            _ => (None, None),
-        };
-        let d_inner = self.config.d_inner;
+    fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
         let xz = self.in_proj.forward(x)?;
-        let x = self.conv1d.forward(&xz.narrow(2, 0, d_inner)?, conv)?;
-        let y = self.scan(&x, &xz.narrow(2, d_inner, d_inner)?, ssm)?;
+        let y = sequences.each(&xz, state, |xz, _, state| self.core(xz, state))?;
         self.out_proj.forward(&y)
     }
 }

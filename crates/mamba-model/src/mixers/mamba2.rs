@@ -1,10 +1,14 @@
 //! The block of Mamba-2: one projection for everything, convolution over x, B and C, chunk scan, gated norm.
 
 use candle_core::Tensor;
-use mamba_ops::{Norm, SelectiveStateUpdate, SsdChunkScan, norm, selective_state_update, ssd_chunk_scan};
+use mamba_ops::{
+    Activation, Norm, SelectiveStateUpdate, SsdChunkScan, norm, selective_state_update, ssd_chunk_scan,
+};
 
-use super::{CausalConv, Mixer, NegativeExp};
+use super::conv::CausalConv;
+use super::{Mixer, NegativeExp, scaled};
 use crate::Result;
+use crate::batch::Sequences;
 use crate::cache::MixerState;
 use crate::config::{GatedNorm, Mamba2Config};
 use crate::linear::Linear;
@@ -18,6 +22,10 @@ pub(super) struct Mamba2 {
     a: NegativeExp,
     d: Tensor,
     norm: Option<(GatedNorm, Tensor)>,
+    /// The state before the first token, if it is learned.
+    init_states: Option<Tensor>,
+    /// What each channel that comes out of the projection is multiplied by, unless all by 1.
+    scales: Option<Tensor>,
     out_proj: Linear,
 }
 
@@ -31,19 +39,36 @@ impl Mamba2 {
         };
         Ok(Self {
             config: config.clone(),
-            in_proj: Linear::new(&params.at("in_proj"), d_model, config.d_in_proj(), config.proj_bias)?,
+            in_proj: Linear::new(&params.at("in_proj"), d_model, config.d_in_proj(), config.in_bias)?,
             conv1d: CausalConv::new(
                 &params.at("conv1d"),
                 config.conv_dim(),
                 config.d_conv,
                 config.conv_bias,
+                Activation::Silu,
             )?,
             dt_bias: params.get_f32(nheads, "dt_bias")?,
             a: NegativeExp::new(params.get_f32(nheads, "A_log")?)?,
             d: params.get_f32(d, "D")?,
             norm,
-            out_proj: Linear::new(&params.at("out_proj"), config.d_inner, d_model, config.proj_bias)?,
+            init_states: match config.learnable_init_states {
+                true => Some(params.get_f32((nheads, config.headdim, config.d_state), "init_states")?),
+                false => None,
+            },
+            scales: scales(config, params)?,
+            out_proj: Linear::new(&params.at("out_proj"), config.d_inner, d_model, config.out_bias)?,
         })
+    }
+
+    /// The state of each sequence before these tokens: one that has read nothing begins with the learned state.
+    fn initial(&self, sequences: &Sequences, state: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let Some(init) = &self.init_states else { return Ok(state.cloned()) };
+        let row = |(i, position): (usize, &usize)| match state {
+            Some(state) if *position > 0 => Ok(state.narrow(0, i, 1)?),
+            _ => Ok(init.unsqueeze(0)?),
+        };
+        let rows: Vec<Tensor> = sequences.positions.iter().enumerate().map(row).collect::<Result<_>>()?;
+        if rows.is_empty() { Ok(state.cloned()) } else { Ok(Some(Tensor::cat(&rows, 0)?)) }
     }
 
     /// The scan over a sequence or, in place, one step of it; `(batch, seqlen, d_ssm)`.
@@ -52,6 +77,7 @@ impl Mamba2 {
         xbc: &Tensor,
         dt: &Tensor,
         z: Option<&Tensor>,
+        initial: Option<Tensor>,
         state: Option<&mut Tensor>,
     ) -> Result<Tensor> {
         let Mamba2Config { d_ssm, d_state, headdim, ngroups, .. } = self.config;
@@ -89,7 +115,7 @@ impl Mamba2 {
             dt_softplus: true,
             dt_limit: self.config.dt_limit,
             chunk_size: self.config.chunk_size,
-            initial_state: state.as_deref(),
+            initial_state: initial.as_ref(),
             ..SsdChunkScan::new(&x, dt, &a, &b, &c)
         })?;
         if let Some(state) = state {
@@ -97,16 +123,19 @@ impl Mamba2 {
         }
         Ok(output.y.reshape((batch, seqlen, d_ssm))?)
     }
-}
 
-impl Mixer for Mamba2 {
-    fn forward(&self, x: &Tensor, state: Option<&mut MixerState>) -> Result<Tensor> {
-        let (conv, ssm) = match state {
-            Some(MixerState::Recurrent { conv, ssm }) => (Some(conv), Some(ssm)),
-            _ => (None, None),
+    /// Everything between the projections.
+    fn core(
+        &self,
+        projected: &Tensor,
+        sequences: &Sequences,
+        state: Option<&mut MixerState>,
+    ) -> Result<Tensor> {
+        let (conv, mut ssm) = match state {
+            Some(MixerState { conv, ssm, .. }) => (conv.as_mut(), ssm.as_mut()),
+            None => (None, None),
         };
         let (bypass, d_ssm, conv_dim) = (self.config.d_bypass(), self.config.d_ssm, self.config.conv_dim());
-        let projected = self.in_proj.forward(x)?;
         // [z₀ | x₀ | z | x B C | dt], the first two for the bypass.
         let z = projected.narrow(2, 2 * bypass, d_ssm)?;
         let xbc = projected.narrow(2, 2 * bypass + d_ssm, conv_dim)?;
@@ -114,7 +143,11 @@ impl Mixer for Mamba2 {
         let xbc = self.conv1d.forward(&xbc, conv)?;
         // Without a norm the scan applies the gate itself.
         let gate = if self.norm.is_none() { Some(z.contiguous()?) } else { None };
-        let mut y = self.scan(&xbc, &dt, gate.as_ref(), ssm)?;
+        let initial = self.initial(sequences, ssm.as_deref())?;
+        if let (Some(state), Some(initial), true) = (&mut ssm, &initial, self.init_states.is_some()) {
+            **state = initial.copy()?;
+        }
+        let mut y = self.scan(&xbc, &dt, gate.as_ref(), initial, ssm)?;
         if let Some((GatedNorm { eps, before_gate }, weight)) = &self.norm {
             y = norm(&Norm {
                 z: Some(&z),
@@ -128,6 +161,32 @@ impl Mixer for Mamba2 {
             let gate = projected.narrow(2, 0, bypass)?.silu()?;
             y = Tensor::cat(&[(gate * projected.narrow(2, bypass, bypass)?)?, y], 2)?;
         }
+        Ok(y)
+    }
+}
+
+/// What the channels of the projection are multiplied by, in its order; the bypass is left as it is.
+fn scales(config: &Mamba2Config, params: &Params) -> Result<Option<Tensor>> {
+    if config.zxbcdt_scales == [1.0; 5] {
+        return Ok(None);
+    }
+    let bc = config.ngroups * config.d_state;
+    let widths = [config.d_ssm, config.d_ssm, bc, bc, config.nheads()];
+    let mut values = vec![1f32; 2 * config.d_bypass()];
+    for (scale, width) in config.zxbcdt_scales.iter().zip(widths) {
+        values.extend(std::iter::repeat_n(*scale as f32, width));
+    }
+    let width = values.len();
+    Ok(Some(Tensor::from_vec(values, width, params.device())?.to_dtype(params.dtype())?))
+}
+
+impl Mixer for Mamba2 {
+    fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
+        let mut projected = self.in_proj.forward(&scaled(x.clone(), self.config.input_scale)?)?;
+        if let Some(scales) = &self.scales {
+            projected = projected.broadcast_mul(scales)?;
+        }
+        let y = sequences.each(&projected, state, |x, sequences, state| self.core(x, sequences, state))?;
         self.out_proj.forward(&y)
     }
 }

@@ -1,20 +1,28 @@
 //! What a branch may hold: each maps `(batch, seqlen, d_model)` to the same shape.
 
+pub(crate) mod attention;
+mod conv;
 mod mamba1;
 mod mamba2;
-mod mlp;
+pub(crate) mod mlp;
+mod moe;
+mod rope;
+mod router;
+mod short_conv;
 
 use candle_core::Tensor;
 
 use crate::Result;
+use crate::batch::Sequences;
 use crate::cache::MixerState;
 use crate::config::MixerSpec;
 use crate::params::Params;
 
 /// A mixer with its weights.
 pub(crate) trait Mixer: Send + Sync {
-    /// Mixes `(batch, seqlen, d_model)`; continues from `state` and leaves it after the last token, if given one.
-    fn forward(&self, x: &Tensor, state: Option<&mut MixerState>) -> Result<Tensor>;
+    /// Mixes `(batch, seqlen, d_model)`, or sequences one after another; continues from `state` and leaves it after the last
+    /// token, if given one.
+    fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor>;
 }
 
 /// Builds a mixer; its parameters stand below `params` under the name of its kind.
@@ -22,7 +30,15 @@ pub(crate) fn build(spec: &MixerSpec, d_model: usize, params: &Params) -> Result
     Ok(match spec {
         MixerSpec::Mamba1(config) => Box::new(mamba1::Mamba1::new(config, d_model, &params.at("mamba1"))?),
         MixerSpec::Mamba2(config) => Box::new(mamba2::Mamba2::new(config, d_model, &params.at("mamba2"))?),
+        MixerSpec::Attention(config) => {
+            let params = params.at("attention");
+            Box::new(attention::Attention::new(config, d_model, d_model, &params)?)
+        }
+        MixerSpec::ShortConv(config) => {
+            Box::new(short_conv::ShortConv::new(config, d_model, &params.at("short_conv"))?)
+        }
         MixerSpec::Mlp(config) => Box::new(mlp::Mlp::new(config, d_model, &params.at("mlp"))?),
+        MixerSpec::Moe(config) => Box::new(moe::Moe::new(config, d_model, &params.at("moe"))?),
     })
 }
 
@@ -47,38 +63,7 @@ impl NegativeExp {
     }
 }
 
-/// A depthwise convolution with its weight as checkpoints store it, `(channels, 1, width)`.
-#[derive(Debug)]
-struct CausalConv {
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl CausalConv {
-    fn new(params: &Params, channels: usize, width: usize, bias: bool) -> Result<Self> {
-        let weight = params.get((channels, 1, width), "weight")?;
-        Ok(Self { weight, bias: params.get_if(bias, channels, "bias")? })
-    }
-
-    /// `x`: `(batch, seqlen, channels)`, through SiLU; moves the window in `state` on.
-    fn forward(&self, x: &Tensor, state: Option<&mut Tensor>) -> Result<Tensor> {
-        use mamba_ops::{Activation, CausalConv1d, CausalConv1dUpdate, SequenceLayout};
-        let (weight, bias) = (self.weight.squeeze(1)?, self.bias.as_ref());
-        let (activation, layout) = (Activation::Silu, SequenceLayout::ChannelsLast);
-        if let (Some(state), 1) = (&state, x.dim(1)?) {
-            let args = CausalConv1dUpdate { x, state, weight: &weight, bias, activation, layout };
-            return Ok(mamba_ops::causal_conv1d_update(&args)?);
-        }
-        let output = mamba_ops::causal_conv1d(&CausalConv1d {
-            bias,
-            initial_state: state.as_deref(),
-            activation,
-            layout,
-            ..CausalConv1d::new(x, &weight)
-        })?;
-        if let Some(state) = state {
-            *state = output.final_state;
-        }
-        Ok(output.y)
-    }
+/// `x · scale`, and nothing at all for 1.
+pub(crate) fn scaled(x: Tensor, scale: f64) -> Result<Tensor> {
+    if scale == 1.0 { Ok(x) } else { Ok((x * scale)?) }
 }

@@ -137,23 +137,27 @@ pub(super) fn backward(conv: &Conv, isa: Isa, grad_y: Option<&[f32]>, grad_state
     Grads { x, weight, bias, initial_state }
 }
 
-/// One token of each row: returns `y` and moves the windows on.
-pub(super) fn step(conv: &Conv, isa: Isa, state: &mut [f32]) -> Vec<f32> {
+/// One token of each of some rows, given with the place of its window: returns `y`, 0 in other rows, and moves the windows
+/// on.
+pub(super) fn step(conv: &Conv, isa: Isa, rows: &[(usize, usize)], state: &mut [f32]) -> Vec<f32> {
     const ROWS: usize = 512;
     let Sizes { dim, width, .. } = conv.sizes;
-    let (pieces, mut out) = (dim.div_ceil(ROWS), conv.x.to_vec());
+    let (pieces, mut out) = (dim.div_ceil(ROWS), conv.packing.room(conv.x.len()));
     let [y, state] = [&mut out, state].map(SharedMut::new);
-    parallel(conv.x.len() / dim.max(1) * pieces, conv.operations(), |task| {
-        let (b, first) = (task / pieces, task % pieces * ROWS);
-        let (start, len) = (b * dim + first, ROWS.min(dim - first));
-        // SAFETY: tasks have their own rows.
-        let (y, state) = unsafe { (y.get(start, len), state.get(start * (width - 1), len * (width - 1))) };
+    parallel(rows.len() * pieces, conv.operations(), |task| {
+        let ((row, window), first) = (rows[task / pieces], task % pieces * ROWS);
+        let (start, len) = (row * dim + first, ROWS.min(dim - first));
+        // SAFETY: tasks have their own channels, rows their own windows.
+        let (y, state) = unsafe {
+            (y.get(start, len), state.get((window * dim + first) * (width - 1), len * (width - 1)))
+        };
+        y.copy_from_slice(&conv.x[start..][..len]);
         isa.dispatch(StepRows { conv, first, y, state });
     });
     out
 }
 
-/// Neighbouring rows of one batch element; `y` comes in as `x`.
+/// Neighbouring channels of one batch element; `y` comes in as `x`.
 struct StepRows<'a> {
     conv: &'a Conv<'a>,
     first: usize,

@@ -347,7 +347,7 @@ pub(super) fn backward(
 
 pub(super) fn update(args: &CausalConv1dUpdate, sizes: Sizes) -> Result<Tensor> {
     let Sizes { batch, dim, seqlen, width, .. } = sizes;
-    let CausalConv1dUpdate { x, state, weight, bias, activation, layout } = *args;
+    let CausalConv1dUpdate { x, state, weight, bias, activation, layout, .. } = *args;
     device::pointers(UPDATE_OP, [Some(x), Some(weight), bias], |gpu, [px, weight, bias]| {
         let y = gpu.buffer(x.dtype(), x.elem_count())?;
         let name = if width <= 4 { "causal_conv1d_update4" } else { "causal_conv1d_update8" };

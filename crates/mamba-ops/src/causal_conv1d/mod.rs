@@ -12,6 +12,7 @@ use crate::args::{Checker, Dim};
 use crate::layout::{Activation, SequenceLayout};
 use crate::packing::Packing;
 use crate::simd::Isa;
+use crate::state_indices::StateIndices;
 use crate::{args, host};
 
 const OP: &str = "causal_conv1d";
@@ -52,8 +53,8 @@ impl<'a> CausalConv1d<'a> {
         args::fused(self.x)
     }
 
-    /// Checks the arguments; `op` and `state_name` are the names in errors.
-    fn sizes(&self, op: &'static str, state_name: &'static str) -> Result<Sizes> {
+    /// Checks the arguments; `op` is the name in errors.
+    fn sizes(&self, op: &'static str) -> Result<Sizes> {
         let check = Checker::new(op, "x", self.x)?;
         let [batch, a, b] = check.main_dims(match self.layout {
             SequenceLayout::ChannelsFirst => ["batch", "dim", "seqlen"],
@@ -69,7 +70,7 @@ impl<'a> CausalConv1d<'a> {
         let sequences: Dim = check.packing(self.packing, batch, seqlen)?;
         if let Some(state) = self.initial_state {
             let window = ("width - 1", width - 1);
-            check.state(state_name, state, &[sequences, ("dim", dim), window])?;
+            check.state("initial_state", state, &[sequences, ("dim", dim), window])?;
         }
         Ok(Sizes { batch, dim, seqlen, width, sequences: sequences.1 })
     }
@@ -129,7 +130,7 @@ struct Sizes {
 /// # Source
 /// `causal_conv1d_ref` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
-    let sizes = args.sizes(OP, "initial_state")?;
+    let sizes = args.sizes(OP)?;
     if args.fused() { autograd::apply(args, sizes) } else { reference::forward(args) }
 }
 
@@ -138,7 +139,8 @@ pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
 pub struct CausalConv1dUpdate<'a> {
     /// The new inputs, as in [`CausalConv1d`].
     pub x: &'a Tensor,
-    /// The last `width - 1` inputs, `(batch, dim, width - 1)`: changed in place.
+    /// The last `width - 1` inputs, `(batch, dim, width - 1)` or, with indices, `(states, dim, width - 1)`: changed in
+    /// place.
     pub state: &'a Tensor,
     /// `(dim, width)`.
     pub weight: &'a Tensor,
@@ -148,6 +150,22 @@ pub struct CausalConv1dUpdate<'a> {
     pub activation: Activation,
     /// How `x` and `y` are laid out.
     pub layout: SequenceLayout,
+    /// Which states the rows move on; each its own if absent.
+    pub state_indices: Option<&'a StateIndices>,
+}
+
+impl<'a> CausalConv1dUpdate<'a> {
+    /// The required arguments; everything else absent, SiLU, channels first.
+    pub fn new(x: &'a Tensor, state: &'a Tensor, weight: &'a Tensor) -> Self {
+        let (activation, layout) = (Activation::default(), SequenceLayout::default());
+        Self { x, state, weight, bias: None, activation, layout, state_indices: None }
+    }
+
+    /// As a convolution from zeros.
+    fn forward(&self) -> CausalConv1d<'a> {
+        let Self { x, weight, bias, activation, layout, .. } = *self;
+        CausalConv1d { bias, activation, layout, ..CausalConv1d::new(x, weight) }
+    }
 }
 
 /// Convolves the next token (or several) and moves the window on, in place.
@@ -156,8 +174,8 @@ pub struct CausalConv1dUpdate<'a> {
 /// after the last token. Every clone of the tensor `state` sees the change.
 ///
 /// # Shapes
-/// `x`, `y`: as in [`causal_conv1d`], with `seqlen` 1 for one token · `state`: `(batch, dim, width - 1)`, `f32`,
-/// contiguous.
+/// `x`, `y`: as in [`causal_conv1d`], with `seqlen` 1 for one token · `state`: `(batch, dim, width - 1)`, or
+/// `(states, dim, width - 1)` with [`state_indices`](StateIndices), `f32` (`f64` if `x` is), contiguous.
 /// # Gradients
 /// None: this serves decoding.
 /// # Errors
@@ -165,13 +183,13 @@ pub struct CausalConv1dUpdate<'a> {
 /// # Example
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use mamba_ops::{Activation, CausalConv1dUpdate, SequenceLayout, causal_conv1d_update};
+/// use mamba_ops::{Activation, CausalConv1dUpdate, causal_conv1d_update};
 /// # fn main() -> candle_core::Result<()> {
 /// let weight = Tensor::new(&[[1f32, 10.0, 100.0]], &Device::Cpu)?;
 /// let state = Tensor::new(&[[[1f32, 2.0]]], &Device::Cpu)?;
 /// let x = Tensor::new(&[[[3f32]]], &Device::Cpu)?;
-/// let (activation, layout) = (Activation::Identity, SequenceLayout::ChannelsFirst);
-/// let args = CausalConv1dUpdate { x: &x, state: &state, weight: &weight, bias: None, activation, layout };
+/// let activation = Activation::Identity;
+/// let args = CausalConv1dUpdate { activation, ..CausalConv1dUpdate::new(&x, &state, &weight) };
 /// assert_eq!(causal_conv1d_update(&args)?.to_vec3::<f32>()?, [[[321.0]]]);
 /// assert_eq!(state.to_vec3::<f32>()?, [[[2.0, 3.0]]]);
 /// # Ok(()) }
@@ -179,44 +197,54 @@ pub struct CausalConv1dUpdate<'a> {
 /// # Source
 /// `causal_conv1d_update` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
-    let CausalConv1dUpdate { x, state, weight, bias, activation, layout } = *args;
-    let forward =
-        CausalConv1d { x, weight, bias, initial_state: Some(state), activation, layout, packing: None };
-    let sizes = forward.sizes(UPDATE_OP, "state")?;
+    let CausalConv1dUpdate { x, state, weight, bias, activation, layout, state_indices } = *args;
+    let forward = args.forward();
+    let Sizes { batch, dim, seqlen, width, .. } = forward.sizes(UPDATE_OP)?;
     let check = Checker::new(UPDATE_OP, "x", x)?;
+    let states = check.states(state_indices, batch, state)?;
+    check.state("state", state, &[states, ("dim", dim), ("width - 1", width - 1)])?;
     check.in_place(state, &[("x", Some(x)), ("weight", Some(weight)), ("bias", bias)])?;
-    if !forward.fused() {
-        let CausalConv1dOutput { y, final_state } = reference::forward(&forward)?;
-        state.slice_set(&final_state.contiguous()?, 0, 0)?;
+    if !forward.fused() || (x.device().is_cuda() && state_indices.is_some()) {
+        let (y, next) = reference::update(args)?;
+        host::replace(state, &next)?;
         return Ok(y);
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return cuda::update(args, sizes);
+        return cuda::update(args, Sizes { batch, dim, seqlen, width, sequences: batch });
     }
-    let (x, weight) = (host::read("x", x)?, host::read("weight", weight)?);
-    let (bias, packing) = (host::read_opt("bias", bias)?, Packing::rows(sizes.batch, sizes.seqlen));
-    let packing = &packing;
-    let y = host::modify(UPDATE_OP, state, |state| {
-        if sizes.seqlen == 1 {
-            // Of one token both layouts are the same.
-            let (x, weight, bias, initial_state) = (&*x, &*weight, bias.as_deref(), None);
-            let conv = cpu::Conv { sizes, packing, layout, activation, x, weight, bias, initial_state };
-            return Ok(cpu::step(&conv, Isa::current(), state));
+    // The rows that are no padding, and their states.
+    let rows: Vec<(usize, usize)> = match state_indices {
+        Some(indices) => {
+            indices.states().iter().enumerate().filter_map(|(row, state)| Some((row, (*state)?))).collect()
         }
-        let initial_state = Some(&*state);
-        let conv = cpu::Conv {
-            sizes,
-            packing,
-            layout,
-            activation,
-            x: &x,
-            weight: &weight,
-            bias: bias.as_deref(),
-            initial_state,
-        };
+        None => (0..batch).map(|row| (row, row)).collect(),
+    };
+    let packing = Packing::some_rows(rows.iter().map(|(row, _)| *row), batch, seqlen);
+    let (x, weight) = (host::read("x", x)?, host::read("weight", weight)?);
+    let bias = host::read_opt("bias", bias)?;
+    let conv = cpu::Conv {
+        sizes: Sizes { batch, dim, seqlen, width, sequences: rows.len() },
+        packing: &packing,
+        layout,
+        activation,
+        x: &x,
+        weight: &weight,
+        bias: bias.as_deref(),
+        initial_state: None,
+    };
+    let y = host::modify(UPDATE_OP, state, |state| {
+        if seqlen == 1 {
+            return Ok(cpu::step(&conv, Isa::current(), &rows, state)); // of one token both layouts are the same
+        }
+        let window = |index: usize| index * dim * (width - 1)..(index + 1) * dim * (width - 1);
+        let initial_state: Vec<f32> =
+            rows.iter().flat_map(|(_, index)| &state[window(*index)]).copied().collect();
+        let conv = cpu::Conv { initial_state: Some(&initial_state), ..conv };
         let (y, next) = (cpu::forward(&conv, Isa::current()), cpu::final_state(&conv));
-        state.copy_from_slice(&next);
+        for (i, (_, index)) in rows.iter().enumerate() {
+            state[window(*index)].copy_from_slice(&next[window(i)]);
+        }
         Ok(y)
     })?;
     host::tensor(y, args.x.shape().clone(), args.x.dtype())

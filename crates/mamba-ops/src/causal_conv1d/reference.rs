@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{CausalConv1d, CausalConv1dOutput, window_dtype};
+use super::{CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, window_dtype};
 use crate::layout::{Activation, SequenceLayout};
 use crate::packing::state_of;
 use crate::reference::{cast, part, silu};
@@ -55,4 +55,17 @@ pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     };
     let final_state = part(&extended, 2, seqlen, width - 1)?.contiguous()?;
     Ok(CausalConv1dOutput { y: y.to_dtype(args.x.dtype())?, final_state })
+}
+
+/// `y` and the windows after it, of every state of a pool; `state` stays as it is.
+///
+/// # Errors
+/// If candle refuses an operation; shapes are checked by [`causal_conv1d_update`](super::causal_conv1d_update).
+pub fn update(args: &CausalConv1dUpdate) -> Result<(Tensor, Tensor)> {
+    let run = |state: &Tensor| forward(&CausalConv1d { initial_state: Some(state), ..args.forward() });
+    let Some(indices) = args.state_indices else {
+        return run(args.state).map(|output| (output.y, output.final_state));
+    };
+    let output = run(&indices.gather(args.state)?)?;
+    Ok((indices.without_padding(&output.y)?, indices.scatter(&output.final_state, args.state)?))
 }

@@ -1,5 +1,6 @@
 //! The product with a weight matrix as checkpoints store it, and a bias.
 
+mod autograd;
 mod blocks;
 mod cpu;
 pub mod reference;
@@ -74,7 +75,7 @@ struct Sizes {
 /// or f64, and `y` has its dtype; `weight` and `bias` may have another of these. Sums are `f32` and rounded once
 /// (for `f64` everything is `f64`). For many rows, and for a weight that is not contiguous, the product is candle's.
 /// # Gradients
-/// For `x`, `weight` and `bias`, by candle: if one of them tracks gradients, so does `y`, and the product is candle's.
+/// For those of `x`, `weight` and `bias` that track: a frozen weight costs no product in `backward()`.
 /// # Errors
 /// If a shape or device disagrees, or a dtype is not a floating one.
 /// # Example
@@ -94,7 +95,10 @@ struct Sizes {
 pub fn linear(args: &Linear) -> Result<Tensor> {
     let sizes = args.sizes()?;
     let empty = sizes.rows * sizes.d_in * sizes.d_out == 0;
-    if args.tracked() || !args::fused_on_cpu(args.x) || empty {
+    if args.tracked() && !empty {
+        return autograd::apply(args, sizes);
+    }
+    if !args::fused_on_cpu(args.x) || empty {
         return reference::forward(args);
     }
     if sizes.rows <= cpu::FEW_ROWS

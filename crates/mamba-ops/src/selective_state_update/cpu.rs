@@ -31,11 +31,13 @@ pub(super) struct Update<'a> {
     pub bias_per_head: bool,
     pub dt_softplus: bool,
     pub dt_limit: (f32, f32),
+    /// Of each batch element the place of its state, none for padding; its own if absent.
+    pub states: Option<&'a [Option<usize>]>,
 }
 
 /// Moves the state on and returns `y`.
 pub(super) fn update(update: &Update, isa: Isa, state: &mut [f32]) -> Vec<f32> {
-    let Sizes { batch, nheads, headdim, d_state, a_per_head, .. } = update.sizes;
+    let Sizes { batch, tokens, nheads, headdim, d_state, a_per_head, .. } = update.sizes;
     let channels = nheads * headdim;
     let rows = (ELEMENTS / d_state.max(1)).clamp(1, ROWS);
     let pieces = channels.div_ceil(rows);
@@ -45,20 +47,27 @@ pub(super) fn update(update: &Update, isa: Isa, state: &mut [f32]) -> Vec<f32> {
         let (state, y) = (SharedMut::new(state), SharedMut::new(&mut y));
         parallel(batch * pieces, operations, |task| {
             let (batch, first) = (task / pieces, task % pieces * rows);
-            let start = batch * channels + first;
             let len = rows.min(channels - first);
-            // SAFETY: each task has its own rows.
-            let (y, state) = unsafe { (y.get(start, len), state.get(start * d_state, len * d_state)) };
-            isa.dispatch(UpdateRows { update, batch, first, y, state });
+            // SAFETY: each task has its own channels of each of its tokens.
+            let y = |token: usize| unsafe { y.get(token * channels + first, len) };
+            let tokens = batch * tokens..(batch + 1) * tokens;
+            let Some(place) = update.states.map_or(Some(batch), |states| states[batch]) else {
+                return tokens.for_each(|token| y(token).fill(0.0));
+            };
+            // SAFETY: no two batch elements have the same state.
+            let state = unsafe { state.get((place * channels + first) * d_state, len * d_state) };
+            for token in tokens {
+                isa.dispatch(UpdateRows { update, token, first, y: y(token), state });
+            }
         });
     }
     y
 }
 
-/// Neighbouring channels of one batch element.
+/// Neighbouring channels of one token, counted over all batch elements.
 struct UpdateRows<'a> {
     update: &'a Update<'a>,
-    batch: usize,
+    token: usize,
     first: usize,
     y: &'a mut [f32],
     state: &'a mut [f32],
@@ -69,14 +78,14 @@ impl WithSimd for UpdateRows<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { update, batch, first, y, state } = self;
+        let Self { update, token, first, y, state } = self;
         let Sizes { nheads, headdim, ngroups, d_state, dt_per_head, a_per_head, .. } = update.sizes;
         let (channels, len) = (nheads * headdim, y.len());
         let [mut dt, mut decay, mut input] = [[0.0; ROWS]; 3];
         let (dt, decay, input) = (&mut dt[..len], &mut decay[..len], &mut input[..len]);
 
         let steps = if dt_per_head { nheads } else { channels };
-        self::rows(&update.dt[batch * steps..][..steps], dt_per_head, headdim, first, dt);
+        self::rows(&update.dt[token * steps..][..steps], dt_per_head, headdim, first, dt);
         if let Some(bias) = update.dt_bias {
             self::rows(bias, update.bias_per_head, headdim, first, input);
             map2(simd, dt, input, |dt, bias| simd.add_f32s(dt, bias));
@@ -91,7 +100,7 @@ impl WithSimd for UpdateRows<'_> {
             #[inline(always)]
             |dt| clamp(simd, dt, low, high),
         );
-        let x = &update.x[batch * channels + first..][..len];
+        let x = &update.x[token * channels + first..][..len];
         input.copy_from_slice(x);
         map2(simd, input, dt, |x, dt| simd.mul_f32s(x, dt));
         if a_per_head {
@@ -111,7 +120,7 @@ impl WithSimd for UpdateRows<'_> {
 
         let group_len = channels / ngroups;
         for group in first / group_len..(first + len).div_ceil(group_len) {
-            let start = (batch * ngroups + group) * d_state;
+            let start = (token * ngroups + group) * d_state;
             let (b, c) = (&update.b[start..][..d_state], &update.c[start..][..d_state]);
             let start = (group * group_len).max(first);
             for channel in start..((group + 1) * group_len).min(first + len) {
@@ -131,7 +140,7 @@ impl WithSimd for UpdateRows<'_> {
             map3(simd, y, dt, x, |y, d, x| simd.mul_add_e_f32s(d, x, y));
         }
         if let Some(z) = update.z {
-            let z = &z[batch * channels + first..][..len];
+            let z = &z[token * channels + first..][..len];
             mul_silu(simd, y, z);
         }
     }

@@ -61,8 +61,8 @@ fn kernel(d_state: usize, packs: bool, many: bool) -> (&'static str, usize, usiz
 }
 
 pub(super) fn update(args: &SelectiveStateUpdate, sizes: Sizes) -> Result<Tensor> {
-    let Sizes { batch, nheads, headdim, ngroups, d_state, dt_per_head, a_per_head } = sizes;
-    let SelectiveStateUpdate { state, x, dt, a, b, c, d, z, dt_bias, dt_softplus, dt_limit } = *args;
+    let Sizes { batch, nheads, headdim, ngroups, d_state, dt_per_head, a_per_head, .. } = sizes;
+    let SelectiveStateUpdate { state, x, dt, a, b, c, d, z, dt_bias, dt_softplus, dt_limit, .. } = *args;
     let per_head = |x: Option<&Tensor>| i32::from(args.x.rank() == 3 && x.is_some_and(|x| x.rank() == 1));
     let inputs = [Some(x), Some(dt), Some(a), Some(b), Some(c), d, z, dt_bias];
     device::pointers(OP, inputs, |gpu, [px, pdt, pa, pb, pc, pd, pz, pbias]| {

@@ -1,4 +1,4 @@
-//! One decoding step of Mamba-1 or Mamba-2: moves the state of each channel on by a token, in place.
+//! Decoding steps of Mamba-1 or Mamba-2: move the state of each channel on by a token or several, in place.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -10,15 +10,17 @@ use candle_core::{Result, Tensor};
 use crate::args::{self, Checker, Dim};
 use crate::host;
 use crate::simd::Isa;
+use crate::state_indices::StateIndices;
 
 const OP: &str = "selective_state_update";
 
 /// Arguments of [`selective_state_update`]; see there for shapes.
 #[derive(Debug, Clone, Copy)]
 pub struct SelectiveStateUpdate<'a> {
-    /// `(batch, dim, d_state)` or `(batch, nheads, headdim, d_state)`: changed in place.
+    /// `(batch, dim, d_state)` or `(batch, nheads, headdim, d_state)`, with indices `(states, …)`: changed in place.
     pub state: &'a Tensor,
-    /// The new input, `(batch, dim)` or `(batch, nheads, headdim)`.
+    /// The new input, `(batch, dim)` or `(batch, nheads, headdim)`; of several tokens `(batch, tokens, …)`, as everything
+    /// that is laid out as `x`, and `b` and `c`.
     pub x: &'a Tensor,
     /// The step size, laid out as `x`, or one a head, `(batch, nheads)`.
     pub dt: &'a Tensor,
@@ -38,6 +40,8 @@ pub struct SelectiveStateUpdate<'a> {
     pub dt_softplus: bool,
     /// The bounds that `dt` is clamped to at last.
     pub dt_limit: (f64, f64),
+    /// Which states the rows move on; each its own if absent.
+    pub state_indices: Option<&'a StateIndices>,
 }
 
 impl<'a> SelectiveStateUpdate<'a> {
@@ -62,6 +66,7 @@ impl<'a> SelectiveStateUpdate<'a> {
             dt_bias: None,
             dt_softplus: false,
             dt_limit: (f64::NEG_INFINITY, f64::INFINITY),
+            state_indices: None,
         }
     }
 
@@ -69,24 +74,41 @@ impl<'a> SelectiveStateUpdate<'a> {
         let check = Checker::new(OP, "x", self.x)?;
         let d_state = self.state.dims().last().copied().unwrap_or(0);
         let n: Dim = ("d_state", d_state);
-        // The channels of a batch element: one axis, or heads of channels.
-        let (batch, nheads, headdim, channels): (usize, usize, usize, &[Dim]) = if self.x.rank() == 2 {
-            let [batch, dim] = check.main_dims(["batch", "dim"])?;
-            (batch, dim, 1, &[("dim", dim)])
-        } else {
-            let [batch, nheads, headdim] = check.main_dims(["batch", "nheads", "headdim"])?;
-            (batch, nheads, headdim, &[("nheads", nheads), ("headdim", headdim)])
+        // The form is that of the state: of a batch element one axis of channels, or heads of channels.
+        let has_heads = self.state.rank() == 4;
+        let (batch, tokens, nheads, headdim) = match (has_heads, self.x.rank()) {
+            (false, 3) => {
+                let [batch, tokens, dim] = check.main_dims(["batch", "tokens", "dim"])?;
+                (batch, Some(tokens), dim, 1)
+            }
+            (false, _) => {
+                let [batch, dim] = check.main_dims(["batch", "dim"])?;
+                (batch, None, dim, 1)
+            }
+            (true, 4) => {
+                let [batch, tokens, nheads, headdim] =
+                    check.main_dims(["batch", "tokens", "nheads", "headdim"])?;
+                (batch, Some(tokens), nheads, headdim)
+            }
+            (true, _) => {
+                let [batch, nheads, headdim] = check.main_dims(["batch", "nheads", "headdim"])?;
+                (batch, None, nheads, headdim)
+            }
         };
-        let b: Dim = ("batch", batch);
+        let rows: Vec<Dim> =
+            [("batch", batch)].into_iter().chain(tokens.map(|tokens| ("tokens", tokens))).collect();
+        let rows = rows.as_slice();
+        let channels: &[Dim] =
+            if has_heads { &[("nheads", nheads), ("headdim", headdim)] } else { &[("dim", nheads)] };
         let heads = &channels[..1];
-        let dims = |parts: [&[Dim]; 3]| parts.concat();
-        check.state("state", self.state, &dims([&[b], channels, &[n]]))?;
+        let states = check.states(self.state_indices, batch, self.state)?;
+        check.state("state", self.state, &[&[states], channels, &[n]].concat())?;
         // With one axis, a head is a channel and `dt`, `d`, `dt_bias` may only be one a channel.
-        let per_head = |x: &Tensor, rank: usize| x.rank() == rank && channels.len() == 2;
-        let dt_per_head = per_head(self.dt, 2);
-        check.activation("dt", self.dt, &dims([&[b], if dt_per_head { heads } else { channels }, &[]]))?;
+        let per_head = |x: &Tensor, rank: usize| x.rank() == rank && has_heads;
+        let dt_per_head = per_head(self.dt, rows.len() + 1);
+        check.activation("dt", self.dt, &[rows, if dt_per_head { heads } else { channels }].concat())?;
         let a_per_head = per_head(self.a, 1);
-        let a_dims = if a_per_head { heads.to_vec() } else { dims([channels, &[n], &[]]) };
+        let a_dims = if a_per_head { heads.to_vec() } else { [channels, &[n]].concat() };
         check.parameter("a", self.a, &a_dims)?;
         for (name, x) in [("d", self.d), ("dt_bias", self.dt_bias)] {
             if let Some(x) = x {
@@ -94,13 +116,14 @@ impl<'a> SelectiveStateUpdate<'a> {
             }
         }
         if let Some(z) = self.z {
-            check.activation("z", z, &dims([&[b], channels, &[]]))?;
+            check.activation("z", z, &[rows, channels].concat())?;
         }
-        let ngroups = if self.b.rank() == 3 { self.b.dims()[1] } else { 1 };
+        let grouped = |x: &Tensor| x.rank() == rows.len() + 2;
+        let ngroups = if grouped(self.b) { self.b.dims()[rows.len()] } else { 1 };
         for (name, x) in [("b", self.b), ("c", self.c)] {
-            let groups: &[Dim] = if x.rank() == 3 { &[("ngroups", ngroups)] } else { &[] };
-            check.activation(name, x, &dims([&[b], groups, &[n]]))?;
-            check.require(x.rank() == 3 || ngroups == 1, || {
+            let groups: &[Dim] = if grouped(x) { &[("ngroups", ngroups)] } else { &[] };
+            check.activation(name, x, &[rows, groups, &[n]].concat())?;
+            check.require(grouped(x) || ngroups == 1, || {
                 format!("`{name}` has shape {:?}, expected ngroups {ngroups} as `b`", x.dims())
             })?;
         }
@@ -108,23 +131,26 @@ impl<'a> SelectiveStateUpdate<'a> {
             format!("`b` has {ngroups} groups, expected a divisor of {} {nheads}", channels[0].0)
         })?;
         check.dt_limit(self.dt_limit)?;
-        Ok(Sizes { batch, nheads, headdim, ngroups, d_state, dt_per_head, a_per_head })
+        let tokens = tokens.unwrap_or(1);
+        Ok(Sizes { batch, tokens, nheads, headdim, ngroups, d_state, has_heads, dt_per_head, a_per_head })
     }
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Sizes {
     batch: usize,
+    tokens: usize,
     /// Without heads: channels, of which each is a head of one channel.
     nheads: usize,
     headdim: usize,
     ngroups: usize,
     d_state: usize,
+    has_heads: bool,
     dt_per_head: bool,
     a_per_head: bool,
 }
 
-/// Moves the state on by one token and returns what is read from it; the state changes in place.
+/// Moves the state on by one token (or several) and returns what is read from it; the state changes in place.
 ///
 /// `h ← exp(Δ · A) h + Δ · x ⊗ B`, `y = h C + D · x`, gated by `silu(z)` if given, where `Δ = dt + dt_bias`, through a
 /// softplus if asked for, then clamped to `dt_limit`. Every clone of the tensor `state` sees the change.
@@ -135,6 +161,8 @@ struct Sizes {
 /// `(batch, nheads, headdim)` · `dt`: the same or `(batch, nheads)` · `a`: `(nheads, headdim, d_state)` or `(nheads,)` ·
 /// `d`, `dt_bias`: `(nheads, headdim)` or `(nheads,)`; one `dt` and one `a` a head is the fast way. For both `b`, `c`:
 /// `(batch, d_state)` or `(batch, ngroups, d_state)`, where neighbouring channels or heads share a group.
+/// Several tokens at once: `(batch, tokens, …)` for `x`, `dt`, `z`, `b`, `c` and `y`. With
+/// [`state_indices`](StateIndices), `state` is a pool `(states, …)`.
 /// `state` is contiguous `f32` (`f64` if `x` is); `x` is f32, f16, bf16 or f64 and `y` has its dtype.
 /// # Gradients
 /// None: this serves decoding.
@@ -159,7 +187,8 @@ struct Sizes {
 /// `selective_state_update` in state-spaces/mamba.
 pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
     let sizes = args.sizes()?;
-    let SelectiveStateUpdate { state, x, dt, a, b, c, d, z, dt_bias, dt_softplus, dt_limit } = *args;
+    let SelectiveStateUpdate { state, x, dt, a, b, c, d, z, dt_bias, dt_softplus, dt_limit, state_indices } =
+        *args;
     let inputs = [
         ("x", Some(x)),
         ("dt", Some(dt)),
@@ -171,16 +200,18 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
         ("dt_bias", dt_bias),
     ];
     Checker::new(OP, "x", x)?.in_place(state, &inputs)?;
-    if !args::fused(x) {
+    // The kernels for GPUs take one token of each state.
+    let several = x.rank() == state.rank() || state_indices.is_some();
+    if !args::fused(x) || (x.device().is_cuda() && several) {
         let (y, next) = reference::forward(args)?;
-        state.slice_set(&next.contiguous()?, 0, 0)?;
+        host::replace(state, &next)?;
         return Ok(y);
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return cuda::update(args, sizes);
     }
-    let per_head = |x: &Tensor| args.x.rank() == 3 && x.rank() == 1;
+    let per_head = |x: &Tensor| sizes.has_heads && x.rank() == 1;
     let (d_per_head, bias_per_head) = (d.is_some_and(per_head), dt_bias.is_some_and(per_head));
     let (x, dt, a) = (host::read("x", x)?, host::read("dt", dt)?, host::read("a", a)?);
     let (b, c) = (host::read("b", b)?, host::read("c", c)?);
@@ -200,6 +231,7 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
         bias_per_head,
         dt_softplus,
         dt_limit: (dt_limit.0 as f32, dt_limit.1 as f32),
+        states: state_indices.map(StateIndices::states),
     };
     let y = host::modify(OP, state, |state| Ok(cpu::update(&update, Isa::current(), state)))?;
     host::tensor(y, args.x.shape().clone(), args.x.dtype())

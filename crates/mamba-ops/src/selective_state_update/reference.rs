@@ -4,13 +4,45 @@ use candle_core::{Result, Tensor};
 
 use super::SelectiveStateUpdate;
 use crate::args::state_dtype;
-use crate::reference::{cast, clamp, silu, softplus, sum_last};
+use crate::reference::{cast, clamp, part, silu, softplus, sum_last};
 
-/// `(y, h')` with `h' = exp(Δ · A) h + Δ · x ⊗ B`, `y = h' C + D · x`, for any device and dtype; `state` stays as it is.
+/// `(y, h')` with `h' = exp(Δ · A) h + Δ · x ⊗ B`, `y = h' C + D · x`, for any device and dtype, token by
+/// token; `state` stays as it is.
 ///
 /// # Errors
 /// If candle refuses an operation; shapes are checked by [`selective_state_update`](super::selective_state_update).
 pub fn forward(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
+    if let Some(indices) = args.state_indices {
+        let alone =
+            SelectiveStateUpdate { state: &indices.gather(args.state)?, state_indices: None, ..*args };
+        let (y, next) = forward(&alone)?;
+        return Ok((indices.without_padding(&y)?, indices.scatter(&next, args.state)?));
+    }
+    if args.x.rank() < args.state.rank() {
+        return step(args);
+    }
+    let (mut state, mut ys) = (args.state.clone(), vec![]);
+    for t in 0..args.x.dim(1)? {
+        let token = |x: &Tensor| part(x, 1, t, 1)?.squeeze(1);
+        let z = args.z.map(token).transpose()?;
+        let (y, next) = step(&SelectiveStateUpdate {
+            state: &state,
+            x: &token(args.x)?,
+            dt: &token(args.dt)?,
+            b: &token(args.b)?,
+            c: &token(args.c)?,
+            z: z.as_ref(),
+            ..*args
+        })?;
+        ys.push(y);
+        state = next;
+    }
+    let y = if ys.is_empty() { args.x.zeros_like()? } else { Tensor::stack(&ys, 1)? };
+    Ok((y, state))
+}
+
+/// One token.
+fn step(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
     let dtype = state_dtype(args.x.dtype());
     // Without heads, each channel is a head of one channel.
     let x = cast(args.x, dtype)?;

@@ -10,6 +10,7 @@ pub use pulp::{Simd, WithSimd};
 
 pub(crate) mod half;
 pub(crate) mod math;
+pub(crate) mod matrix;
 pub(crate) mod slice;
 
 /// Environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `neon`.

@@ -182,3 +182,15 @@ pub(crate) fn mul_sigmoid<S: Simd>(simd: S, y: &mut [f32], x: &[f32]) {
         |y, x| simd.mul_f32s(y, math::sigmoid(simd, x)),
     );
 }
+
+/// `y[i] = e^(y[i] - shift)`.
+#[inline(always)]
+pub(crate) fn exp_minus<S: Simd>(simd: S, y: &mut [f32], shift: f32) {
+    let shift = simd.splat_f32s(shift);
+    map(
+        simd,
+        y,
+        #[inline(always)]
+        |y| math::exp(simd, simd.sub_f32s(y, shift)),
+    );
+}

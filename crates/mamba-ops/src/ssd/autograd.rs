@@ -71,7 +71,7 @@ impl Node {
         f(&cpu::Scan {
             sizes: self.sizes,
             packing: &self.packing,
-            chunk: cpu::chunk_len(self.chunk_size),
+            chunk: cpu::chunk_len(self.chunk_size, &self.packing),
             x: &x,
             dt: &dt,
             a: &a,

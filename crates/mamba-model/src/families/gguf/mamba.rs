@@ -37,6 +37,7 @@ fn parse(file: &Described, config: &mut ModelConfig) -> Result<()> {
         dt_rank: file.fields.usize("ssm.time_step_rank")?,
         conv_bias: file.has("blk.0.ssm_conv1d.bias"),
         proj_bias: file.has("blk.0.ssm_in.bias"),
+        ..Mamba1Config::new(config.d_model)
     };
     config.layers.fill(LayerSpec::new([MixerSpec::Mamba1(mixer)]));
     Ok(())
@@ -45,8 +46,21 @@ fn parse(file: &Described, config: &mut ModelConfig) -> Result<()> {
 fn write(config: &ModelConfig) -> Option<Keys> {
     let layer = config.layers.first()?;
     let [branch] = layer.branches.as_slice() else { return None };
-    let [MixerSpec::Mamba1(c)] = branch.mixers.as_slice() else { return None };
-    let expressible = config.layers.iter().all(|other| other == layer) && config.norm == NormKind::Rms;
+    let [(1.0, MixerSpec::Mamba1(c))] = branch.mixers.as_slice() else { return None };
+    let Mamba1Config { d_inner, d_state, d_conv, dt_rank, conv_bias, proj_bias, .. } = *c;
+    let plain = Mamba1Config {
+        d_inner,
+        d_state,
+        d_conv,
+        dt_rank,
+        conv_bias,
+        proj_bias,
+        ..Mamba1Config::new(config.d_model)
+    };
+    let expressible = *c == plain
+        && config.layers.iter().all(|other| other == layer)
+        && layer.shared.is_none()
+        && config.norm == NormKind::Rms;
     let mut keys = write_common(config).filter(|_| expressible)?;
     keys.extend([
         ("feed_forward_length", Value::U32(0)),

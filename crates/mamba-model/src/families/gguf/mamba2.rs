@@ -25,7 +25,7 @@ pub(super) static MAMBA2: Architecture = Architecture {
     write,
     form: |config, name| {
         let mixer = config.layers.first().and_then(|layer| layer.branches.first()?.mixers.first());
-        let groups = if let Some(MixerSpec::Mamba2(c)) = mixer { c.ngroups } else { 1 };
+        let groups = if let Some((_, MixerSpec::Mamba2(c))) = mixer { c.ngroups } else { 1 };
         form(groups, name)
     },
 };
@@ -53,7 +53,8 @@ pub(super) fn mixer(file: &Described, config: &ModelConfig, layer: usize) -> Res
         headdim: d_inner / nheads,
         ngroups: file.fields.usize_opt("ssm.group_count")?.unwrap_or(1),
         conv_bias: file.has(&format!("blk.{layer}.ssm_conv1d.bias")),
-        proj_bias: file.has(&format!("blk.{layer}.ssm_in.bias")),
+        in_bias: file.has(&format!("blk.{layer}.ssm_in.bias")),
+        out_bias: file.has(&format!("blk.{layer}.ssm_out.bias")),
         norm: Some(GatedNorm { eps: config.norm_eps, before_gate: false }),
         ..Mamba2Config::new(config.d_model)
     })
@@ -62,8 +63,10 @@ pub(super) fn mixer(file: &Described, config: &ModelConfig, layer: usize) -> Res
 fn write(config: &ModelConfig) -> Option<Keys> {
     let layer = config.layers.first()?;
     let [branch] = layer.branches.as_slice() else { return None };
-    let [MixerSpec::Mamba2(c)] = branch.mixers.as_slice() else { return None };
-    let expressible = config.layers.iter().all(|other| other == layer) && config.norm == NormKind::Rms;
+    let [(1.0, MixerSpec::Mamba2(c))] = branch.mixers.as_slice() else { return None };
+    let expressible = config.layers.iter().all(|other| other == layer)
+        && layer.shared.is_none()
+        && config.norm == NormKind::Rms;
     let mut keys = write_common(config).filter(|_| expressible)?;
     keys.extend([("feed_forward_length", Value::U32(0)), ("attention.head_count", Value::U32(0))]);
     keys.extend(write_mixer(config, c)?);
@@ -74,7 +77,8 @@ fn write(config: &ModelConfig) -> Option<Keys> {
 pub(super) fn write_mixer(config: &ModelConfig, c: &Mamba2Config) -> Option<Keys> {
     let expressible = c.norm == Some(GatedNorm { eps: config.norm_eps, before_gate: false })
         && (c.d_ssm, c.d_has_headdim) == (c.d_inner, false)
-        && c.dt_limit == (0.0, f64::INFINITY);
+        && c.dt_limit == (0.0, f64::INFINITY)
+        && (c.learnable_init_states, c.input_scale, c.zxbcdt_scales) == (false, 1.0, [1.0; 5]);
     let keys = vec![
         ("ssm.inner_size", count(c.d_inner)?),
         ("ssm.state_size", count(c.d_state)?),

@@ -100,7 +100,7 @@ fn common(described: &Described, metadata: &Metadata) -> Result<ModelConfig> {
             vocab_size,
             fields.usize("embedding_length")?,
             0,
-            MixerSpec::Mlp(MlpConfig { d_hidden: 1, bias: false }),
+            MixerSpec::Mlp(MlpConfig::new(1)),
         )
     })
 }
@@ -164,6 +164,9 @@ fn count(n: usize) -> Option<Value> {
 
 /// The keys that all architectures have.
 fn write_common(config: &ModelConfig) -> Option<Keys> {
+    if (config.embedding_scale, config.logits_scale) != (1.0, 1.0) {
+        return None;
+    }
     Some(vec![
         // State space models have no limit; llama.cpp's converter writes this.
         ("context_length", Value::U32(1 << 20)),

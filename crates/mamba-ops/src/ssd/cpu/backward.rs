@@ -3,10 +3,10 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::matrix::{Product, Strided, Zeros, copy, padded, transpose};
 use super::{Block, Chunk, Piece, Scan, Sizes, Steps, load_inputs, outputs, scale, scores};
 use crate::host::{SharedMut, add_rows, parallel, uninit};
 use crate::simd::Isa;
+use crate::simd::matrix::{Product, Strided, Zeros, copy, padded, transpose};
 use crate::simd::slice::{dot, map2, map3, mul_sigmoid, mul_silu, mul_silu_derivative, sum};
 
 /// Gradients of the inputs, each laid out as its input.

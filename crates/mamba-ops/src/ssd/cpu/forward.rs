@@ -2,10 +2,10 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::matrix::{Product, Strided, Zeros, copy, padded, transpose};
 use super::{Block, Piece, Scan, Sizes, Steps, load_inputs, outputs, scale, scores};
 use crate::host::{SharedMut, parallel, uninit};
 use crate::simd::Isa;
+use crate::simd::matrix::{Product, Strided, Zeros, copy, padded, transpose};
 use crate::simd::slice::mul_silu;
 
 /// What the forward pass leaves.

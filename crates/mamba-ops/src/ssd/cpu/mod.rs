@@ -6,7 +6,6 @@
 
 mod backward;
 mod forward;
-mod matrix;
 
 use std::f64::consts::LOG2_E;
 
@@ -15,15 +14,17 @@ use pulp::Simd;
 use super::Sizes;
 use crate::packing::Packing;
 use crate::simd::math::{clamp, exp2};
+use crate::simd::matrix::{Product, Strided, Zeros, padded, transpose};
 use crate::simd::slice::{map, map2, map3, softplus};
-use matrix::{Product, Strided, Zeros, padded, transpose};
 
 pub(super) use backward::backward;
 pub(super) use forward::{Forward, forward};
 
-/// Tokens of a chunk: within bounds between which speed differs little, what the caller asks for.
-pub(super) fn chunk_len(chunk_size: usize) -> usize {
-    chunk_size.clamp(16, 64)
+/// Tokens of a chunk: within bounds between which speed differs little, what the caller asks for; not more than there are
+/// in the longest sequence, for room takes time too.
+pub(super) fn chunk_len(chunk_size: usize, packing: &Packing) -> usize {
+    let longest = packing.sequences().iter().map(|sequence| sequence.len).max().unwrap_or(0);
+    chunk_size.min(longest).clamp(16, 64)
 }
 
 /// The inputs as slices, in the layouts of [`SsdChunkScan`](super::SsdChunkScan).

@@ -9,13 +9,13 @@ const COLUMNS: usize = 16;
 const ROWS: usize = 6;
 
 /// The stride of rows of `columns` columns.
-pub(super) fn padded(columns: usize) -> usize {
+pub(crate) fn padded(columns: usize) -> usize {
     columns.next_multiple_of(COLUMNS)
 }
 
 /// A matrix that is read one element at a time, with any strides.
 #[derive(Clone, Copy)]
-pub(super) struct Strided<'a> {
+pub(crate) struct Strided<'a> {
     pub values: &'a [f32],
     pub row: usize,
     pub column: usize,
@@ -23,19 +23,19 @@ pub(super) struct Strided<'a> {
 
 impl<'a> Strided<'a> {
     /// Rows side by side.
-    pub(super) fn rows(values: &'a [f32], stride: usize) -> Self {
+    pub(crate) fn rows(values: &'a [f32], stride: usize) -> Self {
         Self { values, row: stride, column: 1 }
     }
 
     /// The transposition of [`rows`](Self::rows).
-    pub(super) fn columns(values: &'a [f32], stride: usize) -> Self {
+    pub(crate) fn columns(values: &'a [f32], stride: usize) -> Self {
         Self { values, row: 1, column: stride }
     }
 }
 
 /// Which tiles of a product need no work.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Zeros {
+pub(crate) enum Zeros {
     Nowhere,
     /// `a` is lower triangular.
     AboveDiagonalOfA,
@@ -49,7 +49,7 @@ pub(super) enum Zeros {
 ///
 /// Each element is a sum in the order of `inner`, whatever the extents. Columns come in whole [`COLUMNS`]: what is
 /// read past the last of `b` lands past the last of `out`.
-pub(super) struct Product<'a> {
+pub(crate) struct Product<'a> {
     /// `(rows, inner)`.
     pub a: Strided<'a>,
     /// `(inner, columns)`, rows of the given stride.
@@ -175,7 +175,7 @@ impl Product<'_> {
 
 /// Writes the transposition of `(rows, columns)`, both with the given strides.
 #[inline(always)]
-pub(super) fn transpose(from: (&[f32], usize), [rows, columns]: [usize; 2], to: (&mut [f32], usize)) {
+pub(crate) fn transpose(from: (&[f32], usize), [rows, columns]: [usize; 2], to: (&mut [f32], usize)) {
     // Square pieces, of which both sides stay in cache.
     const PIECE: usize = 16;
     for first in (0..rows).step_by(PIECE) {
@@ -191,7 +191,7 @@ pub(super) fn transpose(from: (&[f32], usize), [rows, columns]: [usize; 2], to: 
 
 /// Copies the first columns of each row.
 #[inline(always)]
-pub(super) fn copy(from: (&[f32], usize), [rows, columns]: [usize; 2], to: (&mut [f32], usize)) {
+pub(crate) fn copy(from: (&[f32], usize), [rows, columns]: [usize; 2], to: (&mut [f32], usize)) {
     for i in 0..rows {
         to.0[i * to.1..][..columns].copy_from_slice(&from.0[i * from.1..][..columns]);
     }

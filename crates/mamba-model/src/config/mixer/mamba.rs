@@ -1,18 +1,7 @@
-//! The mixers that a branch may hold, and their sizes.
+//! The state space blocks.
 
-use crate::{Error, Result};
-
-/// One mixer: what maps a sequence to a sequence within a branch.
-#[non_exhaustive]
-#[derive(Debug, Clone, PartialEq)]
-pub enum MixerSpec {
-    /// The selective scan block of Mamba.
-    Mamba1(Mamba1Config),
-    /// The state space dual block of Mamba-2.
-    Mamba2(Mamba2Config),
-    /// A gated multilayer perceptron.
-    Mlp(MlpConfig),
-}
+use super::{finite, positive, require};
+use crate::Result;
 
 /// Sizes and options of a Mamba-1 block.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,6 +18,20 @@ pub struct Mamba1Config {
     pub conv_bias: bool,
     /// Whether the projections in and out have biases.
     pub proj_bias: bool,
+    /// RMSNorms of dt, B and C before they are used, as in FalconMamba and Jamba.
+    pub dt_bc_norm: Option<DtBcNorm>,
+    /// Heads with projections to dt, B and C of their own, and `x` and `z` channel by channel in turn, as in Zamba; the
+    /// plain block if absent.
+    pub nheads: Option<usize>,
+}
+
+/// The RMSNorms of dt (before its projection), B and C.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DtBcNorm {
+    /// Added to the mean square.
+    pub eps: f64,
+    /// Whether they have weights.
+    pub weights: bool,
 }
 
 /// Sizes and options of a Mamba-2 block.
@@ -48,8 +51,10 @@ pub struct Mamba2Config {
     pub ngroups: usize,
     /// Whether the convolution has a bias.
     pub conv_bias: bool,
-    /// Whether the projections in and out have biases.
-    pub proj_bias: bool,
+    /// Whether the projection in has a bias.
+    pub in_bias: bool,
+    /// Whether the projection out has a bias.
+    pub out_bias: bool,
     /// The gated RMSNorm before the projection out; without it the gate is applied alone.
     pub norm: Option<GatedNorm>,
     /// Whether the skip connection `D` has a value a channel rather than a head.
@@ -58,6 +63,12 @@ pub struct Mamba2Config {
     pub dt_limit: (f64, f64),
     /// Tokens that are computed at once; the result does not depend on it.
     pub chunk_size: usize,
+    /// Whether the state before the first token is a parameter rather than 0.
+    pub learnable_init_states: bool,
+    /// What the input is multiplied by.
+    pub input_scale: f64,
+    /// What `z`, `x`, `B`, `C` and `dt` are multiplied by when they come out of the projection.
+    pub zxbcdt_scales: [f64; 5],
 }
 
 /// The gated RMSNorm of a Mamba-2 block, over groups of `d_ssm / ngroups` channels.
@@ -67,15 +78,6 @@ pub struct GatedNorm {
     pub eps: f64,
     /// `norm(x) · silu(z)` rather than `norm(x · silu(z))`.
     pub before_gate: bool,
-}
-
-/// Sizes of a gated multilayer perceptron, `fc2(y · silu(gate))` with `(y, gate) = fc1(x)`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct MlpConfig {
-    /// Width of `y` and of `gate`.
-    pub d_hidden: usize,
-    /// Whether the projections have biases.
-    pub bias: bool,
 }
 
 impl Mamba1Config {
@@ -88,7 +90,23 @@ impl Mamba1Config {
             dt_rank: d_model.div_ceil(16),
             conv_bias: true,
             proj_bias: false,
+            dt_bc_norm: None,
+            nheads: None,
         }
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        positive("d_inner", self.d_inner)?;
+        positive("d_state", self.d_state)?;
+        positive("d_conv", self.d_conv)?;
+        positive("dt_rank", self.dt_rank)?;
+        let nheads = self.nheads.unwrap_or(1);
+        require(nheads > 0 && self.d_inner.is_multiple_of(nheads), "nheads", || {
+            format!("is {nheads}, expected a divisor of d_inner {}", self.d_inner)
+        })?;
+        require(nheads == 1 || self.dt_bc_norm.is_none(), "dt_bc_norm", || {
+            "is given for a block of heads, which has none".into()
+        })
     }
 }
 
@@ -103,11 +121,15 @@ impl Mamba2Config {
             headdim: 64,
             ngroups: 1,
             conv_bias: true,
-            proj_bias: false,
+            in_bias: false,
+            out_bias: false,
             norm: Some(GatedNorm { eps: 1e-5, before_gate: false }),
             d_has_headdim: false,
             dt_limit: (0.0, f64::INFINITY),
             chunk_size: 256,
+            learnable_init_states: false,
+            input_scale: 1.0,
+            zxbcdt_scales: [1.0; 5],
         }
     }
 
@@ -130,55 +152,34 @@ impl Mamba2Config {
     pub(crate) fn d_in_proj(&self) -> usize {
         2 * self.d_bypass() + self.d_ssm + self.conv_dim() + self.nheads()
     }
-}
 
-impl MixerSpec {
-    pub(crate) fn validate(&self) -> Result<()> {
-        let require = |holds: bool, field: &str, message: String| match holds {
-            true => Ok(()),
-            false => Err(Error::Config { file: None, field: field.into(), message }),
-        };
-        let positive = |field, value| require(value > 0, field, "is 0, expected at least 1".into());
-        match self {
-            Self::Mamba1(c) => {
-                positive("d_inner", c.d_inner)?;
-                positive("d_state", c.d_state)?;
-                positive("d_conv", c.d_conv)?;
-                positive("dt_rank", c.dt_rank)
-            }
-            Self::Mamba2(c) => {
-                for (field, value) in [
-                    ("d_ssm", c.d_ssm),
-                    ("d_state", c.d_state),
-                    ("d_conv", c.d_conv),
-                    ("headdim", c.headdim),
-                    ("ngroups", c.ngroups),
-                    ("chunk_size", c.chunk_size),
-                ] {
-                    positive(field, value)?;
-                }
-                let (d_ssm, headdim) = (c.d_ssm, c.headdim);
-                require(
-                    d_ssm <= c.d_inner,
-                    "d_ssm",
-                    format!("is {d_ssm}, expected at most d_inner {}", c.d_inner),
-                )?;
-                require(
-                    d_ssm % headdim == 0,
-                    "headdim",
-                    format!("is {headdim}, expected a divisor of d_ssm {d_ssm}"),
-                )?;
-                let (nheads, ngroups) = (c.nheads(), c.ngroups);
-                let message = format!("is {ngroups}, expected a divisor of the {nheads} heads");
-                require(nheads % ngroups == 0, "ngroups", message)?;
-                let (low, high) = c.dt_limit;
-                require(
-                    low >= 0.0 && low <= high,
-                    "dt_limit",
-                    format!("is ({low}, {high}), expected 0 ≤ low ≤ high"),
-                )
-            }
-            Self::Mlp(c) => positive("d_hidden", c.d_hidden),
+    pub(super) fn validate(&self) -> Result<()> {
+        for (field, value) in [
+            ("d_ssm", self.d_ssm),
+            ("d_state", self.d_state),
+            ("d_conv", self.d_conv),
+            ("headdim", self.headdim),
+            ("ngroups", self.ngroups),
+            ("chunk_size", self.chunk_size),
+        ] {
+            positive(field, value)?;
         }
+        let (d_ssm, headdim) = (self.d_ssm, self.headdim);
+        require(d_ssm <= self.d_inner, "d_ssm", || {
+            format!("is {d_ssm}, expected at most d_inner {}", self.d_inner)
+        })?;
+        require(d_ssm % headdim == 0, "headdim", || {
+            format!("is {headdim}, expected a divisor of d_ssm {d_ssm}")
+        })?;
+        let (nheads, ngroups) = (self.nheads(), self.ngroups);
+        require(nheads % ngroups == 0, "ngroups", || {
+            format!("is {ngroups}, expected a divisor of the {nheads} heads")
+        })?;
+        let (low, high) = self.dt_limit;
+        require(low >= 0.0 && low <= high, "dt_limit", || {
+            format!("is ({low}, {high}), expected 0 ≤ low ≤ high")
+        })?;
+        finite("input_scale", self.input_scale)?;
+        self.zxbcdt_scales.iter().try_for_each(|scale| finite("zxbcdt_scales", *scale))
     }
 }

@@ -1,0 +1,161 @@
+//! One text on its way: its tokens, how the next one is chosen, and when to stop.
+
+use std::time::Duration;
+
+use crate::cancel::CancelToken;
+use crate::error::{Error, Result};
+use crate::filter::History;
+use crate::lm::CausalLm;
+use crate::logprobs::Logprobs;
+use crate::sampling::Sampling;
+use crate::state::GenerationState;
+use crate::timings::Timings;
+use crate::token::{FinishReason, Token};
+
+/// What a generation is apart from the model and its state, so that several can share these.
+pub(crate) struct Sequence {
+    pub(crate) sampling: Sampling,
+    pub(crate) logprobs: Option<usize>,
+    pub(crate) stop_tokens: Vec<u32>,
+    pub(crate) max_new_tokens: usize,
+    pub(crate) cancel: CancelToken,
+    /// The history, the prompt and what was generated.
+    pub(crate) tokens: Vec<u32>,
+    /// How many of them the cache has read.
+    pub(crate) read: usize,
+    /// Where the prompt begins and ends.
+    pub(crate) prompt: (usize, usize),
+    /// What follows the last token that was read.
+    pub(crate) logits: Vec<f32>,
+    pub(crate) state: State,
+    pub(crate) timings: Timings,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// The prompt has not been read.
+    Prompt,
+    /// The prompt has been read, and the logits that follow it are there.
+    Primed,
+    /// At least one token has been generated.
+    Running,
+    /// No more tokens; without a reason if there was an error.
+    Done(Option<FinishReason>),
+}
+
+impl Sequence {
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.tokens[self.prompt.0..self.prompt.1]
+    }
+
+    pub(crate) fn generated(&self) -> &[u32] {
+        &self.tokens[self.prompt.1..]
+    }
+
+    /// The last token, if it was generated and not read; none after an error, when nobody knows what was read.
+    pub(crate) fn pending(&self) -> Option<u32> {
+        let known = self.read < self.tokens.len() && self.state != State::Done(None);
+        self.generated().last().copied().filter(|_| known)
+    }
+
+    pub(crate) fn finish_reason(&self) -> Option<FinishReason> {
+        match self.state {
+            State::Done(reason) => reason,
+            State::Prompt | State::Primed | State::Running => None,
+        }
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        matches!(self.state, State::Done(_))
+    }
+
+    /// Ends the generation if someone asked for that.
+    pub(crate) fn heed(&mut self) {
+        if !self.is_done() && self.cancel.is_cancelled() {
+            self.state = State::Done(Some(FinishReason::Cancelled));
+        }
+    }
+
+    /// Sees to it that the logits are there from which the next token is chosen.
+    pub(crate) fn evaluate<M: CausalLm + ?Sized>(&mut self, model: &M, cache: &mut M::Cache) -> Result<()> {
+        let position = self.tokens.len();
+        match (self.state, self.pending()) {
+            (State::Primed, _) => return Ok(()),
+            (_, None) => {
+                let prompt = &self.tokens[self.prompt.0..self.prompt.1];
+                self.timings.prompt_tokens = prompt.len();
+                let outcome = model.prefill(prompt, cache, &mut self.logits);
+                outcome.map_err(Error::model("prefill", position))?;
+            }
+            (_, Some(id)) => {
+                model.step(id, cache, &mut self.logits).map_err(Error::model("step", position))?;
+            }
+        }
+        self.read = position;
+        check_logits(&self.logits, model.vocab_size(), position)
+    }
+
+    /// Chooses the next token from the logits that follow the last one, and says whether it is the last.
+    pub(crate) fn choose(&mut self, logits: &[f32]) -> Result<Token> {
+        let history = History::new(&self.tokens, self.prompt.1);
+        let id = self.sampling.next_token(logits, history)?;
+        self.accept(id);
+        Ok(Token { id, logprobs: self.logprobs.map(|top| Logprobs::new(logits, id, top)) })
+    }
+
+    /// As [`choose`](Self::choose), from the logits that [`evaluate`](Self::evaluate) left.
+    pub(crate) fn choose_from_own(&mut self) -> Result<Token> {
+        let logits = std::mem::take(&mut self.logits);
+        let token = self.choose(&logits);
+        self.logits = logits;
+        token
+    }
+
+    /// Notes that the prompt was read, or could not be.
+    pub(crate) fn primed(&mut self, time: Duration, outcome: Result<()>) -> Result<()> {
+        self.timings.prompt += time;
+        self.state = if outcome.is_ok() { State::Primed } else { State::Done(None) };
+        outcome
+    }
+
+    /// Adds a token that was chosen.
+    pub(crate) fn accept(&mut self, id: u32) {
+        self.tokens.push(id);
+        self.timings.generated_tokens = self.generated().len();
+        self.state = if self.stop_tokens.contains(&id) {
+            State::Done(Some(FinishReason::StopToken))
+        } else if self.generated().len() >= self.max_new_tokens {
+            State::Done(Some(FinishReason::Length))
+        } else {
+            State::Running
+        };
+    }
+
+    /// Notes the time that a token took which was chosen in this state.
+    pub(crate) fn note_time(&mut self, before: State, time: Duration) {
+        match before {
+            State::Prompt | State::Primed => self.timings.prompt += time,
+            State::Running | State::Done(_) => self.timings.generation += time,
+        }
+    }
+
+    /// With a copy of the state of the model, everything to go on from.
+    pub(crate) fn with_cache<C>(&self, cache: C) -> GenerationState<C> {
+        GenerationState {
+            cache,
+            tokens: self.tokens.clone(),
+            read: self.read,
+            prompt: self.prompt,
+            logits: if self.state == State::Primed { self.logits.clone() } else { Vec::new() },
+            sampling: Some(self.sampling.state()),
+        }
+    }
+}
+
+/// Errors if there are not as many logits as tokens in the vocabulary.
+pub(crate) fn check_logits(logits: &[f32], expected: usize, position: usize) -> Result<()> {
+    match logits.len() == expected {
+        true => Ok(()),
+        false => Err(Error::LogitsLength { got: logits.len(), expected, position }),
+    }
+}

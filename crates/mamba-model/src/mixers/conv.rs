@@ -1,0 +1,62 @@
+//! The depthwise convolution of several mixers, with its window.
+
+use candle_core::Tensor;
+use mamba_ops::{Activation, CausalConv1d, CausalConv1dUpdate, SequenceLayout};
+
+use crate::Result;
+use crate::adapter::LowRank;
+use crate::params::Params;
+
+/// A depthwise convolution with its weight as checkpoints store it, `(channels, 1, width)`.
+#[derive(Debug)]
+pub(super) struct CausalConv {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    activation: Activation,
+    adapter: Option<LowRank>,
+}
+
+impl CausalConv {
+    pub(super) fn new(
+        params: &Params,
+        channels: usize,
+        width: usize,
+        bias: bool,
+        activation: Activation,
+    ) -> Result<Self> {
+        let weight = params.get((channels, 1, width), "weight")?;
+        let bias = params.get_if(bias, channels, "bias")?;
+        Ok(Self { weight, bias, activation, adapter: LowRank::find(params, channels, width)? })
+    }
+
+    /// One filter a channel, `(channels, width)`.
+    fn filters(&self) -> Result<Tensor> {
+        let weight = self.weight.squeeze(1)?;
+        match &self.adapter {
+            Some(adapter) => adapter.merged(&weight),
+            None => Ok(weight),
+        }
+    }
+
+    /// `x`: `(batch, seqlen, channels)`; moves the window in `state` on.
+    pub(super) fn forward(&self, x: &Tensor, state: Option<&mut Tensor>) -> Result<Tensor> {
+        let (weight, bias) = (self.filters()?, self.bias.as_ref());
+        let (activation, layout) = (self.activation, SequenceLayout::ChannelsLast);
+        if let (Some(state), 1) = (&state, x.dim(1)?) {
+            let step = CausalConv1dUpdate::new(x, state, &weight);
+            let args = CausalConv1dUpdate { bias, activation, layout, ..step };
+            return Ok(mamba_ops::causal_conv1d_update(&args)?);
+        }
+        let output = mamba_ops::causal_conv1d(&CausalConv1d {
+            bias,
+            initial_state: state.as_deref(),
+            activation,
+            layout,
+            ..CausalConv1d::new(x, &weight)
+        })?;
+        if let Some(state) = state {
+            *state = output.final_state;
+        }
+        Ok(output.y)
+    }
+}

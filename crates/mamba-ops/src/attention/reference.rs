@@ -1,0 +1,67 @@
+//! Attention in plain tensor operations: the meaning of the op, and its gradients by candle's autograd.
+
+use candle_core::{D, Result, Tensor};
+
+use super::Attention;
+use crate::args::state_dtype;
+
+/// Queries at a time: bounds the matrix of scores.
+const QUERIES: usize = 512;
+
+/// `softmax(scale · q kᵀ) v` over what each query sees, for any device and dtype; differentiable.
+///
+/// # Errors
+/// If candle refuses an operation; shapes are checked by [`attention`](super::attention).
+pub fn forward(args: &Attention) -> Result<Tensor> {
+    let (batch, seqlen, nheads, headdim) = args.q.dims4()?;
+    let dtype = state_dtype(args.q.dtype());
+    // Candle cannot concatenate or multiply nothing; blocks without positions have no gradient to give.
+    let blocks = |blocks: &[Tensor]| -> Result<Option<Tensor>> {
+        let blocks: Vec<&Tensor> = blocks.iter().filter(|x| x.elem_count() > 0).collect();
+        if blocks.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Tensor::cat(&blocks, 1)?.to_dtype(dtype)?.transpose(1, 2)?))
+    };
+    let (Some(k), Some(v)) = (blocks(args.keys)?, blocks(args.values)?) else {
+        return args.q.zeros_like();
+    };
+    if args.q.elem_count() == 0 {
+        return args.q.zeros_like();
+    }
+    let (_, nheads_kv, kv_len, _) = k.dims4()?;
+    let group = nheads / nheads_kv;
+    // The heads of a group stand among the rows, beside the positions: (batch, nheads_kv, seqlen · group, headdim).
+    let q = args.q.to_dtype(dtype)?.reshape((batch, seqlen, nheads_kv, group, headdim))?.transpose(1, 2)?;
+    let k = k.transpose(2, 3)?.contiguous()?;
+    let v = v.contiguous()?;
+    let mut pieces = vec![];
+    for first in (0..seqlen).step_by(QUERIES) {
+        let count = QUERIES.min(seqlen - first);
+        let rows = q.narrow(2, first, count)?.reshape((batch, nheads_kv, count * group, headdim))?;
+        let scores = (rows.contiguous()?.matmul(&k)? * args.scale)?;
+        let scores = match mask(args, first, count, group, kv_len)? {
+            Some(mask) => scores.broadcast_add(&mask.to_dtype(dtype)?)?,
+            None => scores,
+        };
+        let weights = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        let y = weights.matmul(&v)?.reshape((batch, nheads_kv, count, group, headdim))?;
+        pieces.push(y.transpose(1, 2)?.reshape((batch, count, nheads, headdim))?);
+    }
+    Tensor::cat(&pieces, 1)?.to_dtype(args.q.dtype())
+}
+
+/// 0 where a query sees a key, else minus infinity, `(count · group, kv_len)`; none if every query sees every key.
+fn mask(args: &Attention, first: usize, count: usize, group: usize, kv_len: usize) -> Result<Option<Tensor>> {
+    let seqlen = args.q.dim(1)?;
+    let visible = |i: usize| args.options().visible((kv_len + i).saturating_sub(seqlen), kv_len);
+    if (first..first + count).all(|i| visible(i) == (0..kv_len)) {
+        return Ok(None);
+    }
+    let mut values = vec![f32::NEG_INFINITY; count * group * kv_len];
+    for (row, values) in values.chunks_exact_mut(kv_len).enumerate() {
+        values[visible(first + row / group)].fill(0.0);
+    }
+    Ok(Some(Tensor::from_vec(values, (count * group, kv_len), args.q.device())?))
+}

@@ -1,0 +1,70 @@
+//! The op as a node of candle's graph: the gradients are computed in forward, and scaled in backward.
+
+use candle_core::{Result, Tensor};
+
+use super::chunks::{self, Needs, Sums};
+use super::{LinearCrossEntropy, OP, Sizes};
+use crate::autograd::{self, Forward, FusedFn};
+use crate::{checkpoint, host};
+
+// Slots of the inputs.
+const X: usize = 0;
+const WEIGHT: usize = 1;
+const TARGETS: usize = 2;
+const SLOTS: usize = 3;
+
+struct Node {
+    sizes: Sizes,
+    needs: Needs,
+    ignore_index: i64,
+    logit_scale: f64,
+    chunk_rows: Option<usize>,
+}
+
+pub(super) fn apply(args: &LinearCrossEntropy, sizes: Sizes) -> Result<Tensor> {
+    let LinearCrossEntropy { x, weight, targets, ignore_index, logit_scale, chunk_rows } = *args;
+    let needs = Needs { x: autograd::needs_gradient(x), weight: autograd::needs_gradient(weight) };
+    let node = Node { sizes, needs, ignore_index, logit_scale, chunk_rows };
+    let [loss] = autograd::apply(node, &[Some(x), Some(weight), Some(targets)])?;
+    Ok(loss)
+}
+
+impl FusedFn<SLOTS, 1> for Node {
+    const NAME: &'static str = OP;
+
+    fn forward(&self, inputs: &[Option<Tensor>; SLOTS], _tracked: bool) -> Result<Forward<1>> {
+        let args = LinearCrossEntropy {
+            ignore_index: self.ignore_index,
+            logit_scale: self.logit_scale,
+            chunk_rows: self.chunk_rows,
+            ..LinearCrossEntropy::new(
+                host::slot(OP, inputs, X)?,
+                host::slot(OP, inputs, WEIGHT)?,
+                host::slot(OP, inputs, TARGETS)?,
+            )
+        };
+        let Sums { loss, x, weight } = chunks::run(&args, self.sizes, self.needs)?;
+        // In the order of the slots; what is not needed is not there.
+        let saved = [x, weight].into_iter().flatten().collect();
+        Ok(Forward { outputs: [checkpoint::storage(&loss)?], saved })
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Option<Tensor>; SLOTS],
+        needs: &[bool; SLOTS],
+        saved: &[Tensor],
+        grads: &[Option<Tensor>; 1],
+    ) -> Result<[Option<Tensor>; SLOTS]> {
+        let mut saved = saved.iter();
+        let mut out = [const { None }; SLOTS];
+        for slot in [X, WEIGHT] {
+            let Some(of_sum) = needs[slot].then(|| saved.next()).flatten() else { continue };
+            out[slot] = Some(match &grads[0] {
+                Some(grad) => of_sum.broadcast_mul(&grad.to_dtype(of_sum.dtype())?)?,
+                None => host::slot(OP, inputs, slot)?.zeros_like()?,
+            });
+        }
+        Ok(out)
+    }
+}

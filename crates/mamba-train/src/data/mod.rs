@@ -1,0 +1,16 @@
+//! From text files to batches: encoded once into a file of tokens, read from there piece by piece in any order.
+//!
+//! Nothing here holds more than a batch, a piece of a text or a list of rows in memory, and where a training stands in
+//! its data is two numbers: [`Position`].
+
+mod batch;
+mod dataset;
+mod encode;
+mod order;
+mod tokens;
+
+pub use batch::{Batch, IGNORED};
+pub use dataset::{Batches, Dataset, Position};
+pub use encode::{Encoding, encode, pieces};
+pub use order::Permutation;
+pub use tokens::{TokenFile, TokenWriter};

@@ -1,0 +1,79 @@
+//! Classifiers, and models without a head.
+
+use candle_core::{DType, Device, Tensor};
+use mamba_model::checkpoint::LocalDir;
+use mamba_model::{Batch, Pooling, SequenceClassifier};
+
+use crate::open;
+use crate::support::golden::{Golden, path};
+use crate::support::tolerance::max_error;
+
+fn classifier(name: &str, pooling: Pooling) -> SequenceClassifier {
+    let folder = LocalDir::new(path("models").join(name)).unwrap();
+    SequenceClassifier::from_pretrained(&folder, pooling, DType::F32, &Device::Cpu)
+        .unwrap_or_else(|e| panic!("{name}: {e}"))
+}
+
+fn input(name: &str) -> (Golden, Tensor, Vec<usize>) {
+    let golden = Golden::read(&path("models").join(name).join("io.safetensors"));
+    let ids = golden.tensors["input_ids"].to_dtype(DType::U32).unwrap();
+    let lengths = golden.tensors["lengths"].to_vec1::<i64>().unwrap();
+    (golden, ids, lengths.into_iter().map(|len| len as usize).collect())
+}
+
+/// Labels of padded rows equal those that transformers gives each row.
+#[test]
+fn classifiers() {
+    for (name, labels) in [("jamba_classifier", 3), ("zamba2_classifier", 4)] {
+        let (golden, ids, lengths) = input(name);
+        let classifier = classifier(name, Pooling::Last);
+        let got = classifier.forward(Batch::right_padded(&ids, &lengths).unwrap()).unwrap();
+        assert_eq!(got.dims(), [3, labels]);
+        let gap = max_error(&got, &golden.tensors["logits"]);
+        assert!(gap <= 1e-4, "{name}: off by {gap:.1e}");
+        assert!(classifier.parameters().iter().any(|(name, _)| name == "score.weight"));
+    }
+    // A language model has no labels.
+    let folder = LocalDir::new(path("models").join("jamba")).unwrap();
+    let error = SequenceClassifier::from_pretrained(&folder, Pooling::Last, DType::F32, &Device::Cpu);
+    assert!(error.unwrap_err().to_string().ends_with("no tensor `score.weight`"));
+}
+
+/// Every pooling is what it says of the hidden states, and does not see padding.
+#[test]
+fn poolings() {
+    let name = "bamba";
+    let model = open(name, DType::F32);
+    let ids = Golden::read(&path("models").join(name).join("io.safetensors")).tensors["input_ids"].clone();
+    let ids = ids.to_dtype(DType::U32).unwrap();
+    let lengths = [11, 5];
+    for pooling in [Pooling::Last, Pooling::Cls, Pooling::Mean, Pooling::Max] {
+        let got = model.pooled(Batch::right_padded(&ids, &lengths).unwrap(), pooling).unwrap();
+        for (row, len) in lengths.into_iter().enumerate() {
+            let alone = ids.narrow(0, row, 1).unwrap().narrow(1, 0, len).unwrap();
+            let hidden = model.hidden_states(&alone, None).unwrap().squeeze(0).unwrap();
+            let want = match pooling {
+                Pooling::Last => hidden.narrow(0, len - 1, 1).unwrap().squeeze(0),
+                Pooling::Cls => hidden.narrow(0, 0, 1).unwrap().squeeze(0),
+                Pooling::Mean => hidden.mean(0),
+                Pooling::Max => hidden.max(0),
+            };
+            let gap = max_error(&got.narrow(0, row, 1).unwrap().squeeze(0).unwrap(), &want.unwrap());
+            assert!(gap <= 1e-5, "{pooling:?} row {row}: off by {gap:.1e}");
+        }
+    }
+    let empty = Batch::right_padded(&ids, &[3, 0]).unwrap();
+    assert!(model.pooled(empty, Pooling::Mean).unwrap_err().to_string().contains("row 1 is empty"));
+}
+
+/// What transformers saves of a model without a head has no prefix to its names.
+#[test]
+fn hidden_states_of_models_without_a_head() {
+    for name in ["mamba2_headless", "bamba_headless"] {
+        let (golden, ids, _) = input(name);
+        let model = open(name, DType::F32);
+        let got = model.hidden_states(&ids.narrow(0, 0, 1).unwrap(), None).unwrap();
+        let gap = max_error(&got, &golden.tensors["hidden"]);
+        assert!(gap <= 1e-4, "{name}: off by {gap:.1e}");
+    }
+}
