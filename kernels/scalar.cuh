@@ -3,27 +3,11 @@
 
 #include "elem.cuh"
 
-constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
-
-// 2^x on the special function unit, of which there are 16 a multiprocessor and clock.
-__device__ __forceinline__ float exp2_unit(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float sigmoid_unit(float x) { return reciprocal(1.0f + exp2_unit(-LOG2_E * x)); }
 
 // ln(1 + e^x), relative to its value: ln(1 + e) for e in [0, 1] is e times a polynomial.
 __device__ __forceinline__ float softplus_unit(float x) {
-    const float e = exp2_unit(-LOG2_E * fabsf(x));
+    const float e = fast_exp2(-LOG2_E * fabsf(x));
     float y = -0.0031760570127516985f;
     y = fmaf(y, e, 0.019542528316378593f);
     y = fmaf(y, e, -0.05637361481785774f);

@@ -337,7 +337,7 @@ template <typename T, typename C> __device__ __forceinline__ void forward(const 
                 sums[i] = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    h[s] = fmaf(exp2_unit(step * a[s]), h[s], input * bs[s]);
+                    h[s] = fmaf(fast_exp2(step * a[s]), h[s], input * bs[s]);
                     sums[i] = fmaf(cs[s], h[s], sums[i]);
                 }
             }
@@ -357,7 +357,7 @@ template <typename T, typename C> __device__ __forceinline__ void forward(const 
             float value = fmaf(skip[staged.channel + k * staged.channel_step], u_tile[i], delta_tile[i]);
             if (p.z) {
                 const float x = gate.get(k);
-                value *= x * sigmoid_unit(x);
+                value *= x * sigmoid(x);
             }
             out.values[k] = from_float<T>(value);
         }
@@ -441,10 +441,10 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
         for (int k = 0; k < C::PACK; k++) {
             float step = next_delta.get(k) + bias[staged.channel + k * staged.channel_step];
             float slope = 1.0f, g = p.grad_y ? next_g.get(k) : 0.0f;
-            if (p.delta_softplus) slope = sigmoid_unit(step), step = softplus_unit(step);
+            if (p.delta_softplus) slope = sigmoid(step), step = softplus_unit(step);
             const int i = staged.shared + k * staged.shared_step;
             if (p.z) {
-                const float x = next_z.get(k), s = sigmoid_unit(x);
+                const float x = next_z.get(k), s = sigmoid(x);
                 gate_tile[i] = g * s * fmaf(x, 1.0f - s, 1.0f);
                 g *= x * s;
             }
@@ -480,7 +480,7 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
                 y[i] = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    h[s] = fmaf(exp2_unit(step * a[s]), h[s], input * bs[s]);
+                    h[s] = fmaf(fast_exp2(step * a[s]), h[s], input * bs[s]);
                     if (p.z) y[i] = fmaf(cs[s], h[s], y[i]);
                 }
             }
@@ -510,7 +510,7 @@ template <typename T, typename C> __device__ __forceinline__ void backward(const
                 load_row(b_rows + t * b.step, bs);
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    decays[i][s] = exp2_unit(step * a[s]);
+                    decays[i][s] = fast_exp2(step * a[s]);
                     decayed[i][s] = decays[i][s] * h[s];
                     h[s] = fmaf(input, bs[s], decayed[i][s]);
                 }

@@ -44,7 +44,7 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 __device__ __forceinline__ int padded(int x) { return (x + 15) / 16 * 16; }
 
 // 2^(high + low): exponents are sums and differences of many, so they come in two parts.
-__device__ __forceinline__ float decay(float high, float low) { return exp2_unit(high + low); }
+__device__ __forceinline__ float decay(float high, float low) { return fast_exp2(high + low); }
 
 // How the threads of a block spread over the pieces, of eight neighbouring columns, of matrices of one width: each row has a
 // power of two of threads, so that no thread divides.

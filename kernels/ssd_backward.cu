@@ -122,7 +122,7 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
 #pragma unroll
                     for (int k = 0; k < 8; k++) {
                         if (column + k >= args.headdim) break;
-                        const float gate = gates[k], s = sigmoid_unit(gate);
+                        const float gate = gates[k], s = sigmoid(gate);
                         const float of_gate = v[k] * args.y_ungated[at + k] * s * fmaf(gate, 1.0f - s, 1.0f);
                         static_cast<T*>(args.grad_z)[at + k] = from_float<T>(of_gate);
                         v[k] *= gate * s;

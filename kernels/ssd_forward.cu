@@ -24,7 +24,7 @@ template <typename T> __device__ __forceinline__ void steps(const Ssd& p) {
             const float raw = to_float(dt[t * p.dt_stride[1]]) + bias;
             const float free = p.dt_softplus ? softplus_unit(raw) : raw;
             step = free < p.dt_low ? p.dt_low : free > p.dt_high ? p.dt_high : free;
-            slope = free < p.dt_low || free > p.dt_high ? 0.0f : p.dt_softplus ? sigmoid_unit(raw) : 1.0f;
+            slope = free < p.dt_low || free > p.dt_high ? 0.0f : p.dt_softplus ? sigmoid(raw) : 1.0f;
         }
         double sum = step * a;
 #pragma unroll
@@ -158,7 +158,7 @@ __device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const S
 #pragma unroll
                 for (int w = 0; w < 2; w++) {
                     const float gate = to_float(gates[k][half].values[w]);
-                    tile.v[k][2 * half + w] *= gate * sigmoid_unit(gate);
+                    tile.v[k][2 * half + w] *= gate * sigmoid(gate);
                 }
             }
         }
@@ -394,7 +394,7 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
                 v[c] = exists ? weight * pieces[k].values.get(c) : 0.0f;
                 if (exists && reverse && args.z) {
                     const float gate = pieces[k].gates.get(c);
-                    v[c] *= gate * sigmoid_unit(gate);
+                    v[c] *= gate * sigmoid(gate);
                 }
             }
             inputs.set8(token, of_p.column, v);
