@@ -9,7 +9,6 @@
 
 #include "scalar.cuh"
 
-
 // Terms of inputs and of computed operands, by storage type.
 template <typename T> struct Terms;
 template <> struct Terms<bf16> { static constexpr int INPUT = 1, COMPUTED = 2; };

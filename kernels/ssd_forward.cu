@@ -98,12 +98,24 @@ struct State {
             if (column + 1 < args.d_state) to[int64_t(row) * args.d_state + column + 1] = y;
         });
     }
-    // state = decay · state + Σ_j inputs[j] ⊗ b[j]
+    // state = decay · state + Σ_j inputs[j] ⊗ b[j]. Tensor cores do not round their sums but cut them off, which adds up over a
+    // long sequence: in f32 each chunk has a sum of its own.
     template <int TI, int TC>
     __device__ __forceinline__ void advance(const Walk& at, const Matrix<TC>& inputs, const Matrix<TI>& b, float decay, int q) {
         each(at, [&](Tile<4>& tile, int row0, int column0) {
-            tile.scale(decay);
-            multiply<TRANSPOSED, AS_STORED>(tile, inputs, row0, b, column0, at.n, 0, q);
+            if constexpr (TI < 3) {
+                tile.scale(decay);
+                multiply<TRANSPOSED, AS_STORED>(tile, inputs, row0, b, column0, at.n, 0, q);
+            } else {
+                Tile<4> sum;
+                sum.clear();
+                multiply<TRANSPOSED, AS_STORED>(sum, inputs, row0, b, column0, at.n, 0, q);
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) tile.v[k][i] = fmaf(decay, tile.v[k][i], sum.v[k][i]);
+                }
+            }
         });
     }
 };

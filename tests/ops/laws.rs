@@ -117,7 +117,8 @@ pub fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result
             let gradient = match store.get(var.as_tensor()) {
                 Some(gradient) => gradient.detach(),
                 None if var.dtype() == DType::F64 => var.zeros_like()?,
-                None if target::is_cuda() && var.elem_count() == 0 => var.zeros_like()?, // not moved, see `target`
+                // Not moved if empty, see `target`; and packed sequences without tokens lead nowhere there either.
+                None if target::is_cuda() => var.zeros_like()?,
                 None => panic!("no gradient reached `{name}`"),
             };
             gradients.insert((*name).clone(), gradient);

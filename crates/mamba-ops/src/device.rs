@@ -142,7 +142,8 @@ pub(crate) fn pointers<const N: usize, R>(
         // Of an empty tensor nothing is read.
         *slot = x.filter(|x| x.elem_count() > 0).map(Tensor::contiguous).transpose()?;
     }
-    views(op, contiguous.each_ref().map(Option::as_ref), f)
+    let gpu = Gpu::of(op, &tensors)?;
+    on(gpu, op, contiguous.each_ref().map(Option::as_ref), f)
 }
 
 /// As [`pointers`], but to the first elements of views as they lie in memory, for kernels that take strides.
@@ -151,13 +152,15 @@ pub(crate) fn views<const N: usize, R>(
     tensors: [Option<&Tensor>; N],
     f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
 ) -> Result<R> {
-    let device = tensors.iter().flatten().find_map(|x| match x.device() {
-        Device::Cuda(device) => Some(device.clone()),
-        _ => None,
-    });
-    let Some(device) = device else { bail!("{op}: no input is on a GPU") };
-    let gpu = Gpu { stream: device.cuda_stream(), device };
+    on(Gpu::of(op, &tensors)?, op, tensors, f)
+}
 
+fn on<const N: usize, R>(
+    gpu: Gpu,
+    op: &'static str,
+    tensors: [Option<&Tensor>; N],
+    f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
+) -> Result<R> {
     let guards = tensors.map(|x| x.filter(|x| x.elem_count() > 0).map(Tensor::storage_and_layout));
     let mut pointers = [Pointer::NULL; N];
     // Dropped after the launches: on several streams, others then wait for our reads.
@@ -202,6 +205,16 @@ fn address_mut<'a>(storage: &'a mut CudaStorage, stream: &'a CudaStream) -> Resu
 }
 
 impl Gpu {
+    /// That of the first tensor there, be it empty.
+    fn of(op: &str, tensors: &[Option<&Tensor>]) -> Result<Self> {
+        let device = tensors.iter().flatten().find_map(|x| match x.device() {
+            Device::Cuda(device) => Some(device.clone()),
+            _ => None,
+        });
+        let Some(device) = device else { bail!("{op}: no input is on a GPU") };
+        Ok(Self { stream: device.cuda_stream(), device })
+    }
+
     /// A buffer of `len` elements that kernels fill.
     pub(crate) fn buffer(&self, dtype: DType, len: usize) -> Result<Buffer> {
         let storage = match dtype {

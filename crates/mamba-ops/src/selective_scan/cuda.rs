@@ -116,7 +116,7 @@ impl Shape {
     /// Blocks of one batch element: the channels of each have one group of `b` and one of `c`.
     fn blocks(self, sizes: Sizes) -> usize {
         let unit = unit(sizes);
-        if unit == 0 { 0 } else { sizes.dim / unit * unit.div_ceil(self.channels()) }
+        sizes.dim.checked_div(unit).map_or(0, |units| units * unit.div_ceil(self.channels()))
     }
 }
 

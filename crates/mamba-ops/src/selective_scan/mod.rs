@@ -205,5 +205,10 @@ impl Sizes {
 /// Gu and Dao, 2023, Algorithm 2; `selective_scan_ref` in state-spaces/mamba.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let sizes = args.sizes()?;
-    if sizes.fused(args) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    match args.packing {
+        _ if sizes.fused(args) => autograd::apply(args, sizes),
+        // One by one, so that kernels that take no packing still run.
+        Some(packing) => reference::packed(args, packing, selective_scan),
+        None => reference::forward(args),
+    }
 }

@@ -178,5 +178,10 @@ impl Sizes {
 /// folder's `README.md`.
 pub fn ssd_chunk_scan(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     let sizes = args.sizes()?;
-    if sizes.fused(args) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    match args.packing {
+        _ if sizes.fused(args) => autograd::apply(args, sizes),
+        // One by one, so that kernels that take no packing still run.
+        Some(packing) => reference::packed(args, packing, ssd_chunk_scan),
+        None => reference::forward(args),
+    }
 }
