@@ -3,13 +3,13 @@
 #[path = "cli/mod.rs"]
 mod cli;
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::sync::mpsc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use mamba_generate::{FinishReason, Generator, SamplingConfig, TextGenerator, TextOptions, Timings};
+use mamba_generate::{FinishReason, Generator, TextGenerator, TextOptions, Timings};
 use mamba_model::Model;
 use tokenizers::Tokenizer;
 
@@ -35,24 +35,8 @@ struct Args {
     /// Go on after the token that ends a text.
     #[arg(long)]
     ignore_eos: bool,
-    /// How far from the likeliest tokens to stray; 0 always takes the likeliest.
-    #[arg(long, default_value_t = 0.8)]
-    temperature: f64,
-    /// Keep the k likeliest tokens.
-    #[arg(long)]
-    top_k: Option<usize>,
-    /// Keep the likeliest tokens that together reach this probability.
-    #[arg(long)]
-    top_p: Option<f64>,
-    /// Keep tokens at least this likely in proportion to the likeliest.
-    #[arg(long)]
-    min_p: Option<f64>,
-    /// Divide the logits of tokens that have occurred by this.
-    #[arg(long)]
-    repetition_penalty: Option<f64>,
-    /// The same seed gives the same text; from the clock if not given.
-    #[arg(long)]
-    seed: Option<u64>,
+    #[command(flatten)]
+    sampling: cli::SamplingArgs,
     /// Stop before this text; may be given more than once.
     #[arg(long)]
     stop: Vec<String>,
@@ -73,19 +57,7 @@ struct Summary {
 fn main() -> Result<()> {
     cli::start();
     let args = Args::parse();
-    let seed = args.seed.unwrap_or_else(|| {
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.subsec_nanos().into())
-    });
-    let sampling = SamplingConfig {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        repetition_penalty: args.repetition_penalty,
-        seed,
-        ..Default::default()
-    };
-    sampling.build()?; // bad options are told before a model is loaded
+    let sampling = args.sampling.config()?;
     let (model, source) = cli::load(&args.model)?;
     let ids = args.prompt_ids.as_deref().map(cli::parse_ids).transpose()?;
     let tokenizer = match ids {
@@ -94,7 +66,7 @@ fn main() -> Result<()> {
     };
     let prompt_ids = match (ids, &tokenizer) {
         (Some(ids), _) => ids,
-        (None, Some(tokenizer)) => encode(tokenizer, &prompt(&args)?)?,
+        (None, Some(tokenizer)) => cli::encode(tokenizer, &prompt(&args)?, true)?,
         (None, None) => bail!("a text needs a tokenizer"),
     };
     ensure!(
@@ -106,20 +78,14 @@ fn main() -> Result<()> {
         .prompt(&prompt_ids)
         .sampling(sampling.build()?)
         .max_new_tokens(args.max_new_tokens)
-        .eos_tokens(&eos_tokens(&model, tokenizer.as_ref()))
+        .eos_tokens(&cli::eos_tokens(&model, tokenizer.as_ref()))
         .ignore_eos(args.ignore_eos)
         .build()?;
     let summary = match &tokenizer {
         Some(tokenizer) => stream_text(generator, tokenizer, &args)?,
         None => stream_ids(generator, &args)?,
     };
-    if args.json { print_json(&summary) } else { print_line(&summary, seed) }
-}
-
-fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding =
-        tokenizer.encode(text, true).map_err(|e| anyhow::anyhow!("the prompt cannot be encoded: {e}"))?;
-    Ok(encoding.get_ids().to_vec())
+    if args.json { print_json(&summary) } else { print_line(&summary, sampling.seed) }
 }
 
 /// The prompt from the command line or standard input; the default model has one of its own.
@@ -148,19 +114,10 @@ fn prompt(args: &Args) -> Result<String> {
     }
 }
 
-/// The tokens that end a text: those of the configuration, else the one that the tokenizers of these models have.
-fn eos_tokens(model: &Model, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
-    match &model.config().eos_token_ids[..] {
-        [] => tokenizer.and_then(|tokenizer| tokenizer.token_to_id("<|endoftext|>")).into_iter().collect(),
-        ids => ids.to_vec(),
-    }
-}
-
 fn stream_text(generator: Generator<Model>, tokenizer: &Tokenizer, args: &Args) -> Result<Summary> {
     let prompt_ids = generator.prompt().to_vec();
     if !args.json {
-        let prompt = tokenizer.decode(&prompt_ids, true);
-        show(&prompt.map_err(|e| anyhow::anyhow!("the prompt cannot be decoded: {e}"))?)?;
+        cli::show(&cli::decode(tokenizer, &prompt_ids, true)?)?;
     }
     let options = TextOptions { stop_strings: args.stop.clone(), ..Default::default() };
     let mut pieces = TextGenerator::new(generator, tokenizer, options)?;
@@ -168,7 +125,7 @@ fn stream_text(generator: Generator<Model>, tokenizer: &Tokenizer, args: &Args) 
     for piece in &mut pieces {
         let piece = piece?;
         if !args.json {
-            show(&piece)?;
+            cli::show(&piece)?;
         }
         text += &piece;
     }
@@ -187,7 +144,7 @@ fn stream_ids(mut generator: Generator<Model>, args: &Args) -> Result<Summary> {
     for token in &mut generator {
         let token = token?;
         if !args.json {
-            show(&format!("{}{}", if ids.is_empty() { "" } else { "," }, token.id))?;
+            cli::show(&format!("{}{}", if ids.is_empty() { "" } else { "," }, token.id))?;
         }
         ids.push(token.id);
     }
@@ -200,12 +157,6 @@ fn stream_ids(mut generator: Generator<Model>, args: &Args) -> Result<Summary> {
     })
 }
 
-fn show(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    Ok(out.flush()?)
-}
-
 fn print_json(summary: &Summary) -> Result<()> {
     let object = serde_json::json!({
         "prompt_ids": summary.prompt_ids,
@@ -215,12 +166,12 @@ fn print_json(summary: &Summary) -> Result<()> {
         "prompt_tokens_per_s": summary.timings.prompt_tokens_per_s(),
         "tokens_per_s": summary.timings.tokens_per_s(),
     });
-    show(&format!("{object}\n"))
+    cli::show(&format!("{object}\n"))
 }
 
 /// On standard error, so that a redirected text stays a text.
 fn print_line(summary: &Summary, seed: u64) -> Result<()> {
-    show("\n")?;
+    cli::show("\n")?;
     let speed = |per_s: Option<f64>| per_s.map_or("-".into(), |n| format!("{n:.0}"));
     eprintln!(
         "\n[{} prompt tokens at {} tokens/s, {} generated at {} tokens/s, ended by {}, seed {seed}]",

@@ -1,16 +1,16 @@
 //! What the examples share: finding a model, its tokenizer and a device, with progress on long work.
 #![allow(dead_code)]
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use mamba_generate::tokenizer_from_gguf;
+use mamba_generate::{SamplingConfig, tokenizer_from_gguf};
 use mamba_model::Model;
 use mamba_model::checkpoint::{Checkpoint, HubBuilder, LocalDir, ModelSource, Progress};
 use tokenizers::Tokenizer;
@@ -57,6 +57,48 @@ impl From<Precision> for DType {
             Precision::F16 => DType::F16,
             Precision::Bf16 => DType::BF16,
         }
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// How far from the likeliest tokens to stray; 0 always takes the likeliest.
+    #[arg(long, default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Keep the k likeliest tokens.
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Keep the likeliest tokens that together reach this probability.
+    #[arg(long)]
+    pub top_p: Option<f64>,
+    /// Keep tokens at least this likely in proportion to the likeliest.
+    #[arg(long)]
+    pub min_p: Option<f64>,
+    /// Divide the logits of tokens that have occurred by this.
+    #[arg(long)]
+    pub repetition_penalty: Option<f64>,
+    /// The same seed gives the same text; from the clock if not given.
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// Checked, so that bad options are told before a model is loaded.
+    pub fn config(&self) -> Result<SamplingConfig> {
+        let config = SamplingConfig {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed.unwrap_or_else(|| {
+                SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.subsec_nanos().into())
+            }),
+            ..Default::default()
+        };
+        config.build()?;
+        Ok(config)
     }
 }
 
@@ -151,6 +193,35 @@ fn tokenizer_of(source: &dyn ModelSource) -> Result<Option<Tokenizer>> {
 
 fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
     Tokenizer::from_file(path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
+}
+
+/// The tokens of a text, for the start of one with what the tokenizer puts before it.
+pub fn encode(tokenizer: &Tokenizer, text: &str, start: bool) -> Result<Vec<u32>> {
+    let encoding =
+        tokenizer.encode(text, start).map_err(|e| anyhow::anyhow!("the text cannot be encoded: {e}"))?;
+    Ok(encoding.get_ids().to_vec())
+}
+
+/// The text of tokens.
+pub fn decode(tokenizer: &Tokenizer, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+    tokenizer
+        .decode(ids, skip_special_tokens)
+        .map_err(|e| anyhow::anyhow!("the tokens cannot be decoded: {e}"))
+}
+
+/// The tokens that end a text: those of the configuration, else the one that the tokenizers of these models have.
+pub fn eos_tokens(model: &Model, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
+    match &model.config().eos_token_ids[..] {
+        [] => tokenizer.and_then(|tokenizer| tokenizer.token_to_id("<|endoftext|>")).into_iter().collect(),
+        ids => ids.to_vec(),
+    }
+}
+
+/// Prints text at once, also a part of a line.
+pub fn show(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
 }
 
 /// Turns `auto`, `cpu`, `cuda` or `cuda:N` into a device.

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use mamba_ops::{Embedding, embedding};
 
+use crate::support::message;
 use crate::support::random::Random;
 use crate::support::tolerance::{self, of_rounding, relative_rms, values};
 
@@ -48,7 +49,7 @@ fn wrong_ids_are_errors() -> Result<()> {
     for table in [table.as_tensor().clone(), table.detach()] {
         assert!(embedding(&Embedding::new(&Tensor::new(&[0u32, 3], &Device::Cpu)?, &table)).is_err());
         let error = embedding(&Embedding::new(&Tensor::new(&[0f32], &Device::Cpu)?, &table)).unwrap_err();
-        assert_eq!(error.to_string(), "embedding: `ids` has dtype f32, expected u8, u32 or i64");
+        assert_eq!(message(error), "embedding: `ids` has dtype f32, expected u8, u32 or i64");
     }
     Ok(())
 }

@@ -6,3 +6,8 @@ pub mod golden;
 pub mod random;
 pub mod target;
 pub mod tolerance;
+
+/// The message of an error of Candle, without the backtrace that `RUST_BACKTRACE` adds to it.
+pub fn message(error: candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
