@@ -3,7 +3,7 @@
 Run: python manifest.py [--check]
 
 Producer, version and seed are read from the file's own metadata; a file without any (config.json, weights) goes by the
-io.safetensors beside it, a GGUF file by the safetensors of its name or by types.safetensors, a tokenizer by its JSON. With --check nothing is written, and the exit status says whether the manifest holds.
+io.safetensors beside it, a GGUF file by the safetensors of its name or by types.safetensors, with the seed of the model that it holds, a tokenizer by its JSON. With --check nothing is written, and the exit status says whether the manifest holds.
 """
 
 import argparse
@@ -31,6 +31,9 @@ def entry(path):
     elif path.suffix == ".gguf":
         answers = path.with_suffix(".safetensors")
         known = metadata(answers if answers.exists() else path.parent / "types.safetensors")
+        original = GOLDENS / "models" / path.stem / "io.safetensors"
+        if original.exists():
+            known["seed"] = metadata(original)["seed"]
     if "producer" not in known:
         known = metadata(path.parent / "io.safetensors")
     data = path.read_bytes()

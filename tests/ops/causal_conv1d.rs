@@ -9,7 +9,7 @@ use mamba_ops::{
 use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
-use crate::support::target;
+use crate::support::target::{self, Target};
 use crate::support::tolerance::{self, max_error, relative_rms, values};
 
 #[derive(Debug, Clone)]
@@ -223,6 +223,16 @@ fn golden() {
 
 /// `y` and the window after it, computed on the device under test; the tensors of `inputs` stay as they are.
 fn update(inputs: &Tensors, activation: Activation, layout: SequenceLayout) -> (Tensor, Tensor) {
+    update_at(inputs, activation, layout, None)
+}
+
+/// The same, of the windows that the indices name.
+fn update_at(
+    inputs: &Tensors,
+    activation: Activation,
+    layout: SequenceLayout,
+    state_indices: Option<&StateIndices>,
+) -> (Tensor, Tensor) {
     let shapes: Vec<&[usize]> = inputs.values().map(Tensor::dims).collect();
     let inputs = target::place(&format!("{shapes:?} {activation:?} {layout:?}"), inputs).unwrap();
     let state = inputs["state"].copy().unwrap();
@@ -230,6 +240,7 @@ fn update(inputs: &Tensors, activation: Activation, layout: SequenceLayout) -> (
         bias: inputs.get("bias"),
         activation,
         layout,
+        state_indices,
         ..CausalConv1dUpdate::new(&inputs["x"], &state, &inputs["weight"])
     })
     .unwrap();
@@ -322,19 +333,18 @@ fn pool_of_windows() {
         let exact = Conv::inputs(&case, &mut random);
         let pool = random.normal(&[POOL, 600, width - 1]);
         for dtype in [DType::F32, DType::BF16, DType::F64] {
-            let inputs =
+            let mut inputs =
                 if dtype == DType::F64 { exact.clone() } else { laws::cast::<Conv>(&exact, dtype).unwrap() };
+            let x = inputs["x"].clone();
             let before = pool.to_dtype(if dtype == DType::F64 { dtype } else { DType::F32 }).unwrap();
-            for isa in mamba_ops::simd::Isa::available() {
+            for isa in Target::available() {
                 let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
-                let step = |x: &Tensor, state: &Tensor, state_indices: Option<&StateIndices>| {
-                    let args = CausalConv1dUpdate::new(x, state, &inputs["weight"]);
-                    let bias = inputs.get("bias");
-                    let args = CausalConv1dUpdate { bias, layout, state_indices, ..args };
-                    isa.scope(|| causal_conv1d_update(&args)).unwrap()
+                let mut step = |x: &Tensor, state: &Tensor, state_indices: Option<&StateIndices>| {
+                    inputs.insert("x".into(), x.clone());
+                    inputs.insert("state".into(), state.clone());
+                    isa.scope(|| update_at(&inputs, Silu, layout, state_indices))
                 };
-                let after = before.copy().unwrap();
-                let y = step(&inputs["x"], &after, Some(&indices));
+                let (y, after) = step(&x, &before, Some(&indices));
                 let mut want: Vec<Tensor> = (0..POOL).map(|i| before.narrow(0, i, 1).unwrap()).collect();
                 for (i, index) in rows.into_iter().enumerate() {
                     let got = values(&y.narrow(0, i, 1).unwrap());
@@ -342,9 +352,8 @@ fn pool_of_windows() {
                         assert!(got.iter().all(|v| *v == 0.0), "{context}: padding");
                         continue;
                     };
-                    want[index] = want[index].copy().unwrap();
-                    let alone =
-                        step(&inputs["x"].narrow(0, i, 1).unwrap().copy().unwrap(), &want[index], None);
+                    let (alone, state) = step(&x.narrow(0, i, 1).unwrap(), &want[index], None);
+                    want[index] = state;
                     assert_eq!(got, values(&alone), "{context}: row {i}");
                 }
                 assert_eq!(values(&after), values(&Tensor::cat(&want, 0).unwrap()), "{context}");
@@ -406,4 +415,5 @@ crate::on_cuda!(
     golden,
     update_golden,
     updates_equal_forward,
+    pool_of_windows,
 );

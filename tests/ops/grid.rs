@@ -510,4 +510,4 @@ fn selective_state_update() {
     }
 }
 
-crate::on_cuda!(causal_conv1d, norms, selective_state_update);
+crate::on_cuda!(causal_conv1d, norms, selective_scan, selective_state_update, ssd_chunk_scan);

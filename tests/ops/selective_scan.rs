@@ -183,6 +183,9 @@ fn cases() -> Vec<Case> {
         for seqlen in [0, 1, 2, 63, 64, 65, 130] {
             cases.push(Case::new([2, 18, seqlen, 3], layout));
         }
+        // On a GPU other kernels take large states, many channels, whole tiles.
+        cases.push(Case::new([1, 5, 7, 80], layout));
+        cases.push(Case::new([2, 64, 64, 16], layout));
         cases.push(Case::new([0, 4, 7, 4], layout));
         cases.push(Case::new([3, 150, 5, 4], layout));
         for (b, c) in
@@ -249,6 +252,13 @@ fn threads() {
         let case = Case { b: Some(2), ..Case::new([2, 300, 140, 4], layout) };
         laws::threads::<Scan>(&case);
         laws::threads::<Scan>(&Scan::packed(&case, Some(laws::packings()[5].clone())));
+    }
+}
+
+#[test]
+fn repeats() {
+    for layout in [ChannelsFirst, ChannelsLast] {
+        laws::repeats::<Scan>(&Case { b: Some(2), ..Case::new([2, 300, 140, 4], layout) });
     }
 }
 
@@ -363,3 +373,15 @@ fn misuse() {
         "`initial_state` has dtype bf16, expected f32",
     );
 }
+
+crate::on_cuda!(
+    reference,
+    packed,
+    partial_gradients,
+    split,
+    layout,
+    repeats,
+    golden,
+    extreme_decays,
+    long_sequence,
+);

@@ -95,11 +95,22 @@ pub fn cast(inputs: &Tensors, activations: DType, others: DType) -> Tensors {
 
 /// `y` and the new state, computed on the device under test; the tensors of `inputs` stay as they are.
 pub fn update(inputs: &Tensors, softplus: bool, dt_limit: (f64, f64)) -> (Tensor, Tensor) {
+    update_at(inputs, softplus, dt_limit, None)
+}
+
+/// The same, of the states that the indices name.
+fn update_at(
+    inputs: &Tensors,
+    softplus: bool,
+    dt_limit: (f64, f64),
+    state_indices: Option<&StateIndices>,
+) -> (Tensor, Tensor) {
     let shapes: Vec<&[usize]> = inputs.values().map(Tensor::dims).collect();
     let mut inputs = target::place(&format!("{shapes:?} {softplus} {dt_limit:?}"), inputs).unwrap();
     let state = inputs["state"].contiguous().unwrap().copy().unwrap();
     inputs.insert("state".into(), state.clone());
-    let y = selective_state_update(&arguments(&inputs, softplus, dt_limit)).unwrap();
+    let args = SelectiveStateUpdate { state_indices, ..arguments(&inputs, softplus, dt_limit) };
+    let y = selective_state_update(&args).unwrap();
     let mut outputs = target::back([("y".into(), y), ("state".into(), state)].into()).unwrap();
     (outputs.remove("y").unwrap(), outputs.remove("state").unwrap())
 }
@@ -243,7 +254,6 @@ fn pool_of_states() {
                 let mut inputs = cast(&exact, dtype, state_dtype);
                 for isa in Target::available() {
                     let context = format!("{case:?} {} {}", dtype.as_str(), isa.name());
-                    let pool = before.copy().unwrap();
                     // What padding holds must not matter.
                     let x = &inputs["x"];
                     let nan = (x.narrow(0, 0, 1).unwrap() * f64::NAN).unwrap();
@@ -251,10 +261,8 @@ fn pool_of_states() {
                         .map(|i| if rows[i] < 0 { nan.clone() } else { x.narrow(0, i, 1).unwrap() })
                         .collect();
                     inputs.insert("x".into(), Tensor::cat(&x, 0).unwrap());
-                    inputs.insert("state".into(), pool.clone());
-                    let args = arguments(&inputs, true, FREE);
-                    let args = SelectiveStateUpdate { state_indices: Some(&indices), ..args };
-                    let y = isa.scope(|| selective_state_update(&args)).unwrap();
+                    inputs.insert("state".into(), before.clone());
+                    let (y, pool) = isa.scope(|| update_at(&inputs, true, FREE, Some(&indices)));
                     let mut want = before.copy().unwrap();
                     for (i, index) in rows.into_iter().enumerate() {
                         let y = y.narrow(0, i, 1).unwrap();
@@ -527,4 +535,11 @@ fn misuse() {
     fails(SelectiveStateUpdate { state: &strided, ..good }, "the state must be contiguous f32");
 }
 
-crate::on_cuda!(reference, tied_heads_equal_repeated_values, golden, extreme_decays,);
+crate::on_cuda!(
+    reference,
+    tied_heads_equal_repeated_values,
+    several_tokens_equal_steps,
+    pool_of_states,
+    golden,
+    extreme_decays,
+);

@@ -6,7 +6,7 @@ use mamba_ops::{Packing, SsdChunkScan, ssd_chunk_scan};
 use crate::laws::{self, GoldenTensors, Op, PackedOp, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
-use crate::support::target::Target;
+use crate::support::target::{self, Target};
 use crate::support::tolerance::{self, relative_rms, values};
 
 #[derive(Debug, Clone)]
@@ -116,6 +116,11 @@ impl Op for Ssd {
         Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
     }
 
+    fn slack(dtype: DType) -> f64 {
+        let half = matches!(dtype, DType::F16 | DType::BF16);
+        if half && target::is_cuda() { tolerance::TENSOR_CORES } else { 1.0 }
+    }
+
     fn reference(case: &Case, inputs: &Tensors) -> Result<Tensors> {
         let output = mamba_ops::ssd::reference::forward(&arguments(case, inputs))?;
         Ok([("y".into(), output.y), ("final_state".into(), output.final_state)].into())
@@ -219,6 +224,11 @@ fn threads() {
     laws::threads::<Ssd>(&Case::new([2, 150, 20, 16, 2, 24]));
     let packed = Ssd::packed(&Case::new([0, 0, 20, 16, 2, 24]), Some(laws::packings()[5].clone()));
     laws::threads::<Ssd>(&packed);
+}
+
+#[test]
+fn repeats() {
+    laws::repeats::<Ssd>(&Case::new([2, 150, 20, 16, 2, 24]));
 }
 
 #[test]
@@ -342,3 +352,15 @@ fn misuse() {
     let half = b.to_dtype(DType::BF16).unwrap();
     fails(SsdChunkScan { b: &half, ..good }, "`b` has dtype bf16, expected f32 as `x`");
 }
+
+crate::on_cuda!(
+    reference,
+    packed,
+    partial_gradients,
+    split,
+    layout,
+    repeats,
+    golden,
+    extreme_decays,
+    gradients_over_many_chunks,
+);

@@ -6,6 +6,8 @@ use candle_core::{DType, Tensor};
 pub const FORWARD: f64 = 2e-6;
 /// The same for gradients.
 pub const BACKWARD: f64 = 2e-5;
+/// How many times those, where f16 or bf16 go to tensor cores of a GPU: what is computed on the way has 16 bits there.
+pub const TENSOR_CORES: f64 = 10.0;
 /// In f16 and bf16: how many times the error of computing exactly and rounding once.
 pub const HALF_FACTOR: f64 = 1.5;
 /// Finite differences against autograd, both in `f64`.

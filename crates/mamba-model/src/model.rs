@@ -125,10 +125,11 @@ impl Model {
     pub fn from_pretrained(source: &dyn ModelSource, dtype: DType, device: &Device) -> Result<Self> {
         let checkpoint = Arc::new(Checkpoint::open(source)?);
         if let Some(metadata) = checkpoint.metadata() {
-            let (config, architecture) = families::gguf::parse(&checkpoint, metadata)?;
+            let families::gguf::Parsed { config, architecture, names } =
+                families::gguf::parse(&checkpoint, metadata)?;
             let described = config.clone();
             let forms = Box::new(move |name: &str| (architecture.form)(&described, name));
-            return Self::load(config, "its own keys", &checkpoint, architecture.names, forms, dtype, device);
+            return Self::load(config, "its own keys", &checkpoint, names, forms, dtype, device);
         }
         let path = source.require("config.json")?;
         let text = std::fs::read_to_string(&path).map_err(|e| Error::Io { path: path.clone(), source: e })?;

@@ -1,8 +1,11 @@
 //! Writes models as GGUF files.
 
+mod outgoing;
+
+use std::collections::HashMap;
 use std::path::Path;
 
-use crate::checkpoint::Form;
+use self::outgoing::Outgoing;
 use crate::checkpoint::gguf::{Array, GgmlType, Metadata, TensorSpec, Value, Writer};
 use crate::families::gguf;
 use crate::{Error, Model, Result};
@@ -11,7 +14,8 @@ impl Model {
     /// Writes the model as one GGUF file, in the layout of llama.cpp, holding one tensor beside the model at a time.
     ///
     /// Matrices are stored as `kind`, everything else as `F32`: vectors, convolutions and what the state depends on. As
-    /// in llama.cpp, a matrix whose rows are no whole blocks of `kind` takes a simpler type, in the end `F16`.
+    /// in llama.cpp, a matrix whose rows are no whole blocks of `kind` takes a simpler type, in the end `F16`, and the
+    /// matrix that chooses between experts stays `F32`. The multipliers of Falcon-H1 go into its weights.
     /// `extra` are further keys, above all those of a tokenizer; a vocabulary shorter than the embedding is filled up.
     /// `report` is told of each tensor when it is written.
     ///
@@ -47,7 +51,12 @@ impl Model {
         mut report: impl FnMut(&TensorSpec),
     ) -> Result<()> {
         let config = self.config();
-        let (architecture, mut metadata) = gguf::describe(config).ok_or_else(|| Error::Config {
+        let shapes = |architecture| {
+            let tensors = Outgoing::all(self, architecture).into_iter();
+            let shapes: HashMap<_, _> = tensors.map(|tensor| (tensor.name, tensor.shape)).collect();
+            move |name: &str| shapes.get(name).cloned()
+        };
+        let (architecture, mut metadata) = gguf::describe(config, shapes).ok_or_else(|| Error::Config {
             file: None,
             field: "layers".into(),
             message: "is a combination that no architecture of GGUF has words for".into(),
@@ -62,18 +71,16 @@ impl Model {
             metadata.set(key, value.clone());
         }
         fill_up(&mut metadata, architecture.name, config.padded_vocab_size);
-        let tensors = self.parameters().iter().map(|(canonical, x)| {
-            let form = (architecture.form)(config, canonical);
-            let name = architecture.names.candidates(canonical).into_iter().next().unwrap_or_default();
-            let shape = form.shape_in_file(x.dims());
-            let matrix = form == Form::Same && shape.len() > 1;
-            let kind = if matrix { fitting(kind, &shape) } else { GgmlType::F32 };
-            TensorSpec { name, shape, kind }
-        });
-        let tensors: Vec<_> = tensors.collect();
-        let mut writer = Writer::create(path, &metadata, tensors.clone())?;
-        for ((canonical, x), spec) in self.parameters().iter().zip(&tensors) {
-            writer.write(&(architecture.form)(config, canonical).write(x)?)?;
+        let tensors = Outgoing::all(self, architecture);
+        let spec = |tensor: &Outgoing| TensorSpec {
+            name: tensor.name.clone(),
+            shape: tensor.shape.clone(),
+            kind: if tensor.is_matrix { fitting(kind, &tensor.shape) } else { GgmlType::F32 },
+        };
+        let specs: Vec<_> = tensors.iter().map(spec).collect();
+        let mut writer = Writer::create(path, &metadata, specs.clone())?;
+        for (tensor, spec) in tensors.iter().zip(&specs) {
+            writer.write(&tensor.values()?)?;
             report(spec);
         }
         writer.finish()

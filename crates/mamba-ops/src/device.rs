@@ -12,7 +12,10 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+};
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
@@ -139,14 +142,26 @@ pub(crate) fn pointers<const N: usize, R>(
         // Of an empty tensor nothing is read.
         *slot = x.filter(|x| x.elem_count() > 0).map(Tensor::contiguous).transpose()?;
     }
-    let device = tensors.iter().flatten().find_map(|x| match x.device() {
-        Device::Cuda(device) => Some(device.clone()),
-        _ => None,
-    });
-    let Some(device) = device else { bail!("{op}: no input is on a GPU") };
-    let gpu = Gpu { stream: device.cuda_stream(), device };
+    let gpu = Gpu::of(op, &tensors)?;
+    on(gpu, op, contiguous.each_ref().map(Option::as_ref), f)
+}
 
-    let guards = contiguous.each_ref().map(|x| x.as_ref().map(Tensor::storage_and_layout));
+/// As [`pointers`], but to the first elements of views as they lie in memory, for kernels that take strides.
+pub(crate) fn views<const N: usize, R>(
+    op: &'static str,
+    tensors: [Option<&Tensor>; N],
+    f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
+) -> Result<R> {
+    on(Gpu::of(op, &tensors)?, op, tensors, f)
+}
+
+fn on<const N: usize, R>(
+    gpu: Gpu,
+    op: &'static str,
+    tensors: [Option<&Tensor>; N],
+    f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
+) -> Result<R> {
+    let guards = tensors.map(|x| x.filter(|x| x.elem_count() > 0).map(Tensor::storage_and_layout));
     let mut pointers = [Pointer::NULL; N];
     // Dropped after the launches: on several streams, others then wait for our reads.
     let mut reads = Vec::with_capacity(N);
@@ -190,6 +205,16 @@ fn address_mut<'a>(storage: &'a mut CudaStorage, stream: &'a CudaStream) -> Resu
 }
 
 impl Gpu {
+    /// That of the first tensor there, be it empty.
+    fn of(op: &str, tensors: &[Option<&Tensor>]) -> Result<Self> {
+        let device = tensors.iter().flatten().find_map(|x| match x.device() {
+            Device::Cuda(device) => Some(device.clone()),
+            _ => None,
+        });
+        let Some(device) = device else { bail!("{op}: no input is on a GPU") };
+        Ok(Self { stream: device.cuda_stream(), device })
+    }
+
     /// A buffer of `len` elements that kernels fill.
     pub(crate) fn buffer(&self, dtype: DType, len: usize) -> Result<Buffer> {
         let storage = match dtype {
@@ -241,8 +266,7 @@ impl Gpu {
 
     /// How many multiprocessors there are to fill.
     pub(crate) fn multiprocessors(&self) -> usize {
-        let count = self.stream.context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-        count.map_or(1, |count| count.max(1) as usize)
+        multiprocessors(&self.device)
     }
 
     /// How many blocks of a kernel the GPU runs at once.
@@ -396,6 +420,21 @@ pub(crate) fn gradients<const I: usize>(
         }
     }
     Ok(grads)
+}
+
+/// How many multiprocessors there are to fill.
+pub(crate) fn multiprocessors(device: &CudaDevice) -> usize {
+    attribute(device, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, 1)
+}
+
+/// The bytes of shared memory that a block can have.
+pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
+    attribute(device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 48 << 10)
+}
+
+fn attribute(device: &CudaDevice, attribute: CUdevice_attribute, default: usize) -> usize {
+    let value = device.cuda_stream().context().attribute(attribute);
+    value.ok().and_then(|value| usize::try_from(value).ok()).filter(|&value| value > 0).unwrap_or(default)
 }
 
 /// An extent as kernels take it.

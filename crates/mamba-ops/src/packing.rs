@@ -157,7 +157,7 @@ impl Packing {
         if self.has_padding() { vec![0.0; len] } else { uninit(len) }
     }
 
-    /// For references: what `f` gives for each sequence and its place, its tokens joined along `axis` to the shape of
+    /// What `f` gives for each sequence and its place, its tokens joined along `axis` to the shape of
     /// `like` with zeros for padding, and its states along the first axis; `state` is the shape of one.
     pub(crate) fn one_by_one(
         &self,

@@ -69,7 +69,7 @@ impl StateIndices {
         &self.0
     }
 
-    /// For references: the states of the rows, zeros for padding.
+    /// The states of the rows, zeros for padding.
     pub(crate) fn gather(&self, pool: &Tensor) -> Result<Tensor> {
         let state = |state: &Option<usize>| match *state {
             Some(index) => part(pool, 0, index, 1),
@@ -78,7 +78,7 @@ impl StateIndices {
         join(self.0.iter().map(state), pool)
     }
 
-    /// For references: the pool with the new states of the rows.
+    /// The pool with the new states of the rows.
     pub(crate) fn scatter(&self, states: &Tensor, pool: &Tensor) -> Result<Tensor> {
         let state = |index: usize| match self.0.iter().position(|state| *state == Some(index)) {
             Some(row) => part(states, 0, row, 1),
@@ -87,7 +87,7 @@ impl StateIndices {
         join((0..pool.dim(0)?).map(state), pool)
     }
 
-    /// For references: an output without that of padding.
+    /// An output without that of padding.
     pub(crate) fn without_padding(&self, y: &Tensor) -> Result<Tensor> {
         let row = |(i, state): (usize, &Option<usize>)| match state {
             Some(_) => part(y, 0, i, 1),

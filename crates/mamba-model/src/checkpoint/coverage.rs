@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::Ordering;
 
-use super::{Checkpoint, NameMap};
+use super::{Checkpoint, Entry, NameMap};
 
 /// The tensors of a checkpoint that were not read exactly once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,12 +34,11 @@ impl fmt::Display for Coverage {
 }
 
 impl Checkpoint {
-    /// How often each tensor was read since the checkpoint was opened.
+    /// How often each tensor was read since the checkpoint was opened; one that was read in parts counts when all are.
     pub fn read_counts(&self) -> BTreeMap<&str, usize> {
-        self.tensors
-            .iter()
-            .map(|(name, entry)| (name.as_str(), entry.reads.load(Ordering::Relaxed)))
-            .collect()
+        let count =
+            |entry: &Entry| entry.reads.load(Ordering::Relaxed) / entry.parts.load(Ordering::Relaxed).max(1);
+        self.tensors.iter().map(|(name, entry)| (name.as_str(), count(entry))).collect()
     }
 
     /// The tensors that were not read since the checkpoint was opened, sorted.

@@ -101,6 +101,8 @@ struct Entry {
     file: usize,
     stored: Stored,
     reads: AtomicUsize,
+    /// Into how many parts reading has divided the tensor; 0 if it was read whole.
+    parts: AtomicUsize,
 }
 
 /// How a file of weights is to be read.
@@ -182,7 +184,10 @@ impl Checkpoint {
                 let other = self.files[other.file].path.display();
                 return Err(Error::tensor(&path, &name, format!("is in {other} as well")));
             }
-            self.tensors.insert(name, Entry { file: number, stored, reads: AtomicUsize::new(0) });
+            self.tensors.insert(
+                name,
+                Entry { file: number, stored, reads: AtomicUsize::new(0), parts: AtomicUsize::new(0) },
+            );
         }
         self.files.push(MappedFile { path, bytes });
         Ok(())
@@ -233,20 +238,39 @@ impl Checkpoint {
     /// # Errors
     /// As [`tensor`](Self::tensor).
     pub fn tensor_as(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.read(name, None, dtype, device)
+    }
+
+    /// The same for all of a tensor, or for one of so many equal parts along its first axis.
+    fn read(
+        &self,
+        name: &str,
+        part: Option<(usize, usize)>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
         let entry = self.entry(name)?;
         let (encoding, elements) = self.elements(name, entry)?;
-        let shape = &entry.stored.shape;
+        let (mut shape, mut elements) = (entry.stored.shape.as_slice(), &*elements);
+        if let Some((index, count)) = part {
+            let fits = shape.first() == Some(&count) && index < count;
+            let length = elements.len() / count.max(1);
+            elements = fits.then(|| &elements[index * length..][..length]).ok_or_else(|| {
+                let message = format!("has shape {shape:?}, of which part {index} of {count} was asked for");
+                Error::tensor(self.path_of(entry), name, message)
+            })?;
+            shape = &shape[1..];
+            entry.parts.store(count, Ordering::Relaxed);
+        }
         let tensor = match encoding {
             Encoding::Blocks(kind) => {
-                gguf::dequantize::dequantize(kind, &elements, shape, dtype)?.to_device(device)?
+                gguf::dequantize::dequantize(kind, elements, shape, dtype)?.to_device(device)?
             }
             Encoding::Plain(stored) => {
                 // A type that grows is converted on the device, so that fewer bytes travel.
                 let shrinks = stored.size_in_bytes() > dtype.size_in_bytes();
                 let first = if shrinks { &Device::Cpu } else { device };
-                Tensor::from_raw_buffer(&elements, stored, shape, first)?
-                    .to_dtype(dtype)?
-                    .to_device(device)?
+                Tensor::from_raw_buffer(elements, stored, shape, first)?.to_dtype(dtype)?.to_device(device)?
             }
         };
         entry.reads.fetch_add(1, Ordering::Relaxed);

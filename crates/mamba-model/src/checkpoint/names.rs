@@ -32,12 +32,13 @@ pub struct NameMap {
     leading: Option<&'static str>,
     optional: Option<&'static str>,
     unread: &'static [&'static str],
+    unread_from: Option<(&'static str, usize)>,
 }
 
 impl NameMap {
     /// A map with these rows of canonical and file prefixes.
     pub const fn new(rows: &'static [(&'static str, &'static str)]) -> Self {
-        Self { rows, leading: None, optional: None, unread: &[] }
+        Self { rows, leading: None, optional: None, unread: &[], unread_from: None }
     }
 
     /// The same map for checkpoints in which every name may stand behind `leading` (with its dot), as in Codestral.
@@ -54,6 +55,12 @@ impl NameMap {
     /// `lm_head.weight`, buffers that are computed, heads that are not used.
     pub const fn with_unread(self, unread: &'static [&'static str]) -> Self {
         Self { unread, ..self }
+    }
+
+    /// The same map for checkpoints that hold more layers than the model has, of which a model may leave those unread whose
+    /// number is at least `first`: `prefix` with a placeholder last says where the number stands, as in `blk.{l}`.
+    pub const fn with_unread_from(self, prefix: &'static str, first: usize) -> Self {
+        Self { unread_from: Some((prefix, first)), ..self }
     }
 
     /// The names under which a file may hold the tensor `canonical`, the preferred one first.
@@ -92,7 +99,11 @@ impl NameMap {
     /// Whether a model may leave the tensor `file_name` of a file unread.
     pub fn may_stay_unread(&self, file_name: &str) -> bool {
         let bare = self.leading.and_then(|leading| file_name.strip_prefix(leading)).unwrap_or(file_name);
-        self.unread.iter().any(|prefix| match_prefix(prefix, bare).is_some())
+        let beyond = self.unread_from.is_some_and(|(prefix, first)| {
+            let number = match_prefix(prefix, bare).and_then(|found| found.numbers.last()?.1.parse().ok());
+            number.is_some_and(|number: usize| number >= first)
+        });
+        beyond || self.unread.iter().any(|prefix| match_prefix(prefix, bare).is_some())
     }
 }
 
@@ -192,5 +203,8 @@ mod tests {
         assert_eq!(names.candidates("c"), ["c", "model.c"]);
         assert!(names.may_stay_unread("b.3.inv_freq") && names.may_stay_unread("model.b.3.inv_freq"));
         assert!(!names.may_stay_unread("b.3.inv") && !names.may_stay_unread("b.x.inv_freq"));
+        let names = names.with_unread_from("blk.{l}", 12);
+        assert!(names.may_stay_unread("blk.12.x") && names.may_stay_unread("blk.100.y.weight"));
+        assert!(!names.may_stay_unread("blk.2.x") && !names.may_stay_unread("blk.y"));
     }
 }

@@ -73,25 +73,30 @@ impl Backend {
 
     fn read(&self, canonical: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
         let name = self.find(canonical).ok_or_else(|| self.missing(canonical))?;
-        let entry = self.checkpoint.entry(&name)?;
         let Some(shape) = shape else { return self.checkpoint.tensor_as(&name, dtype, device) };
         let form = (self.forms)(canonical);
-        let (got, expected) = (&entry.stored.shape, form.shape_in_file(shape.dims()));
-        // GGUF files leave out axes of length 1, or add some.
-        let same = match self.checkpoint.metadata() {
-            Some(_) => form::without_ones(got) == form::without_ones(&expected),
-            None => *got == expected,
-        };
-        if !same {
-            let file = self.checkpoint.path_of(entry).to_path_buf();
-            return Err(Error::Shape { file, tensor: name, got: got.clone(), expected });
+        let names = form.names(name.clone());
+        for name in &names {
+            let entry = self.checkpoint.entry(name)?;
+            let (got, expected) = (&entry.stored.shape, form.shape_in_file(shape.dims()));
+            // GGUF files leave out axes of length 1, or add some.
+            let same = match self.checkpoint.metadata() {
+                Some(_) => form::without_ones(got) == form::without_ones(&expected),
+                None => *got == expected,
+            };
+            if !same {
+                let file = self.checkpoint.path_of(entry).to_path_buf();
+                return Err(Error::Shape { file, tensor: name.clone(), got: got.clone(), expected });
+            }
         }
-        let tensor = form.read(|dtype| self.checkpoint.tensor_as(&name, dtype, device), shape, dtype)?;
+        let read = |name: &str, dtype, part| self.checkpoint.read(name, part, dtype, device);
+        let tensor = form.read(&names, read, shape, dtype)?;
         if matches!(form, Form::Decay | Form::DecayColumn)
             && tensor.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_nan()
         {
             let message = "has values above 0 or none at all, expected decays";
-            return Err(Error::tensor(self.checkpoint.path_of(entry), &name, message));
+            let file = self.checkpoint.path_of(self.checkpoint.entry(&name)?);
+            return Err(Error::tensor(file, &name, message));
         }
         Ok(tensor)
     }

@@ -131,7 +131,12 @@ struct Sizes {
 /// `causal_conv1d_ref` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let sizes = args.sizes(OP)?;
-    if args.fused() { autograd::apply(args, sizes) } else { reference::forward(args) }
+    match args.packing {
+        _ if args.fused() => autograd::apply(args, sizes),
+        // One by one, so that kernels that take no packing still run.
+        Some(packing) => reference::packed(args, packing, causal_conv1d),
+        None => reference::forward(args),
+    }
 }
 
 /// Arguments of [`causal_conv1d_update`]; see there for shapes.
@@ -204,14 +209,22 @@ pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
     let states = check.states(state_indices, batch, state)?;
     check.state("state", state, &[states, ("dim", dim), ("width - 1", width - 1)])?;
     check.in_place(state, &[("x", Some(x)), ("weight", Some(weight)), ("bias", bias)])?;
-    if !forward.fused() || (x.device().is_cuda() && state_indices.is_some()) {
+    if !forward.fused() {
         let (y, next) = reference::update(args)?;
         host::replace(state, &next)?;
         return Ok(y);
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return cuda::update(args, Sizes { batch, dim, seqlen, width, sequences: batch });
+        let Some(indices) = state_indices else {
+            return cuda::update(args, Sizes { batch, dim, seqlen, width, sequences: batch });
+        };
+        // The kernel takes the window of each row.
+        let windows = indices.gather(state)?;
+        let alone = CausalConv1dUpdate { state: &windows, state_indices: None, ..*args };
+        let y = indices.without_padding(&causal_conv1d_update(&alone)?)?;
+        host::replace(state, &indices.scatter(&windows, state)?)?;
+        return Ok(y);
     }
     // The rows that are no padding, and their states.
     let rows: Vec<(usize, usize)> = match state_indices {

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::{CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, window_dtype};
 use crate::layout::{Activation, SequenceLayout};
-use crate::packing::state_of;
+use crate::packing::{Packing, state_of};
 use crate::reference::{cast, part, silu};
 
 /// `y_t = activation(bias + Σ_k weight[k] · x_{t - width + 1 + k})`, for any device and dtype; differentiable.
@@ -15,14 +15,7 @@ use crate::reference::{cast, part, silu};
 pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let dtype = window_dtype(args.x);
     if let Some(packing) = args.packing {
-        let (axis, (dim, width)) = (args.layout.time_axis(), args.weight.dims2()?);
-        let (y, final_state) =
-            packing.one_by_one(args.x, axis, (&[dim, width - 1], dtype), |sequence, i| {
-                let (x, state) = (sequence.of(args.x, axis)?, state_of(args.initial_state, i)?);
-                let alone = CausalConv1d { x: &x, initial_state: state.as_ref(), packing: None, ..*args };
-                forward(&alone).map(|output| (output.y, output.final_state))
-            })?;
-        return Ok(CausalConv1dOutput { y, final_state });
+        return packed(args, packing, forward);
     }
     let x = cast(args.x, dtype)?;
     let x = match args.layout {
@@ -55,6 +48,25 @@ pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     };
     let final_state = part(&extended, 2, seqlen, width - 1)?.contiguous()?;
     Ok(CausalConv1dOutput { y: y.to_dtype(args.x.dtype())?, final_state })
+}
+
+/// Packed sequences one by one, each by `op`. Parameters go in as `f32`, so that their gradients are summed and then rounded.
+pub(super) fn packed(
+    args: &CausalConv1d,
+    packing: &Packing,
+    op: fn(&CausalConv1d) -> Result<CausalConv1dOutput>,
+) -> Result<CausalConv1dOutput> {
+    let (axis, (dim, width)) = (args.layout.time_axis(), args.weight.dims2()?);
+    let dtype = window_dtype(args.x);
+    let weight = cast(args.weight, dtype)?;
+    let bias = args.bias.map(|bias| cast(bias, dtype)).transpose()?;
+    let (y, final_state) = packing.one_by_one(args.x, axis, (&[dim, width - 1], dtype), |sequence, i| {
+        let (x, state) = (sequence.of(args.x, axis)?, state_of(args.initial_state, i)?);
+        let (weight, bias, initial_state) = (&weight, bias.as_ref(), state.as_ref());
+        let alone = CausalConv1d { x: &x, weight, bias, initial_state, packing: None, ..*args };
+        op(&alone).map(|output| (output.y, output.final_state))
+    })?;
+    Ok(CausalConv1dOutput { y, final_state })
 }
 
 /// `y` and the windows after it, of every state of a pool; `state` stays as it is.

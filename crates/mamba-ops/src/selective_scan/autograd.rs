@@ -2,6 +2,8 @@
 
 use candle_core::{Device, Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{OP, SelectiveScan, SelectiveScanOutput, Sizes, cpu};
 use crate::autograd::{self, Forward, FusedFn};
 use crate::host;
@@ -10,24 +12,24 @@ use crate::packing::Packing;
 use crate::simd::Isa;
 
 // Slots of the inputs.
-const U: usize = 0;
-const DELTA: usize = 1;
-const A: usize = 2;
-const B: usize = 3;
-const C: usize = 4;
-const D: usize = 5;
-const Z: usize = 6;
-const DELTA_BIAS: usize = 7;
-const INITIAL_STATE: usize = 8;
-const SLOTS: usize = 9;
+pub(super) const U: usize = 0;
+pub(super) const DELTA: usize = 1;
+pub(super) const A: usize = 2;
+pub(super) const B: usize = 3;
+pub(super) const C: usize = 4;
+pub(super) const D: usize = 5;
+pub(super) const Z: usize = 6;
+pub(super) const DELTA_BIAS: usize = 7;
+pub(super) const INITIAL_STATE: usize = 8;
+pub(super) const SLOTS: usize = 9;
 
-struct Node {
-    sizes: Sizes,
-    packing: Packing,
-    layout: SequenceLayout,
-    delta_softplus: bool,
+pub(super) struct Node {
+    pub sizes: Sizes,
+    pub packing: Packing,
+    pub layout: SequenceLayout,
+    pub delta_softplus: bool,
     /// Kept states are in the order of the vectors of one instruction set.
-    isa: Isa,
+    pub isa: Isa,
 }
 
 pub(super) fn apply(args: &SelectiveScan, sizes: Sizes) -> Result<SelectiveScanOutput> {
@@ -78,6 +80,10 @@ impl FusedFn<SLOTS, 2> for Node {
 
     fn forward(&self, inputs: &[Option<Tensor>; SLOTS], tracked: bool) -> Result<Forward<2>> {
         let u = host::slot(OP, inputs, U)?;
+        #[cfg(feature = "cuda")]
+        if u.device().is_cuda() {
+            return cuda::forward(self, inputs, tracked);
+        }
         self.with(inputs, |scan| {
             let cpu::Forward { y, final_state, checkpoints } = cpu::forward(scan, self.isa, tracked);
             let y = host::output(y, u.shape().clone(), u.dtype())?;
@@ -96,6 +102,10 @@ impl FusedFn<SLOTS, 2> for Node {
         saved: &[Tensor],
         grads: &[Option<Tensor>; 2],
     ) -> Result<[Option<Tensor>; SLOTS]> {
+        #[cfg(feature = "cuda")]
+        if host::slot(OP, inputs, U)?.device().is_cuda() {
+            return cuda::backward(self, inputs, needs, saved, grads);
+        }
         let checkpoints = host::read("checkpoints", &saved[0])?;
         let grad_y = host::read_opt("gradient of y", grads[0].as_ref())?;
         let grad_state = host::read_opt("gradient of final_state", grads[1].as_ref())?;

@@ -2,6 +2,8 @@
 
 mod autograd;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Result, Tensor};
@@ -151,6 +153,15 @@ struct Sizes {
 }
 
 impl Sizes {
+    /// Whether there are fused kernels; those for GPUs take states that are not large, and no packing.
+    fn fused(self, args: &SelectiveScan) -> bool {
+        #[cfg(feature = "cuda")]
+        if args.u.device().is_cuda() && (self.d_state > cuda::LARGEST_STATE || args.packing.is_some()) {
+            return false;
+        }
+        args::fused(args.u)
+    }
+
     fn state_shape(&self) -> (usize, usize, usize) {
         (self.sequences, self.dim, self.d_state)
     }
@@ -194,5 +205,10 @@ impl Sizes {
 /// Gu and Dao, 2023, Algorithm 2; `selective_scan_ref` in state-spaces/mamba.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let sizes = args.sizes()?;
-    if args::fused_on_cpu(args.u) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    match args.packing {
+        _ if sizes.fused(args) => autograd::apply(args, sizes),
+        // One by one, so that kernels that take no packing still run.
+        Some(packing) => reference::packed(args, packing, selective_scan),
+        None => reference::forward(args),
+    }
 }

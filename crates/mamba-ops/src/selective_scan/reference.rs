@@ -15,7 +15,7 @@ use crate::reference::{cast, part, silu, softplus, sum_last};
 /// If candle refuses an operation; shapes are checked by [`selective_scan`](super::selective_scan).
 pub fn forward(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     if let Some(packing) = args.packing {
-        return packed(args, packing);
+        return packed(args, packing, forward);
     }
     let dtype = state_dtype(args.u.dtype());
     let channels_first = |x: &Tensor| match args.layout {
@@ -63,10 +63,19 @@ pub fn forward(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     Ok(SelectiveScanOutput { y: y.to_dtype(args.u.dtype())?, final_state: h })
 }
 
-fn packed(args: &SelectiveScan, packing: &Packing) -> Result<SelectiveScanOutput> {
+/// Packed sequences one by one, each by `op`. Parameters go in as `f32`, so that their gradients are summed and then rounded.
+pub(super) fn packed(
+    args: &SelectiveScan,
+    packing: &Packing,
+    op: fn(&SelectiveScan) -> Result<SelectiveScanOutput>,
+) -> Result<SelectiveScanOutput> {
     let (axis, (dim, d_state)) = (args.layout.time_axis(), args.a.dims2()?);
-    let state = ([dim, d_state], state_dtype(args.u.dtype()));
-    let (y, final_state) = packing.one_by_one(args.u, axis, (&state.0, state.1), |sequence, i| {
+    let dtype = state_dtype(args.u.dtype());
+    let parameter = |x: Option<&Tensor>| x.map(|x| cast(x, dtype)).transpose();
+    let (a, d, delta_bias) = (cast(args.a, dtype)?, parameter(args.d)?, parameter(args.delta_bias)?);
+    let constant = |x: &Tensor| if x.rank() == 2 { cast(x, dtype) } else { Ok(x.clone()) };
+    let (b, c) = (constant(args.b)?, constant(args.c)?);
+    let (y, final_state) = packing.one_by_one(args.u, axis, (&[dim, d_state], dtype), |sequence, i| {
         let coefficient = |x: &Tensor| match (args.layout, x.rank()) {
             (_, 2) => Ok(x.clone()),
             (SequenceLayout::ChannelsFirst, rank) => sequence.of(x, rank - 1),
@@ -77,14 +86,17 @@ fn packed(args: &SelectiveScan, packing: &Packing) -> Result<SelectiveScanOutput
         let alone = SelectiveScan {
             u: &sequence.of(args.u, axis)?,
             delta: &sequence.of(args.delta, axis)?,
-            b: &coefficient(args.b)?,
-            c: &coefficient(args.c)?,
+            a: &a,
+            b: &coefficient(&b)?,
+            c: &coefficient(&c)?,
+            d: d.as_ref(),
+            delta_bias: delta_bias.as_ref(),
             z: z.as_ref(),
             initial_state: initial_state.as_ref(),
             packing: None,
             ..*args
         };
-        forward(&alone).map(|output| (output.y, output.final_state))
+        op(&alone).map(|output| (output.y, output.final_state))
     })?;
     Ok(SelectiveScanOutput { y, final_state })
 }

@@ -200,16 +200,21 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
         ("dt_bias", dt_bias),
     ];
     Checker::new(OP, "x", x)?.in_place(state, &inputs)?;
-    // The kernels for GPUs take one token of each state.
-    let several = x.rank() == state.rank() || state_indices.is_some();
-    if !args::fused(x) || (x.device().is_cuda() && several) {
+    if !args::fused(x) {
         let (y, next) = reference::forward(args)?;
         host::replace(state, &next)?;
         return Ok(y);
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return cuda::update(args, sizes);
+        if x.rank() < state.rank() && state_indices.is_none() {
+            return cuda::update(args, sizes);
+        }
+        // The kernels take one token of each state.
+        let in_place = |args: &SelectiveStateUpdate| Ok((selective_state_update(args)?, args.state.clone()));
+        let (y, next) = reference::one_by_one(args, in_place)?;
+        host::replace(state, &next)?;
+        return Ok(y);
     }
     let per_head = |x: &Tensor| sizes.has_heads && x.rank() == 1;
     let (d_per_head, bias_per_head) = (d.is_some_and(per_head), dt_bias.is_some_and(per_head));

@@ -2,6 +2,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{OP, Sizes, SsdChunkScan, SsdChunkScanOutput, cpu};
 use crate::autograd::{self, Forward, FusedFn};
 use crate::host;
@@ -9,23 +11,23 @@ use crate::packing::Packing;
 use crate::simd::Isa;
 
 // Slots of the inputs.
-const X: usize = 0;
-const DT: usize = 1;
-const A: usize = 2;
-const B: usize = 3;
-const C: usize = 4;
-const D: usize = 5;
-const Z: usize = 6;
-const DT_BIAS: usize = 7;
-const INITIAL_STATE: usize = 8;
-const SLOTS: usize = 9;
+pub(super) const X: usize = 0;
+pub(super) const DT: usize = 1;
+pub(super) const A: usize = 2;
+pub(super) const B: usize = 3;
+pub(super) const C: usize = 4;
+pub(super) const D: usize = 5;
+pub(super) const Z: usize = 6;
+pub(super) const DT_BIAS: usize = 7;
+pub(super) const INITIAL_STATE: usize = 8;
+pub(super) const SLOTS: usize = 9;
 
-struct Node {
-    sizes: Sizes,
-    packing: Packing,
-    dt_softplus: bool,
-    dt_limit: (f32, f32),
-    chunk_size: usize,
+pub(super) struct Node {
+    pub sizes: Sizes,
+    pub packing: Packing,
+    pub dt_softplus: bool,
+    pub dt_limit: (f32, f32),
+    pub chunk_size: usize,
 }
 
 pub(super) fn apply(args: &SsdChunkScan, sizes: Sizes) -> Result<SsdChunkScanOutput> {
@@ -91,6 +93,10 @@ impl FusedFn<SLOTS, 2> for Node {
 
     fn forward(&self, inputs: &[Option<Tensor>; SLOTS], tracked: bool) -> Result<Forward<2>> {
         let x = host::slot(OP, inputs, X)?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::forward(self, inputs);
+        }
         self.with(inputs, |scan| {
             let cpu::Forward { y, final_state, checkpoints } = cpu::forward(scan, Isa::current(), tracked);
             let y = host::output(y, x.shape().clone(), x.dtype())?;
@@ -109,6 +115,10 @@ impl FusedFn<SLOTS, 2> for Node {
         saved: &[Tensor],
         grads: &[Option<Tensor>; 2],
     ) -> Result<[Option<Tensor>; SLOTS]> {
+        #[cfg(feature = "cuda")]
+        if host::slot(OP, inputs, X)?.device().is_cuda() {
+            return cuda::backward(self, inputs, needs, grads);
+        }
         let checkpoints = host::read("checkpoints", &saved[0])?;
         let grad_y = host::read_opt("gradient of y", grads[0].as_ref())?;
         let grad_state = host::read_opt("gradient of final_state", grads[1].as_ref())?;

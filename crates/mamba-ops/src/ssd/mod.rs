@@ -2,6 +2,8 @@
 
 mod autograd;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Result, Tensor};
@@ -119,6 +121,17 @@ struct Sizes {
 }
 
 impl Sizes {
+    /// Whether there are fused kernels; those for GPUs need room for a state, and take no packing.
+    fn fused(self, args: &SsdChunkScan) -> bool {
+        #[cfg(feature = "cuda")]
+        if args.x.device().is_cuda()
+            && (args.packing.is_some() || !cuda::fits(args.x.device(), self, args.x.dtype()))
+        {
+            return false;
+        }
+        args::fused(args.x)
+    }
+
     fn state_shape(&self) -> (usize, usize, usize, usize) {
         (self.sequences, self.nheads, self.headdim, self.d_state)
     }
@@ -165,5 +178,10 @@ impl Sizes {
 /// folder's `README.md`.
 pub fn ssd_chunk_scan(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     let sizes = args.sizes()?;
-    if args::fused_on_cpu(args.x) { autograd::apply(args, sizes) } else { reference::forward(args) }
+    match args.packing {
+        _ if sizes.fused(args) => autograd::apply(args, sizes),
+        // One by one, so that kernels that take no packing still run.
+        Some(packing) => reference::packed(args, packing, ssd_chunk_scan),
+        None => reference::forward(args),
+    }
 }

@@ -14,7 +14,7 @@ use crate::reference::{cast, clamp, part, silu, softplus, sum_last};
 /// If candle refuses an operation; shapes are checked by [`ssd_chunk_scan`](super::ssd_chunk_scan).
 pub fn forward(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     if let Some(packing) = args.packing {
-        return packed(args, packing);
+        return packed(args, packing, forward);
     }
     let dtype = state_dtype(args.x.dtype());
     let x = cast(args.x, dtype)?;
@@ -63,23 +63,34 @@ pub fn forward(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     Ok(SsdChunkScanOutput { y: y.to_dtype(args.x.dtype())?, final_state: h })
 }
 
-fn packed(args: &SsdChunkScan, packing: &Packing) -> Result<SsdChunkScanOutput> {
+/// Packed sequences one by one, each by `op`. Parameters go in as `f32`, so that their gradients are summed and then rounded.
+pub(super) fn packed(
+    args: &SsdChunkScan,
+    packing: &Packing,
+    op: fn(&SsdChunkScan) -> Result<SsdChunkScanOutput>,
+) -> Result<SsdChunkScanOutput> {
     let ((_, _, nheads, headdim), (_, _, _, d_state)) = (args.x.dims4()?, args.b.dims4()?);
-    let state = ([nheads, headdim, d_state], state_dtype(args.x.dtype()));
-    let (y, final_state) = packing.one_by_one(args.x, 1, (&state.0, state.1), |sequence, i| {
-        let z = args.z.map(|z| sequence.of(z, 1)).transpose()?;
-        let initial_state = state_of(args.initial_state, i)?;
-        let alone = SsdChunkScan {
-            x: &sequence.of(args.x, 1)?,
-            dt: &sequence.of(args.dt, 1)?,
-            b: &sequence.of(args.b, 1)?,
-            c: &sequence.of(args.c, 1)?,
-            z: z.as_ref(),
-            initial_state: initial_state.as_ref(),
-            packing: None,
-            ..*args
-        };
-        forward(&alone).map(|output| (output.y, output.final_state))
-    })?;
+    let dtype = state_dtype(args.x.dtype());
+    let parameter = |x: Option<&Tensor>| x.map(|x| cast(x, dtype)).transpose();
+    let (a, d, dt_bias) = (cast(args.a, dtype)?, parameter(args.d)?, parameter(args.dt_bias)?);
+    let (y, final_state) =
+        packing.one_by_one(args.x, 1, (&[nheads, headdim, d_state], dtype), |sequence, i| {
+            let z = args.z.map(|z| sequence.of(z, 1)).transpose()?;
+            let initial_state = state_of(args.initial_state, i)?;
+            let alone = SsdChunkScan {
+                x: &sequence.of(args.x, 1)?,
+                dt: &sequence.of(args.dt, 1)?,
+                a: &a,
+                d: d.as_ref(),
+                dt_bias: dt_bias.as_ref(),
+                b: &sequence.of(args.b, 1)?,
+                c: &sequence.of(args.c, 1)?,
+                z: z.as_ref(),
+                initial_state: initial_state.as_ref(),
+                packing: None,
+                ..*args
+            };
+            op(&alone).map(|output| (output.y, output.final_state))
+        })?;
     Ok(SsdChunkScanOutput { y, final_state })
 }

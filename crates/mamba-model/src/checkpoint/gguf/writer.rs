@@ -104,7 +104,8 @@ impl Writer {
         }
         match quantized(spec.kind) {
             Some(dtype) => {
-                let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+                // Candle quantizes all that is stored, so a part of a tensor must be a tensor of its own.
+                let tensor = tensor.to_device(&Device::Cpu)?.force_contiguous()?;
                 let blocks = QTensor::quantize(&tensor, dtype)?;
                 self.put(&blocks.data()?)
             }

@@ -1,19 +1,28 @@
 //! How GGUF files spell models: architectures, which are to them what families are to a `config.json`.
 
+mod described;
+mod falcon_h1;
+mod forms;
+mod granitehybrid;
+mod jamba;
+mod keys;
+mod lfm2;
 mod mamba;
 mod mamba2;
+mod names;
+mod nemotron_h;
+mod words;
 
 use std::path::Path;
 
 use serde_json::{Map, Number, Value as Json};
 
+use self::described::{Described, Shapes};
+use self::keys::Keys;
 use crate::checkpoint::gguf::{Metadata, Value};
 use crate::checkpoint::{Checkpoint, Form, NameMap};
-use crate::config::{Fields, LayerSpec, MixerSpec, MlpConfig, ModelConfig};
+use crate::config::{Fields, LayerSpec, ModelConfig};
 use crate::{Error, Result};
-
-/// Keys below the name of an architecture.
-type Keys = Vec<(&'static str, Value)>;
 
 /// An architecture of GGUF files, as data.
 #[derive(Debug)]
@@ -24,33 +33,61 @@ pub(crate) struct Architecture {
     pub names: NameMap,
     /// Reads the layers, and what else is particular, into a configuration with the rest.
     parse: fn(&Described, &mut ModelConfig) -> Result<()>,
-    /// The keys below the name for a configuration, if the architecture has words for it.
+    /// The keys below the name for a configuration, beside those that all architectures have. What they say is read again
+    /// and must give the configuration, so that this need not look for what has no words.
     write: fn(&ModelConfig) -> Option<Keys>,
     /// How files keep a tensor, by its canonical name.
     pub form: fn(&ModelConfig, &str) -> Form,
+    /// How multipliers go into the weights, if files have no words for them.
+    pub folding: Option<Folding>,
 }
 
-static ARCHITECTURES: [&Architecture; 2] = [&mamba::MAMBA, &mamba2::MAMBA2];
-
-/// What a GGUF file says about its model.
-struct Described<'a> {
-    checkpoint: &'a Checkpoint,
-    /// The keys below the name of the architecture.
-    fields: Fields<'a>,
+/// How multipliers go into the weights.
+#[derive(Debug)]
+pub(crate) struct Folding {
+    /// Makes a configuration that of the multiplied weights.
+    without: fn(&mut ModelConfig),
+    /// What the rows of a tensor are multiplied by, by its canonical name; empty if it stays as it is.
+    pub factors: fn(&ModelConfig, &str) -> Vec<f64>,
 }
 
-impl Described<'_> {
-    fn has(&self, tensor: &str) -> bool {
-        self.checkpoint.contains(tensor)
+static ARCHITECTURES: [&Architecture; 8] = [
+    &mamba::MAMBA,
+    &mamba2::MAMBA2,
+    &jamba::JAMBA,
+    &granitehybrid::GRANITE_HYBRID,
+    &falcon_h1::FALCON_H1,
+    &nemotron_h::NEMOTRON_H,
+    &nemotron_h::NEMOTRON_H_MOE,
+    &lfm2::LFM2,
+];
+
+impl Architecture {
+    /// The configuration as files of this architecture hold it: without multipliers that go into the weights.
+    pub fn stored(&self, config: &ModelConfig) -> ModelConfig {
+        let mut config = config.clone();
+        if let Some(folding) = &self.folding {
+            (folding.without)(&mut config);
+        }
+        config
     }
 }
 
+/// A model as a GGUF file describes it.
+pub(crate) struct Parsed {
+    pub config: ModelConfig,
+    pub architecture: &'static Architecture,
+    /// The names, and which tensors may stay unread.
+    pub names: NameMap,
+}
+
 /// Reads the configuration of a GGUF checkpoint.
-pub(crate) fn parse(
-    checkpoint: &Checkpoint,
-    metadata: &Metadata,
-) -> Result<(ModelConfig, &'static Architecture)> {
-    let file = Path::new(checkpoint.origin());
+pub(crate) fn parse(checkpoint: &Checkpoint, metadata: &Metadata) -> Result<Parsed> {
+    read(checkpoint.origin(), metadata, &|name| Some(checkpoint.info(name)?.shape.to_vec()))
+}
+
+fn read(origin: &str, metadata: &Metadata, shapes: Shapes) -> Result<Parsed> {
+    let file = Path::new(origin);
     let general = Fields::from_object(object(metadata, ""), Some(file), String::new());
     let key = "general.architecture";
     let name = general.str_opt(key)?.ok_or_else(|| general.error(key, "is missing"))?;
@@ -60,48 +97,37 @@ pub(crate) fn parse(
     })?;
     let prefix = format!("{name}.");
     let fields = Fields::from_object(object(metadata, &prefix), Some(file), prefix);
-    let described = Described { checkpoint, fields };
+    let described = Described { origin, fields, shapes };
     let mut config = common(&described, metadata)?;
     (architecture.parse)(&described, &mut config)?;
     config.validate().map_err(|error| match error {
         Error::Config { field, message, .. } => described.fields.error(&field, message),
         other => other,
     })?;
-    Ok((config, architecture))
+    let names = match described.predicting_layers()? {
+        0 => architecture.names,
+        _ => architecture.names.with_unread_from("blk.{l}", config.layers.len()),
+    };
+    Ok(Parsed { config, architecture, names })
 }
 
 /// What all architectures say in the same way; layers are to follow.
 fn common(described: &Described, metadata: &Metadata) -> Result<ModelConfig> {
-    let Described { checkpoint, fields } = described;
-    let embedding = "token_embd.weight";
-    let rows = match checkpoint.info(embedding).map(|info| info.shape) {
-        Some([rows, _]) => *rows,
-        Some([_]) => 1,
-        _ => {
-            return Err(Error::NoSuchTensor {
-                origin: checkpoint.origin().into(),
-                tensor: format!("`{embedding}`"),
-            });
-        }
-    };
+    let fields = &described.fields;
+    let rows = described.rows("token_embd.weight")?;
     let said = fields.usize_opt("vocab_size")?.unwrap_or(rows);
     let vocab_size = known_tokens(metadata).unwrap_or(rows).min(said).min(rows);
-    let layers = fields.layers("block_count")?;
+    let layers = fields.layers("block_count")?.saturating_sub(described.predicting_layers()?);
     let eos = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"];
     let mut eos: Vec<u32> = eos.iter().filter_map(|key| metadata.u64(key)?.try_into().ok()).collect();
     eos.dedup();
+    let layers = vec![LayerSpec::new([]); layers];
     Ok(ModelConfig {
         padded_vocab_size: rows,
         norm_eps: fields.f64_or("attention.layer_norm_rms_epsilon", 1e-5)?,
-        tie_embeddings: !checkpoint.contains("output.weight"),
+        tie_embeddings: (described.shapes)("output.weight").is_none(),
         eos_token_ids: eos,
-        layers: vec![LayerSpec::new([]); layers],
-        ..ModelConfig::uniform(
-            vocab_size,
-            fields.usize("embedding_length")?,
-            0,
-            MixerSpec::Mlp(MlpConfig::new(1)),
-        )
+        ..ModelConfig::of_layers(vocab_size, fields.usize("embedding_length")?, layers)
     })
 }
 
@@ -144,35 +170,21 @@ fn scalar(value: &Value) -> Json {
     }
 }
 
-/// The keys and values that describe a model, with its architecture; `None` if no architecture has words for it.
-pub(crate) fn describe(config: &ModelConfig) -> Option<(&'static Architecture, Metadata)> {
-    let (architecture, keys) = ARCHITECTURES
-        .into_iter()
-        .find_map(|architecture| Some((architecture, (architecture.write)(config)?)))?;
-    let mut metadata = Metadata::default();
-    metadata.set("general.architecture", Value::String(architecture.name.into()));
-    for (key, value) in keys {
-        metadata.set(format!("{}.{key}", architecture.name), value);
-    }
-    Some((architecture, metadata))
-}
-
-/// A count as files have it.
-fn count(n: usize) -> Option<Value> {
-    Some(Value::U32(n.try_into().ok()?))
-}
-
-/// The keys that all architectures have.
-fn write_common(config: &ModelConfig) -> Option<Keys> {
-    if (config.embedding_scale, config.logits_scale) != (1.0, 1.0) {
-        return None;
-    }
-    Some(vec![
-        // State space models have no limit; llama.cpp's converter writes this.
-        ("context_length", Value::U32(1 << 20)),
-        ("embedding_length", count(config.d_model)?),
-        ("block_count", count(config.layers.len())?),
-        ("vocab_size", count(config.vocab_size)?),
-        ("attention.layer_norm_rms_epsilon", Value::F32(config.norm_eps as f32)),
-    ])
+/// The first architecture that has words for a model, and those words. `shapes` are those of the tensors in a file of an
+/// architecture, by their names in it.
+pub(crate) fn describe<S: Fn(&str) -> Option<Vec<usize>>>(
+    config: &ModelConfig,
+    shapes: impl Fn(&'static Architecture) -> S,
+) -> Option<(&'static Architecture, Metadata)> {
+    ARCHITECTURES.into_iter().find_map(|architecture| {
+        let keys = (architecture.write)(config)?;
+        let mut metadata = Metadata::default();
+        metadata.set("general.architecture", Value::String(architecture.name.into()));
+        for (key, value) in keys::common(config)?.into_iter().chain(keys) {
+            metadata.set(format!("{}.{key}", architecture.name), value);
+        }
+        let again = read("", &metadata, &shapes(architecture)).ok()?.config;
+        (words::sayable(again) == words::sayable(architecture.stored(config)))
+            .then_some((architecture, metadata))
+    })
 }

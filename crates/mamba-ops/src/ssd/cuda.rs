@@ -1,0 +1,476 @@
+//! The duality on a GPU: which of the kernels of `ssd_forward.cu` and `ssd_backward.cu` run, on chunks of what size.
+
+use std::mem::size_of;
+
+use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
+
+use super::autograd::{A, B, C, D, DT, DT_BIAS, INITIAL_STATE, Node, SLOTS, X, Z};
+use super::{OP, Sizes};
+use crate::autograd::Forward;
+use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::host;
+
+static FORWARD: Module = module!("ssd_forward");
+static BACKWARD: Module = module!("ssd_backward");
+
+const THREADS: usize = 256;
+const WARPS: usize = THREADS / 32;
+
+/// Tokens of a chunk: as many as shared memory has room for. The caller's `chunk_size` is a hint for caches of CPUs.
+const CHUNKS: [usize; 3] = [64, 32, 16];
+
+/// Channels of a block that walks over chunks.
+const CHANNELS: [usize; 3] = [64, 32, 16];
+
+/// Elements of a matrix that a block can keep in registers.
+const KEPT: usize = 8192;
+
+/// Matrices in shared memory: how many bf16 terms make up an input, and how many what is computed.
+#[derive(Clone, Copy)]
+struct Terms {
+    input: usize,
+    computed: usize,
+}
+
+impl Terms {
+    fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::BF16 => Self { input: 1, computed: 2 },
+            DType::F16 => Self { input: 2, computed: 2 },
+            _ => Self { input: 3, computed: 3 },
+        }
+    }
+}
+
+/// Extents in shared memory.
+#[derive(Clone, Copy)]
+struct Extents {
+    terms: Terms,
+    /// Tokens of a chunk.
+    tokens: usize,
+    /// Channels, padded.
+    channels: usize,
+    /// States, padded.
+    states: usize,
+}
+
+/// Bytes of a matrix of bf16 terms, whose rows are padded.
+fn matrix(terms: usize, rows: usize, columns: usize) -> usize {
+    2 * terms * rows * (columns + 8)
+}
+
+impl Extents {
+    fn new(sizes: Sizes, dtype: DType, tokens: usize, channels: usize) -> Self {
+        let channels = channels.min(sizes.headdim).next_multiple_of(16);
+        Self { terms: Terms::of(dtype), tokens, channels, states: sizes.d_state.next_multiple_of(16) }
+    }
+
+    /// Numbers of the steps of a chunk.
+    fn steps(self) -> usize {
+        4 * self.tokens
+    }
+
+    fn of_scan(self) -> usize {
+        let Self { terms, tokens, channels, states } = self;
+        3 * matrix(terms.input, tokens, states)
+            + matrix(terms.input, tokens, channels)
+            + matrix(terms.computed, channels, states)
+            + matrix(terms.computed, tokens, tokens.max(channels))
+            + size_of::<f32>() * self.steps()
+    }
+
+    fn of_states(self) -> usize {
+        let Self { terms, tokens, channels, states } = self;
+        2 * matrix(terms.input, tokens, states)
+            + matrix(terms.computed, tokens, channels)
+            + size_of::<f32>() * self.steps()
+    }
+
+    fn of_gradients(self, gated: bool) -> usize {
+        let Self { terms, tokens, channels, states } = self;
+        let numbers = tokens * (tokens + 1) // pairs of tokens
+            + tokens * (2 * states.div_ceil(32) + channels.div_ceil(32) + 1)
+            + tokens / 16 * channels
+            + WARPS;
+        2 * matrix(terms.input, tokens, states)
+            + matrix(terms.input, tokens, channels)
+            + matrix(if gated { terms.computed } else { terms.input }, tokens, channels)
+            + 2 * matrix(terms.computed, channels, states)
+            + matrix(terms.computed, tokens, tokens)
+            + size_of::<f32>() * (self.steps() + numbers)
+    }
+
+    /// Whether a block has registers for a matrix with a row for each of these rows and a column for each state.
+    fn keeps(self, rows: usize) -> bool {
+        rows * self.states.next_multiple_of(32) <= KEPT
+    }
+}
+
+/// How the kernels divide the work.
+#[derive(Clone, Copy)]
+struct Plan {
+    /// Walks over the chunks; the channels are those of a block.
+    scan: Extents,
+    /// The kernel of gradients; the channels are those of a head.
+    gradients: Extents,
+}
+
+impl Plan {
+    /// None if not even the smallest tiles have room.
+    fn new(device: &CudaDevice, sizes: Sizes, dtype: DType) -> Option<Self> {
+        let multiprocessors = device::multiprocessors(device);
+        // Of what a multiprocessor has, the system takes so much for each block.
+        const RESERVED: usize = 1 << 10;
+        let room = device::shared_memory(device);
+        let scans = CHUNKS.into_iter().flat_map(|tokens| CHANNELS.map(|channels| (tokens, channels)));
+        let scans = scans.map(|(tokens, channels)| Extents::new(sizes, dtype, tokens, channels));
+        let fits =
+            |extents: &Extents, room: usize| extents.keeps(extents.channels) && extents.of_scan() <= room;
+        // A multiprocessor that holds two blocks computes in one while the other waits for memory.
+        let half = |extents: &Extents| extents.tokens >= 32 && fits(extents, room / 2 - RESERVED / 2);
+        let wide = scans.clone().find(half).or_else(|| scans.clone().find(|extents| fits(extents, room)))?;
+        // Narrower blocks do some work twice, but are better than idle multiprocessors.
+        let blocks = |channels: usize| sizes.batch * sizes.nheads * sizes.headdim.div_ceil(channels);
+        let scan = match blocks(wide.channels) < multiprocessors && wide.channels > 32 {
+            true => Extents { channels: 32, ..wide },
+            false => wide,
+        };
+        let gradients = CHUNKS.into_iter().find_map(|tokens| {
+            let extents = Extents::new(sizes, dtype, tokens, sizes.headdim);
+            let walk = Extents { channels: extents.channels.min(scan.channels), ..extents };
+            let fits = extents.of_gradients(true) <= room && walk.of_states() <= room;
+            (extents.keeps(tokens) && fits).then_some(extents)
+        })?;
+        Some(Self { scan, gradients })
+    }
+}
+
+/// Whether there are kernels for these sizes.
+pub(super) fn fits(device: &Device, sizes: Sizes, dtype: DType) -> bool {
+    let Device::Cuda(device) = device else { return false };
+    sizes.headdim > 0 && sizes.d_state > 0 && Plan::new(device, sizes, dtype).is_some()
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Ssd {
+    x: u64,
+    dt: u64,
+    b: u64,
+    c: u64,
+    z: u64,
+    grad_y: u64,
+    a: u64,
+    d: u64,
+    dt_bias: u64,
+    initial_state: u64,
+    grad_state: u64,
+    y: u64,
+    y_ungated: u64,
+    final_state: u64,
+    steps: u64,
+    states: u64,
+    grad_states: u64,
+    grad_x: u64,
+    grad_dt: u64,
+    grad_z: u64,
+    grad_initial_state: u64,
+    grad_b_rows: u64,
+    grad_c_rows: u64,
+    grad_a_rows: u64,
+    grad_dt_bias_rows: u64,
+    grad_d_rows: u64,
+    x_stride: [i64; 3],
+    z_stride: [i64; 3],
+    grad_y_stride: [i64; 3],
+    b_stride: [i64; 3],
+    c_stride: [i64; 3],
+    dt_stride: [i64; 3],
+    batch: i32,
+    seqlen: i32,
+    nheads: i32,
+    headdim: i32,
+    ngroups: i32,
+    d_state: i32,
+    q: i32,
+    chunks: i32,
+    p_tile: i32,
+    splits: i32,
+    d_per_channel: i32,
+    dt_softplus: i32,
+    dt_low: f32,
+    dt_high: f32,
+    aligned: i32,
+    padding: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Sum {
+    rows: [u64; 2],
+    out: [u64; 2],
+    columns: i64,
+    count: i64,
+}
+
+const _: () = assert!(size_of::<Ssd>() == 416);
+const _: () = assert!(size_of::<Sum>() == 48);
+// SAFETY: as `Ssd` in `ssd.cuh`.
+unsafe impl Arguments for Ssd {}
+// SAFETY: as `SsdSum` in `ssd_backward.cu`.
+unsafe impl Arguments for Sum {}
+
+/// The inputs as kernels read them: activations with neighbouring channels next to one another, else as they lie in memory;
+/// everything else contiguous and f32.
+fn prepare(inputs: &[Option<Tensor>; SLOTS]) -> Result<[Option<Tensor>; SLOTS]> {
+    let mut prepared = inputs.clone();
+    for (slot, x) in prepared.iter_mut().enumerate() {
+        *x = match (slot, x.take()) {
+            (X | B | C | Z, Some(x)) => Some(rows_in_order(&x)?),
+            (DT, x) | (_, x @ None) => x,
+            (_, Some(x)) => Some(x.to_dtype(DType::F32)?.contiguous()?),
+        };
+    }
+    Ok(prepared)
+}
+
+fn rows_in_order(x: &Tensor) -> Result<Tensor> {
+    if x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() }
+}
+
+fn strides(x: Option<&Tensor>) -> [i64; 3] {
+    let stride = |axis: usize| x.and_then(|x| x.stride().get(axis)).map_or(0, |&n| n as i64);
+    [stride(0), stride(1), stride(2)]
+}
+
+/// Whether 16 bytes can be read at once from every row.
+fn aligned(x: Option<&Tensor>, pointer: Pointer) -> bool {
+    let bytes = |stride: &i64| stride * x.map_or(0, |x| x.dtype().size_in_bytes() as i64);
+    pointer.address.is_multiple_of(16) && strides(x).iter().all(|stride| bytes(stride) % 16 == 0)
+}
+
+fn arguments(
+    node: &Node,
+    extents: Extents,
+    p_tile: usize,
+    inputs: &[Option<Tensor>; SLOTS],
+    pointers: &[Pointer],
+) -> Result<Ssd> {
+    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state, .. } = node.sizes;
+    let address = |slot: usize| pointers[slot].address;
+    let stride = |slot: usize| strides(inputs[slot].as_ref());
+    Ok(Ssd {
+        x: address(X),
+        dt: address(DT),
+        b: address(B),
+        c: address(C),
+        z: address(Z),
+        a: address(A),
+        d: address(D),
+        dt_bias: address(DT_BIAS),
+        initial_state: address(INITIAL_STATE),
+        x_stride: stride(X),
+        z_stride: stride(Z),
+        b_stride: stride(B),
+        c_stride: stride(C),
+        dt_stride: stride(DT),
+        batch: int(OP, batch)?,
+        seqlen: int(OP, seqlen)?,
+        nheads: int(OP, nheads)?,
+        headdim: int(OP, headdim)?,
+        ngroups: int(OP, ngroups)?,
+        d_state: int(OP, d_state)?,
+        q: int(OP, extents.tokens)?,
+        chunks: int(OP, seqlen.div_ceil(extents.tokens))?,
+        p_tile: int(OP, p_tile)?,
+        splits: 1,
+        d_per_channel: i32::from(inputs[D].as_ref().is_some_and(|d| d.rank() == 2)),
+        dt_softplus: i32::from(node.dt_softplus),
+        dt_low: node.dt_limit.0,
+        dt_high: node.dt_limit.1,
+        aligned: i32::from([X, B, C, Z].iter().all(|&i| aligned(inputs[i].as_ref(), pointers[i]))),
+        ..Ssd::default()
+    })
+}
+
+fn plan(x: &Tensor, sizes: Sizes) -> Result<Plan> {
+    let Device::Cuda(device) = x.device() else { bail!("{OP}: `x` is not on a GPU") };
+    Plan::new(device, sizes, x.dtype()).map_or_else(|| bail!("{OP}: no room for {sizes:?}"), Ok)
+}
+
+/// Makes the steps of all chunks, `(batch, nheads, tokens)` of four numbers, and has `args` point to them.
+fn with_steps(gpu: &Gpu, dtype: DType, args: &mut Ssd) -> Result<Buffer> {
+    let pieces = args.batch as usize * args.nheads as usize * args.chunks as usize;
+    let steps = gpu.buffer(DType::F32, pieces * args.q as usize * 4)?;
+    args.steps = steps.pointer().address;
+    let launch = Launch { blocks: [pieces.div_ceil(WARPS), 1, 1], threads: [THREADS, 1], shared: 0 };
+    let kernel = Kernel { module: &FORWARD, name: "ssd_steps", dtype: Some(dtype) };
+    // SAFETY: a warp for each piece; the inputs have the shapes that `sizes` checked.
+    unsafe { gpu.launch(kernel, launch, *args) }?;
+    Ok(steps)
+}
+
+/// Blocks that walk over the chunks.
+fn walks(sizes: Sizes, p_tile: usize) -> usize {
+    sizes.batch * sizes.nheads * sizes.headdim.div_ceil(p_tile)
+}
+
+/// The scan; to `y_ungated`, if given, instead of `y`.
+fn scan(gpu: &Gpu, dtype: DType, sizes: Sizes, plan: Plan, mut args: Ssd) -> Result<()> {
+    let _steps = with_steps(gpu, dtype, &mut args)?;
+    let blocks = [walks(sizes, plan.scan.channels), 1, 1];
+    let launch = Launch { blocks, threads: [THREADS, 1], shared: plan.scan.of_scan() };
+    let kernel = Kernel { module: &FORWARD, name: "ssd_scan", dtype: Some(dtype) };
+    // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
+    unsafe { gpu.launch(kernel, launch, args) }
+}
+
+pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<Forward<2>> {
+    let inputs = prepare(inputs)?;
+    let x = host::slot(OP, &inputs, X)?;
+    let plan = plan(x, node.sizes)?;
+    let Sizes { batch, nheads, headdim, d_state, .. } = node.sizes;
+    device::views(OP, inputs.each_ref().map(Option::as_ref), |gpu, pointers| {
+        let y = gpu.buffer(x.dtype(), x.elem_count())?;
+        let final_state = gpu.buffer(DType::F32, batch * nheads * headdim * d_state)?;
+        let args = Ssd {
+            y: y.pointer().address,
+            final_state: final_state.pointer().address,
+            ..arguments(node, plan.scan, plan.scan.channels, &inputs, &pointers)?
+        };
+        scan(gpu, x.dtype(), node.sizes, plan, args)?;
+        Ok(Forward {
+            outputs: [y.output(x.shape().clone())?, final_state.output(node.sizes.state_shape())?],
+            saved: vec![],
+        })
+    })
+}
+
+pub(super) fn backward(
+    node: &Node,
+    inputs: &[Option<Tensor>; SLOTS],
+    needs: &[bool; SLOTS],
+    grads: &[Option<Tensor>; 2],
+) -> Result<[Option<Tensor>; SLOTS]> {
+    let prepared = prepare(inputs)?;
+    let x = host::slot(OP, &prepared, X)?;
+    let dtype = x.dtype();
+    let plan = plan(x, node.sizes)?;
+    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state, .. } = node.sizes;
+    let grad_y = grads[0].as_ref().map(rows_in_order).transpose()?;
+    let grad_state = grads[1].as_ref().map(Tensor::contiguous).transpose()?;
+    let [x_, dt, a, b, c, d, z, bias, state] = prepared.each_ref().map(Option::as_ref);
+    let tensors = [x_, dt, a, b, c, d, z, bias, state, grad_y.as_ref(), grad_state.as_ref()];
+    device::views(OP, tensors, |gpu, pointers| {
+        let floats = |len: usize| gpu.buffer(DType::F32, len);
+        // The gradient of the gate needs what it was applied to.
+        let ungated = prepared[Z].as_ref().map(|z| floats(z.elem_count())).transpose()?;
+        if let Some(ungated) = &ungated {
+            let args = Ssd {
+                y_ungated: ungated.pointer().address,
+                ..arguments(node, plan.scan, plan.scan.channels, &prepared, &pointers)?
+            };
+            scan(gpu, dtype, node.sizes, plan, args)?;
+        }
+
+        let chunks = seqlen.div_ceil(plan.gradients.tokens);
+        let heads = nheads / ngroups;
+        // Two blocks a multiprocessor, if there are so many heads.
+        let splits =
+            (2 * gpu.multiprocessors()).div_ceil((batch * chunks * ngroups).max(1)).clamp(1, heads.max(1));
+        let like = |slot: usize, needed: bool| gpu.buffer_like(inputs[slot].as_ref(), needed);
+        let (grad_x, grad_dt, grad_z) = (like(X, true)?, like(DT, true)?, like(Z, true)?);
+        let initial_state = floats(batch * nheads * headdim * d_state)?;
+        let matrix = plan.gradients.terms.computed * plan.gradients.channels * plan.gradients.states;
+        let states = || gpu.buffer(DType::BF16, batch * chunks * nheads * matrix);
+        let (states, grad_states) = (states()?, states()?);
+        let coefficients = splits * batch * seqlen * ngroups * d_state;
+        let (b_rows, c_rows) = (floats(coefficients)?, floats(coefficients)?);
+        let rows = batch * chunks;
+        let (a_rows, bias_rows) = (floats(rows * nheads)?, floats(rows * nheads)?);
+        let d_rows = prepared[D].as_ref().map(|_| floats(rows * nheads * headdim)).transpose()?;
+
+        let mut args = Ssd {
+            grad_y: pointers[SLOTS].address,
+            grad_y_stride: strides(grad_y.as_ref()),
+            grad_state: pointers[SLOTS + 1].address,
+            y_ungated: device::pointer(&ungated).address,
+            states: states.pointer().address,
+            grad_states: grad_states.pointer().address,
+            grad_x: device::pointer(&grad_x).address,
+            grad_dt: device::pointer(&grad_dt).address,
+            grad_z: device::pointer(&grad_z).address,
+            grad_initial_state: initial_state.pointer().address,
+            grad_b_rows: b_rows.pointer().address,
+            grad_c_rows: c_rows.pointer().address,
+            grad_a_rows: a_rows.pointer().address,
+            grad_dt_bias_rows: bias_rows.pointer().address,
+            grad_d_rows: device::pointer(&d_rows).address,
+            splits: int(OP, splits)?,
+            ..arguments(node, plan.gradients, plan.scan.channels, &prepared, &pointers)?
+        };
+        args.aligned &= i32::from(aligned(grad_y.as_ref(), pointers[SLOTS]));
+        let _steps = with_steps(gpu, dtype, &mut args)?;
+        let channels = plan.gradients.channels.min(plan.scan.channels);
+        let shared = Extents { channels, ..plan.gradients }.of_states();
+        let launch =
+            Launch { blocks: [walks(node.sizes, plan.scan.channels), 2, 1], threads: [THREADS, 1], shared };
+        let kernel = Kernel { module: &FORWARD, name: "ssd_states", dtype: Some(dtype) };
+        // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
+        unsafe { gpu.launch(kernel, launch, args) }?;
+        let gated = ungated.is_some();
+        let blocks = [batch * ngroups * chunks * splits, 1, 1];
+        let launch = Launch { blocks, threads: [THREADS, 1], shared: plan.gradients.of_gradients(gated) };
+        let name = if gated { "ssd_gradients_gated" } else { "ssd_gradients" };
+        let kernel = Kernel { module: &BACKWARD, name, dtype: Some(dtype) };
+        // SAFETY: as above.
+        unsafe { gpu.launch(kernel, launch, args) }?;
+
+        let (grad_b, grad_c) = (like(B, true)?, like(C, true)?);
+        let columns = batch * seqlen * ngroups * d_state;
+        let sum = Sum {
+            rows: [b_rows.pointer().address, c_rows.pointer().address],
+            out: [device::pointer(&grad_b).address, device::pointer(&grad_c).address],
+            columns: columns as i64,
+            count: splits as i64,
+        };
+        let launch = Launch { blocks: [columns.div_ceil(THREADS), 2, 1], threads: [THREADS, 1], shared: 0 };
+        let kernel = Kernel { module: &BACKWARD, name: "ssd_sum", dtype: Some(dtype) };
+        // SAFETY: the rows are of that many columns, the outputs of one row each.
+        unsafe { gpu.launch(kernel, launch, sum) }?;
+
+        let over_chunks = |sums: &Buffer, slot: usize, columns: usize| {
+            let out = like(slot, needs[slot])?;
+            out.as_ref().map_or(Ok(()), |out| gpu.sum_rows(sums, rows, columns, out))?;
+            Ok::<_, candle_core::Error>(out)
+        };
+        let a = over_chunks(&a_rows, A, nheads)?;
+        let bias = over_chunks(&bias_rows, DT_BIAS, nheads)?;
+        let per_channel = prepared[D].as_ref().is_some_and(|d| d.rank() == 2);
+        let d = match &d_rows {
+            Some(d_rows) if per_channel => over_chunks(d_rows, D, nheads * headdim)?,
+            _ => None,
+        };
+        let if_needed = |slot: usize, buffer: Option<Buffer>| buffer.filter(|_| needs[slot]);
+        let buffers = [
+            if_needed(X, grad_x),
+            if_needed(DT, grad_dt),
+            a,
+            if_needed(B, grad_b),
+            if_needed(C, grad_c),
+            d,
+            if_needed(Z, grad_z),
+            bias,
+            if_needed(INITIAL_STATE, Some(initial_state)),
+        ];
+        let mut grads = device::gradients(inputs, buffers)?;
+        if let (Some(d_rows), Some(d), true, false) = (d_rows, &inputs[D], needs[D], per_channel) {
+            // One a head: over channels too.
+            let channels = floats(nheads * headdim)?;
+            gpu.sum_rows(&d_rows, rows, nheads * headdim, &channels)?;
+            let sum = channels.tensor((nheads, headdim))?.sum(1)?;
+            grads[D] = Some(sum.to_dtype(d.dtype())?);
+        }
+        Ok(grads)
+    })
+}

@@ -1,0 +1,412 @@
+// ssd_chunk_scan backward: chunks are independent once the states before them and the gradients of the states after them
+// are known. A block owns one chunk and some heads of one group, takes the heads one after another, and keeps in registers
+// what it sums over them: the gradients of b and c and of the scores.
+//
+// Within a chunk, with g the gradient of y before the gate, G = C Bᵀ, L_ij = decay from after j to after i, M = G L for
+// j ≤ i, S the state before the chunk and R the gradient of the state after it:
+//   of scores  dG_ij = L_ij dt_j g_i·x_j          T_ij = M_ij dt_j g_i·x_j
+//   dC = Σ_heads (from_start_i S g_i) + dG B      dB = Σ_heads (to_end_j dt_j R x_j) + dGᵀ C
+//   e_j = Mᵀ g + to_end_j R B_j                   dx_j = dt_j e_j + D g_j
+// and of the logarithm of the decay of token k
+//   Σ_{j<k≤i} T_ij + Σ_{i≥k} from_start_i C_i S g_i + Σ_{j<k} to_end_j dt_j B_j R x_j + decay of the chunk · ⟨R, S⟩.
+#include "ssd.cuh"
+
+namespace {
+
+// The sum over the four lanes that hold one row of a tile.
+__device__ __forceinline__ float over_row(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ __forceinline__ float over_warp(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes >= 1; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+    return x;
+}
+
+// A kept state, (terms, p, n), as an operand.
+template <int TERMS>
+__device__ __forceinline__ void load_state(const Matrix<TERMS>& to, const Pieces& of_n, const bf16* from, int p, int n) {
+#pragma unroll
+    for (int term = 0; term < TERMS; term++) {
+        of_n.each(p, n, [&](int row, int column) {
+            copy_piece(to.start + term * to.term + row * to.row + column, from + int64_t(term * p + row) * n + column, true);
+        });
+    }
+}
+
+// Tiles of the (q, n) gradients that one warp keeps in registers: q · n is at most 8192.
+constexpr int KEPT = 2;
+
+template <typename T, bool GATED> __device__ __forceinline__ void gradients(const Ssd& args) {
+    // Without a gate, gradients of y are an input as it is.
+    constexpr int TI = Terms<T>::INPUT, TC = Terms<T>::COMPUTED, TG = GATED ? TC : TI;
+    extern __shared__ __align__(16) unsigned char shared[];
+    const int split = blockIdx.x % args.splits;
+    const int chunk = blockIdx.x / args.splits % args.chunks;
+    const int group = blockIdx.x / args.splits / args.chunks % args.ngroups;
+    const int batch = blockIdx.x / args.splits / args.chunks / args.ngroups;
+    const int q = args.q, p = padded(args.headdim), n = padded(args.d_state);
+    const int q_columns = (q + 31) / 32, n_columns = (n + 31) / 32, p_columns = (p + 31) / 32;
+    const int64_t first = int64_t(chunk) * q;
+    const int tokens = min(int64_t(q), args.seqlen - first);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Pieces of_n(n), of_p(p);
+
+    bf16* room = reinterpret_cast<bf16*>(shared);
+    const Matrix<TI> c(room, q, n), b(room, q, n), x(room, q, p);
+    const Matrix<TG> g(room, q, p);
+    const Matrix<TC> state(room, p, n), grad_state(room, p, n), scores(room, q, q);
+    float* numbers = reinterpret_cast<float*>(room);
+    const Steps steps(numbers, q);
+    const int t_row = q + 1;
+    float* const t = numbers;                        // (q, q), then its sums over columns before each
+    float* const of_start = t + q * t_row;           // (n_columns, q): from_start_i C_i S g_i
+    float* const of_end = of_start + n_columns * q;  // (n_columns, q): to_end_j dt_j B_j R x_j
+    float* const of_step = of_end + n_columns * q;   // (p_columns, q): x_j · e_j
+    float* const of_total = of_step + p_columns * q; // (WARPS): ⟨R, S⟩
+    float* const across = of_total + WARPS;          // (q): Σ_{j<k≤i} T_ij
+    float* const of_skip = across + q;               // (q / 16, p): g_i x_i, summed over 16 tokens
+
+    load_rows(c, of_n, row_of<T>(args.c, args.c_stride, batch, first, group), args.c_stride[1], tokens, args.d_state, q, n,
+         args.aligned);
+    load_rows(b, of_n, row_of<T>(args.b, args.b_stride, batch, first, group), args.b_stride[1], tokens, args.d_state, q, n,
+         args.aligned);
+    loads_arrive();
+    __syncthreads();
+
+    // This warp's tile of the scores, if it has one.
+    const int row0 = warp / q_columns * 16, column0 = warp % q_columns * 32;
+    const bool has_scores = warp < q / 16 * q_columns && column0 <= row0 + 15;
+    const int score_columns = min(q, row0 + 16);
+    Tile<4> plain_scores, grad_scores, grad_b[KEPT], grad_c[KEPT];
+    plain_scores.clear(), grad_scores.clear();
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) grad_b[k].clear(), grad_c[k].clear();
+    if (has_scores) multiply<AS_STORED, TRANSPOSED>(plain_scores, c, row0, b, column0, score_columns, 0, n);
+    for (int i = threadIdx.x; i < q * q; i += THREADS) {
+        scores.set(i / q, i % q, 0.0f);
+        t[i / q * t_row + i % q] = 0.0f;
+    }
+
+    const int per_group = args.nheads / args.ngroups, per_split = (per_group + args.splits - 1) / args.splits;
+    const int last_head = group * per_group + min(per_group, (split + 1) * per_split);
+#pragma unroll 1
+    for (int head = group * per_group + split * per_split; head < last_head; head++) {
+        load_rows(x, of_p, row_of<T>(args.x, args.x_stride, batch, first, head), args.x_stride[1], tokens, args.headdim, q, p,
+             args.aligned);
+        load_state(state, of_n, args.states + state_at(args, batch, chunk, head, TC), p, n);
+        load_state(grad_state, of_n, args.grad_states + state_at(args, batch, chunk, head, TC), p, n);
+        const Step* const head_steps = steps_of(args, batch, head, chunk);
+        steps.load(head_steps, q);
+        const int64_t out_row = (int64_t(batch) * args.seqlen + first) * args.nheads + head;
+        if (!args.grad_y) {
+            for (int i = threadIdx.x; i < q * p; i += THREADS) g.set(i / p, i % p, 0.0f);
+            if (GATED) {
+                for (int i = threadIdx.x; i < tokens * args.headdim; i += THREADS) {
+                    const int64_t at = (out_row + int64_t(i / args.headdim) * args.nheads) * args.headdim;
+                    static_cast<T*>(args.grad_z)[at + i % args.headdim] = from_float<T>(0.0f);
+                }
+            }
+        } else if constexpr (GATED) {
+            of_p.each(q, p, [&](int token, int column) {
+                float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+                if (token < tokens) {
+                    float gates[8];
+                    load_piece(v, row_of<T>(args.grad_y, args.grad_y_stride, batch, first + token, head), column,
+                               args.headdim, args.aligned);
+                    load_piece(gates, row_of<T>(args.z, args.z_stride, batch, first + token, head), column, args.headdim,
+                               args.aligned);
+                    const int64_t at = (out_row + int64_t(token) * args.nheads) * args.headdim + column;
+#pragma unroll
+                    for (int k = 0; k < 8; k++) {
+                        if (column + k >= args.headdim) break;
+                        const float gate = gates[k], s = sigmoid(gate);
+                        const float of_gate = v[k] * args.y_ungated[at + k] * s * fmaf(gate, 1.0f - s, 1.0f);
+                        static_cast<T*>(args.grad_z)[at + k] = from_float<T>(of_gate);
+                        v[k] *= gate * s;
+                    }
+                }
+                g.set8(token, column, v);
+            });
+        } else {
+            load_rows(g, of_p, row_of<T>(args.grad_y, args.grad_y_stride, batch, first, head), args.grad_y_stride[1], tokens,
+                      args.headdim, q, p, args.aligned);
+        }
+        loads_arrive();
+        __syncthreads();
+
+        if (has_scores) {
+            Tile<4> products;  // g_i · x_j
+            products.clear();
+            multiply<AS_STORED, TRANSPOSED>(products, g, row0, x, column0, score_columns, 0, p);
+            each_decay(steps, row0, column0, q, [&](int i, int j, int k, int half, float first, float second) {
+                const float2 dt = *reinterpret_cast<const float2*>(steps.dt + j);
+                const float m0 = first * plain_scores.v[k][2 * half], m1 = second * plain_scores.v[k][2 * half + 1];
+                const float v0 = dt.x * products.v[k][2 * half], v1 = dt.y * products.v[k][2 * half + 1];
+                scores.set2(i, j, m0, m1);
+                t[i * t_row + j] = m0 * v0, t[i * t_row + j + 1] = m1 * v1;
+                grad_scores.v[k][2 * half] = fmaf(first, v0, grad_scores.v[k][2 * half]);
+                grad_scores.v[k][2 * half + 1] = fmaf(second, v1, grad_scores.v[k][2 * half + 1]);
+            });
+        }
+#pragma unroll
+        for (int k = 0; k < KEPT; k++) {
+            const int i = warp + k * WARPS;
+            if (i >= q / 16 * n_columns) break;
+            const int row0 = i / n_columns * 16, column0 = i % n_columns * 32;
+            Tile<4> tile;
+            tile.clear();
+            multiply<AS_STORED, AS_STORED>(tile, g, row0, state, column0, n, 0, p);
+            tile.scale_rows(steps.from_start(row0 + tile.row(0)), steps.from_start(row0 + tile.row(1)));
+            float sums[2] = {0.0f, 0.0f};
+            tile.each([&](int m, int half, int row, int column, float v0, float v1) {
+                if (column0 + column >= n) return;
+                const float2 of_c = c.at2(row0 + row, column0 + column);
+                sums[half] = fmaf(of_c.x, v0, fmaf(of_c.y, v1, sums[half]));
+                grad_c[k].v[m][2 * half] += v0, grad_c[k].v[m][2 * half + 1] += v1;
+            });
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float sum = over_row(sums[half]);
+                if (lane % 4 == 0) of_start[i % n_columns * q + row0 + tile.row(half)] = sum;
+            }
+        }
+        __syncthreads();
+
+        {
+            float sum = 0.0f;
+            of_n.each(p, n, [&](int row, int column) {
+                float before[8], after[8];
+                state.at8(row, column, before), grad_state.at8(row, column, after);
+#pragma unroll
+                for (int k = 0; k < 8; k++) sum = fmaf(before[k], after[k], sum);
+            });
+            sum = over_warp(sum);
+            if (lane == 0) of_total[warp] = sum;
+        }
+        // Sums of T over columns before each, row by row.
+        for (int i = warp; i < q; i += WARPS) {
+            float before = 0.0f;
+            for (int j0 = 0; j0 < q; j0 += 32) {
+                const int j = j0 + lane;
+                const float own = j < q ? t[i * t_row + j] : 0.0f;
+                float sum = own;
+#pragma unroll
+                for (int lanes = 1; lanes < 32; lanes *= 2) {
+                    const float other = __shfl_up_sync(0xffffffffu, sum, lanes);
+                    if (lane >= lanes) sum += other;
+                }
+                const float previous = __shfl_up_sync(0xffffffffu, sum, 1);
+                if (j < q) t[i * t_row + j] = before + (lane > 0 ? previous : 0.0f);
+                before += __shfl_sync(0xffffffffu, sum, 31);
+            }
+        }
+        __syncthreads();
+
+        // Four neighbouring lanes add up one column from the diagonal down.
+        if (threadIdx.x < 4 * q) {
+            const int k = threadIdx.x / 4;
+            float sum = 0.0f;
+            for (int i = k + threadIdx.x % 4; i < q; i += 4) sum += t[i * t_row + k];
+            const unsigned lanes = __activemask();
+            sum += __shfl_xor_sync(lanes, sum, 1);
+            sum += __shfl_xor_sync(lanes, sum, 2);
+            if (threadIdx.x % 4 == 0) across[k] = sum;
+        }
+#pragma unroll
+        for (int k = 0; k < KEPT; k++) {
+            const int i = warp + k * WARPS;
+            if (i >= q / 16 * n_columns) break;
+            const int row0 = i / n_columns * 16, column0 = i % n_columns * 32;
+            Tile<4> tile;
+            tile.clear();
+            multiply<AS_STORED, AS_STORED>(tile, x, row0, grad_state, column0, n, 0, p);
+            const int j0 = row0 + tile.row(0), j1 = row0 + tile.row(1);
+            tile.scale_rows(steps.to_end[j0] * steps.dt[j0], steps.to_end[j1] * steps.dt[j1]);
+            float sums[2] = {0.0f, 0.0f};
+            tile.each([&](int m, int half, int row, int column, float v0, float v1) {
+                if (column0 + column >= n) return;
+                const float2 of_b = b.at2(row0 + row, column0 + column);
+                sums[half] = fmaf(of_b.x, v0, fmaf(of_b.y, v1, sums[half]));
+                grad_b[k].v[m][2 * half] += v0, grad_b[k].v[m][2 * half + 1] += v1;
+            });
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float sum = over_row(sums[half]);
+                if (lane % 4 == 0) of_end[i % n_columns * q + row0 + tile.row(half)] = sum;
+            }
+        }
+        for (int i = warp; i < q / 16 * p_columns; i += WARPS) {
+            const int row0 = i / p_columns * 16, column0 = i % p_columns * 32;
+            Tile<4> tile;
+            tile.clear();
+            multiply<AS_STORED, TRANSPOSED>(tile, b, row0, grad_state, column0, p, 0, n);
+            tile.scale_rows(steps.to_end[row0 + tile.row(0)], steps.to_end[row0 + tile.row(1)]);
+            multiply<TRANSPOSED, AS_STORED>(tile, scores, row0, g, column0, p, row0, q);
+            float sums[2] = {0.0f, 0.0f}, skips[4][2] = {};
+            const bool pairs = args.headdim % 2 == 0;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int j = row0 + tile.row(half);
+                const float dt = steps.dt[j];
+                T* const out = static_cast<T*>(args.grad_x) + (out_row + int64_t(j) * args.nheads) * args.headdim;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const int column = column0 + 8 * k + tile.column();
+                    if (column >= p) break;
+                    const float e0 = tile.v[k][2 * half], e1 = tile.v[k][2 * half + 1];
+                    const float2 xs = x.at2(j, column), gs = g.at2(j, column);
+                    sums[half] = fmaf(xs.x, e0, fmaf(xs.y, e1, sums[half]));
+                    skips[k][0] = fmaf(xs.x, gs.x, skips[k][0]), skips[k][1] = fmaf(xs.y, gs.y, skips[k][1]);
+                    if (j >= tokens || column >= args.headdim) continue;
+                    const bool both = column + 1 < args.headdim;
+                    float x0 = dt * e0, x1 = dt * e1;
+                    if (args.d) {
+                        const float* d = args.d + (args.d_per_channel ? int64_t(head) * args.headdim + column : head);
+                        x0 = fmaf(d[0], gs.x, x0);
+                        if (both) x1 = fmaf(d[args.d_per_channel], gs.y, x1);
+                    }
+                    Pack<T, 2> pack;
+                    pack.values[0] = from_float<T>(x0), pack.values[1] = from_float<T>(x1);
+                    if (pairs) {
+                        *reinterpret_cast<Pack<T, 2>*>(out + column) = pack;
+                    } else {
+                        out[column] = pack.values[0];
+                        if (both) out[column + 1] = pack.values[1];
+                    }
+                }
+            }
+            if (args.d) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (column0 + 8 * k >= p) break;
+#pragma unroll
+                    for (int w = 0; w < 2; w++) {
+                        float sum = skips[k][w];
+#pragma unroll
+                        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+                        if (lane < 4) of_skip[row0 / 16 * p + column0 + 8 * k + tile.column() + w] = sum;
+                    }
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float sum = over_row(sums[half]);
+                if (lane % 4 == 0) of_step[i % p_columns * q + row0 + tile.row(half)] = sum;
+            }
+        }
+        const int64_t chunk_row = (int64_t(batch) * args.chunks + chunk) * args.nheads + head;
+        __syncthreads();
+
+        if (args.d) {
+            for (int column = threadIdx.x; column < args.headdim; column += THREADS) {
+                float sum = 0.0f;
+                for (int i = 0; i < q / 16; i++) sum += of_skip[i * p + column];
+                args.grad_d_rows[chunk_row * args.headdim + column] = sum;
+            }
+        }
+        // One warp finishes the gradients of steps; each lane has neighbouring tokens.
+        if (warp == 0) {
+            const int each = (q + 31) / 32, begin = lane * each;
+            float starts[2] = {0.0f, 0.0f}, ends[2] = {0.0f, 0.0f}, start_sum = 0.0f, end_sum = 0.0f, total = 0.0f;
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                if (k >= each || begin + k >= q) break;
+                for (int m = 0; m < n_columns; m++) {
+                    starts[k] += of_start[m * q + begin + k], ends[k] += of_end[m * q + begin + k];
+                }
+                start_sum += starts[k], end_sum += ends[k];
+            }
+            float after = start_sum, before = end_sum;  // of this lane and those after it; before it
+#pragma unroll
+            for (int lanes = 1; lanes < 32; lanes *= 2) {
+                const float above = __shfl_down_sync(0xffffffffu, after, lanes);
+                const float below = __shfl_up_sync(0xffffffffu, before, lanes);
+                if (lane + lanes < 32) after += above;
+                if (lane >= lanes) before += below;
+            }
+            const float next = __shfl_down_sync(0xffffffffu, after, 1), previous = __shfl_up_sync(0xffffffffu, before, 1);
+            after = lane < 31 ? next : 0.0f, before = lane > 0 ? previous : 0.0f;  // without this lane
+            const float afters[2] = {after + starts[1] + starts[0], after + starts[1]};
+            const float befores[2] = {before, before + ends[0]};
+            for (int w = 0; w < WARPS; w++) total += of_total[w];
+            total *= steps.from_start(q - 1);
+            const float a = args.a[head];
+            float of_a = 0.0f, of_bias = 0.0f;
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const int i = begin + k;
+                if (k >= each || i >= tokens) break;
+                const float of_decay = across[i] + afters[k] + befores[k] + total;
+                float of_dt = a * of_decay;
+                for (int m = 0; m < p_columns; m++) of_dt += of_step[m * q + i];
+                of_a = fmaf(steps.dt[i], of_decay, of_a);
+                of_dt *= head_steps[i].slope;
+                of_bias += of_dt;
+                static_cast<T*>(args.grad_dt)[out_row + int64_t(i) * args.nheads] = from_float<T>(of_dt);
+            }
+            of_a = over_warp(of_a), of_bias = over_warp(of_bias);
+            if (lane == 0) args.grad_a_rows[chunk_row] = of_a, args.grad_dt_bias_rows[chunk_row] = of_bias;
+        }
+        __syncthreads();
+    }
+
+    if (has_scores) {
+        grad_scores.each([&](int, int, int i, int j, float v0, float v1) {
+            if (column0 + j < q) scores.set2(row0 + i, column0 + j, v0, v1);
+        });
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        const int i = warp + k * WARPS;
+        if (i >= q / 16 * n_columns) break;
+        const int row0 = i / n_columns * 16, column0 = i % n_columns * 32;
+        multiply<AS_STORED, AS_STORED>(grad_c[k], scores, row0, b, column0, n, 0, row0 + 16);
+        multiply<TRANSPOSED, AS_STORED>(grad_b[k], scores, row0, c, column0, n, row0, q);
+        const auto store = [&](Tile<4>& tile, float* out) {
+            tile.each([&](int, int, int row, int column, float v0, float v1) {
+                row += row0, column += column0;
+                if (row >= tokens) return;
+                const int64_t at = (int64_t(split) * args.batch + batch) * args.seqlen + first + row;
+                float* const to = out + (at * args.ngroups + group) * args.d_state + column;
+                if (column < args.d_state) to[0] = v0;
+                if (column + 1 < args.d_state) to[1] = v1;
+            });
+        };
+        store(grad_c[k], args.grad_c_rows);
+        store(grad_b[k], args.grad_b_rows);
+    }
+}
+
+// Two matrices of f32 rows, summed over the rows in their order.
+struct SsdSum {
+    const float* rows[2];
+    void* out[2];
+    int64_t columns, count;
+};
+
+template <typename T> __device__ __forceinline__ void sum(const SsdSum& p) {
+    const int64_t column = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+    if (column >= p.columns) return;
+    const float* from = p.rows[blockIdx.y] + column;
+    float sum = 0.0f;
+    for (int64_t i = 0; i < p.count; i++) sum += from[i * p.columns];
+    static_cast<T*>(p.out[blockIdx.y])[column] = from_float<T>(sum);
+}
+
+}  // namespace
+
+#define INSTANTIATE(T, DTYPE)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_gradients_##DTYPE(const __grid_constant__ Ssd p) {   \
+        gradients<T, false>(p);                                                                                       \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                          \
+        ssd_gradients_gated_##DTYPE(const __grid_constant__ Ssd p) {                                                  \
+        gradients<T, true>(p);                                                                                        \
+    }                                                                                                                 \
+    extern "C" __global__ void ssd_sum_##DTYPE(const __grid_constant__ SsdSum p) { sum<T>(p); }
+
+FOR_EACH_DTYPE(INSTANTIATE)
