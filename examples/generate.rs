@@ -4,12 +4,15 @@
 mod cli;
 
 use std::io::{IsTerminal, Read};
+use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use mamba_generate::{FinishReason, Generator, TextGenerator, TextOptions, Timings};
+use mamba_generate::{
+    FinishReason, Generator, Grammar, GrammarCompiler, TextGenerator, TextOptions, Timings,
+};
 use mamba_model::Model;
 use tokenizers::Tokenizer;
 
@@ -37,12 +40,41 @@ struct Args {
     ignore_eos: bool,
     #[command(flatten)]
     sampling: cli::SamplingArgs,
+    #[command(flatten)]
+    constraint: Constraint,
     /// Stop before this text; may be given more than once.
     #[arg(long)]
     stop: Vec<String>,
     /// Print one JSON object instead of the text.
     #[arg(long)]
     json: bool,
+}
+
+/// What the text must be.
+#[derive(Debug, clap::Args)]
+#[group(multiple = false)]
+struct Constraint {
+    /// The text is JSON of the schema in this file.
+    #[arg(long, value_name = "FILE")]
+    json_schema: Option<PathBuf>,
+    /// A regular expression matches the whole text.
+    #[arg(long, value_name = "PATTERN")]
+    regex: Option<String>,
+    /// The text is of the grammar in this file, in the syntax of Lark.
+    #[arg(long, value_name = "FILE")]
+    grammar: Option<PathBuf>,
+}
+
+impl Constraint {
+    fn compile(&self, compiler: impl FnOnce() -> Result<GrammarCompiler>) -> Result<Option<Grammar>> {
+        let read = |path: &PathBuf| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+        Ok(match self {
+            Self { json_schema: Some(path), .. } => Some(compiler()?.json_schema(&read(path)?)?),
+            Self { regex: Some(pattern), .. } => Some(compiler()?.regex(pattern)?),
+            Self { grammar: Some(path), .. } => Some(compiler()?.lark(&read(path)?)?),
+            _ => None,
+        })
+    }
 }
 
 /// What is printed in the end.
@@ -74,18 +106,29 @@ fn main() -> Result<()> {
         "the prompt is empty: give one with --prompt, --prompt-ids or standard input"
     );
 
+    let eos_tokens = cli::eos_tokens(&model, tokenizer.as_ref());
+    let grammar = args.constraint.compile(|| {
+        let tokenizer =
+            tokenizer.as_ref().context("a constraint needs a tokenizer: name one with --tokenizer")?;
+        Ok(GrammarCompiler::new(tokenizer, model.config().vocab_size, &eos_tokens)?)
+    })?;
+    let seed = sampling.seed;
+    let mut sampling = sampling.build()?;
+    if let Some(grammar) = grammar {
+        sampling.push_front(grammar);
+    }
     let generator = Generator::builder(&model)
         .prompt(&prompt_ids)
-        .sampling(sampling.build()?)
+        .sampling(sampling)
         .max_new_tokens(args.max_new_tokens)
-        .eos_tokens(&cli::eos_tokens(&model, tokenizer.as_ref()))
+        .eos_tokens(&eos_tokens)
         .ignore_eos(args.ignore_eos)
         .build()?;
     let summary = match &tokenizer {
         Some(tokenizer) => stream_text(generator, tokenizer, &args)?,
         None => stream_ids(generator, &args)?,
     };
-    if args.json { print_json(&summary) } else { print_line(&summary, sampling.seed) }
+    if args.json { print_json(&summary) } else { print_line(&summary, seed) }
 }
 
 /// The prompt from the command line or standard input; the default model has one of its own.

@@ -8,6 +8,7 @@ mod batches;
 mod beams;
 mod chats;
 mod gguf_tokenizers;
+mod grammars;
 mod models;
 mod prefixes;
 mod rules;

@@ -110,6 +110,9 @@ pub enum Error {
     /// A chat template cannot be read, or refuses a conversation; its own words are the source.
     #[error("the chat template failed")]
     ChatTemplate(#[source] BoxError),
+    /// A grammar cannot be used, or no text can be generated that keeps to it.
+    #[error("grammar: {0}")]
+    Grammar(String),
     /// The tokenizer could not decode; its own error is the source.
     #[error("the tokenizer failed to decode")]
     Tokenizer(#[source] BoxError),

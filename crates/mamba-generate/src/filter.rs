@@ -103,6 +103,17 @@ pub trait LogitsFilter: Send {
     /// As the filter says. The filters of this crate check their parameters when they are made, and never fail here.
     fn apply(&mut self, candidates: &mut Candidates, history: History<'_>) -> Result<()>;
 
+    /// Whether the generated text is complete, so that nothing may follow it; never, by default.
+    ///
+    /// Asked after each token, whether or not it is one at which to stop.
+    ///
+    /// # Errors
+    /// As the filter says.
+    fn is_complete(&mut self, history: History<'_>) -> Result<bool> {
+        let _ = history;
+        Ok(false)
+    }
+
     /// Appends what the filter remembers between tokens, and cannot learn from the history, to `words`.
     ///
     /// Nothing by default. A filter that draws random numbers says how far it has come.

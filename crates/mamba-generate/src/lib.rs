@@ -22,7 +22,8 @@
 //!   begin alike. [`Speculative`] generates the same text in fewer evaluations. [`beam_search`] looks for the likeliest
 //!   text, and [`generate`](generate()) has the options of mamba_ssm.
 //! - [`CancelToken`] stops a generation from another thread. With the feature `stream` there is an asynchronous stream of what
-//!   a thread generates, with `chat` the chat templates of tokenizers.
+//!   a thread generates, with `chat` the chat templates of tokenizers, with `grammar` a filter that keeps the text to a JSON schema, a
+//!   regular expression or a grammar.
 //! - [`TextStream`] makes text of tokens, [`StopStrings`] ends it, and [`TextGenerator`] is all of it in one iterator.
 //!
 //! # Example
@@ -98,6 +99,8 @@ mod filter;
 mod generate;
 mod generator;
 mod gguf;
+#[cfg(feature = "grammar")]
+mod grammar;
 mod lm;
 mod logprobs;
 mod mirostat;
@@ -133,6 +136,8 @@ pub use filter::{
 pub use generate::{GenerateOptions, Generated, Streamer, generate};
 pub use generator::{Generator, GeneratorBuilder};
 pub use gguf::{tokenizer_from_gguf, tokenizer_to_gguf};
+#[cfg(feature = "grammar")]
+pub use grammar::{Grammar, GrammarCompiler};
 pub use lm::{BatchLm, CausalLm, StateLm};
 pub use logprobs::{Logprobs, TokenLogprob};
 pub use mirostat::Mirostat;

@@ -211,6 +211,14 @@ impl Sampling {
         Ok(&mut self.candidates)
     }
 
+    /// Whether a filter says that the generated text is complete: see [`LogitsFilter::is_complete`].
+    ///
+    /// # Errors
+    /// If a filter fails.
+    pub fn is_complete(&mut self, history: History<'_>) -> Result<bool> {
+        self.filters.is_complete(history)
+    }
+
     /// Adds a filter before all others.
     pub fn push_front(&mut self, filter: impl LogitsFilter + 'static) {
         self.filters.push_front(filter);

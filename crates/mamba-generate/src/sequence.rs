@@ -99,7 +99,7 @@ impl Sequence {
     pub(crate) fn choose(&mut self, logits: &[f32]) -> Result<Token> {
         let history = History::new(&self.tokens, self.prompt.1);
         let id = self.sampling.next_token(logits, history)?;
-        self.accept(id);
+        self.accept(id)?;
         Ok(Token { id, logprobs: self.logprobs.map(|top| Logprobs::new(logits, id, top)) })
     }
 
@@ -119,16 +119,20 @@ impl Sequence {
     }
 
     /// Adds a token that was chosen.
-    pub(crate) fn accept(&mut self, id: u32) {
+    fn accept(&mut self, id: u32) -> Result<()> {
         self.tokens.push(id);
         self.timings.generated_tokens = self.generated().len();
+        let history = History::new(&self.tokens, self.prompt.1);
         self.state = if self.stop_tokens.contains(&id) {
             State::Done(Some(FinishReason::StopToken))
+        } else if self.sampling.is_complete(history)? {
+            State::Done(Some(FinishReason::Complete))
         } else if self.generated().len() >= self.max_new_tokens {
             State::Done(Some(FinishReason::Length))
         } else {
             State::Running
         };
+        Ok(())
     }
 
     /// Notes the time that a token took which was chosen in this state.

@@ -21,6 +21,8 @@ pub enum FinishReason {
     StopToken,
     /// The text came to a string at which to stop; only a [`TextGenerator`](crate::TextGenerator) says this.
     StopString,
+    /// A filter, such as a grammar, lets nothing follow.
+    Complete,
     /// As many tokens were generated as were allowed.
     Length,
     /// Someone [asked](crate::CancelToken::cancel) it to stop.
@@ -28,11 +30,12 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
-    /// The name in snake case, for machines to read: `stop_token`, `stop_string`, `length` or `cancelled`.
+    /// The name in snake case, for machines to read: `stop_token`, `stop_string`, `complete`, `length` or `cancelled`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::StopToken => "stop_token",
             Self::StopString => "stop_string",
+            Self::Complete => "complete",
             Self::Length => "length",
             Self::Cancelled => "cancelled",
         }

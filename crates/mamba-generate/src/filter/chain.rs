@@ -65,6 +65,11 @@ impl LogitsFilter for Chain {
         self.0.iter_mut().try_for_each(|filter| filter.apply(candidates, history))
     }
 
+    /// If any of the filters says so.
+    fn is_complete(&mut self, history: History<'_>) -> Result<bool> {
+        self.0.iter_mut().try_fold(false, |any, filter| Ok(any || filter.is_complete(history)?))
+    }
+
     fn save_state(&self, words: &mut Vec<u64>) {
         self.0.iter().for_each(|filter| filter.save_state(words));
     }

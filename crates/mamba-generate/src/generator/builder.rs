@@ -3,7 +3,7 @@
 use super::{Cache, Generator};
 use crate::cancel::CancelToken;
 use crate::error::{Error, Result};
-use crate::filter::MinNewTokens;
+use crate::filter::{History, MinNewTokens};
 use crate::lm::CausalLm;
 use crate::sampling::Sampling;
 use crate::sequence::{Sequence, State};
@@ -155,7 +155,14 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
         if self.min_new_tokens > 0 {
             sampling.push_front(MinNewTokens::new(self.min_new_tokens, &stop_tokens));
         }
-        let full = start.tokens.len() - start.prompt.1 >= self.max_new_tokens;
+        let generated = start.tokens.len() - start.prompt.1;
+        let state = if generated >= self.max_new_tokens {
+            State::Done(Some(FinishReason::Length))
+        } else if generated > 0 && sampling.is_complete(History::new(&start.tokens, start.prompt.1))? {
+            State::Done(Some(FinishReason::Complete))
+        } else {
+            start.state
+        };
         let sequence = Sequence {
             sampling,
             logprobs: self.logprobs,
@@ -166,7 +173,7 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
             prompt: start.prompt,
             tokens: start.tokens,
             logits: start.logits,
-            state: if full { State::Done(Some(FinishReason::Length)) } else { start.state },
+            state,
             timings: Timings::default(),
         };
         Ok(Generator { model: self.model, cache: start.cache, sequence })
