@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use mamba_model::Model;
+use mamba_model::checkpoint::gguf::{Array, GgmlType, TensorSpec, Value, Writer};
 use mamba_model::checkpoint::{Checkpoint, LocalDir};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -139,8 +140,11 @@ proptest! {
 
     /// Keys that describe a model are as hostile as the table of its tensors.
     #[test]
-    fn damaged_models(edits in edits()) {
-        load(&[("model.gguf", damaged(golden("gguf/mamba2_quantized.gguf"), 2500, &edits))]);
+    fn damaged_models(edits in edits(), (name, header) in prop::sample::select(vec![
+        ("mamba2_quantized", 2500), ("jamba", 4400), ("granitemoehybrid", 4200), ("nemotron_h_moe", 3300), ("falcon_h1", 2900),
+        ("lfm2", 2300),
+    ])) {
+        load(&[("model.gguf", damaged(golden(&format!("gguf/{name}.gguf")), header, &edits))]);
     }
 
     #[test]
@@ -179,6 +183,47 @@ proptest! {
         let (name, magic) = [("pytorch_model.bin", &b"PK\x03\x04"[..]), ("x.gguf", b"GGUF\x03\0\0\0"), ("model.safetensors", b"")][kind as usize];
         read([(name, [magic, bytes.as_slice()].concat())]);
     }
+}
+
+/// Every number that describes a model, in turn absurd.
+#[test]
+fn absurd_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.gguf");
+    let (mut tried, mut refused) = (0, 0);
+    for name in
+        ["jamba", "granitemoehybrid", "bamba", "nemotron_h_moe", "falcon_h1", "lfm2", "falcon_mamba_tied"]
+    {
+        let good = Checkpoint::open(&LocalDir::new(path(&format!("gguf/{name}.gguf"))).unwrap()).unwrap();
+        let tensors: Vec<_> =
+            good.names().map(|name| (name, good.tensor(name, &Device::Cpu).unwrap())).collect();
+        let spec = |(name, x): &(&str, candle_core::Tensor)| TensorSpec {
+            name: (*name).into(),
+            shape: x.dims().to_vec(),
+            kind: GgmlType::F32,
+        };
+        for (key, value) in good.metadata().unwrap().iter().filter(|(key, _)| !key.starts_with("general.")) {
+            let count = [0, 1, 3, i32::MAX as u32, u32::MAX].map(Value::U32);
+            let number = [0.0, -1.0, f32::NAN, f32::INFINITY].map(Value::F32);
+            let layers = [vec![], vec![0; 9], vec![-1; 4], vec![i32::MAX; 4]].map(|v| Array::I32(v).into());
+            let values = match value {
+                Value::F32(_) => number.to_vec(),
+                Value::Array(_) => [layers.to_vec(), count.to_vec()].concat(),
+                _ => [layers.to_vec(), count.to_vec(), number.to_vec()].concat(),
+            };
+            for value in values {
+                let mut metadata = good.metadata().unwrap().clone();
+                metadata.set(key, value);
+                let mut writer =
+                    Writer::create(&file, &metadata, tensors.iter().map(spec).collect()).unwrap();
+                tensors.iter().for_each(|(_, x)| writer.write(x).unwrap());
+                writer.finish().unwrap();
+                tried += 1;
+                refused += usize::from(!load(&[("x.gguf", std::fs::read(&file).unwrap())]));
+            }
+        }
+    }
+    assert!(tried > 1000 && refused > tried / 2, "{refused} of {tried} are refused");
 }
 
 /// What the random cases start from is sound, and most of what they do is not.

@@ -71,6 +71,10 @@ fn write(config: &ModelConfig) -> Option<Keys> {
     if rope.is_some_and(|rope| parts.attention.is_some_and(|c| rope.dim != c.headdim)) {
         return None;
     }
+    // The halves of an odd number of channels cannot take turns.
+    if parts.attention.is_some_and(|c| c.headdim % 2 == 1) {
+        return None;
+    }
     let mut own = vec![
         ("embedding_scale", keys::number(config.embedding_scale)),
         ("logit_scale", keys::number(parts::inverse(config.logits_scale))),
