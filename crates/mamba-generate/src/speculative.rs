@@ -35,7 +35,8 @@ pub struct SpeculativeStats {
 /// up to the rounding of sums.)
 ///
 /// What was read in vain is undone exactly: the state before the guesses is kept, and the tokens that were right are read
-/// again together with the next guesses. This holds for every model whose state can be forked.
+/// again together with the next guesses. This holds for every model whose state can be forked; of attention's keys and values
+/// nothing is copied for it, those of wrong guesses are overwritten.
 ///
 /// # Example
 /// ```

@@ -18,7 +18,7 @@ pub(crate) use state::{MixerState, StateShape};
 ///
 /// What state space mixers remember does not grow with the number of tokens read; attention keeps keys and values of
 /// each, in blocks that are not moved when there are more. Steps change it in place, so it is no `Clone`:
-/// [`fork`](Self::fork) says that the numbers are copied (full blocks of keys and values, which never change, are shared).
+/// [`fork`](Self::fork) says that the numbers are copied (keys and values are shared, and copied where two write behind them).
 ///
 /// # Example
 /// ```
@@ -90,6 +90,9 @@ impl InferenceCache {
     }
 
     /// A copy that goes its own way from here.
+    ///
+    /// It costs as much as the states of the state space mixers, however many tokens were read. If it is given up again, as one that has
+    /// read wrong guesses, nothing of keys and values was copied or need be.
     ///
     /// # Errors
     /// If the device is out of memory.

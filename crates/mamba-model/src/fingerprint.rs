@@ -15,7 +15,8 @@ impl Model {
     ///
     /// The SHA-256 of the vocabulary's size and, for each parameter, its name, its shape, its dtype and 64 of its elements,
     /// evenly spread. So it takes milliseconds, and tells apart models of one size, ones that were fine-tuned as a whole from their base, and
-    /// the same weights in different dtypes.
+    /// the same weights in different dtypes. A model that was loaded or made at random computes it once; one over the
+    /// tensors of a caller, who may change them, each time.
     ///
     /// # Errors
     /// If candle cannot read the parameters.
@@ -33,6 +34,15 @@ impl Model {
     /// # Ok::<_, mamba_model::Error>(())
     /// ```
     pub fn fingerprint(&self) -> Result<String> {
+        let Some(known) = &self.fingerprint else { return self.compute_fingerprint() };
+        if let Some(text) = known.get() {
+            return Ok(text.clone());
+        }
+        let text = self.compute_fingerprint()?;
+        Ok(known.get_or_init(|| text).clone())
+    }
+
+    fn compute_fingerprint(&self) -> Result<String> {
         let mut hash = Sha256::new();
         hash.update(format!("vocab {}\n", self.config().vocab_size));
         for (name, x) in self.parameters() {
@@ -56,4 +66,37 @@ fn samples(x: &Tensor) -> Result<Vec<f64>> {
     let places: Vec<i64> = (0..count).map(|i| (i as u128 * n as u128 / count as u128) as i64).collect();
     let places = Tensor::from_vec(places, count, x.device())?;
     Ok(x.detach().flatten_all()?.index_select(&places, 0)?.to_dtype(DType::F64)?.to_vec1()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use candle_nn::{VarBuilder, VarMap};
+
+    use super::*;
+    use crate::config::{Mamba1Config, MixerSpec, ModelConfig};
+
+    /// Of a model that is being trained, it is that of the weights as they are now.
+    #[test]
+    fn follows_the_weights_of_a_caller() {
+        let config = ModelConfig::uniform(50, 16, 2, MixerSpec::Mamba1(Mamba1Config::new(16)));
+        let variables = VarMap::new();
+        let builder = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
+        let model = Model::new(&config, builder).unwrap();
+        let before = model.fingerprint().unwrap();
+        assert_eq!(model.fingerprint().unwrap(), before);
+        for var in variables.all_vars() {
+            var.set(&(var.as_tensor() + 1.0).unwrap()).unwrap();
+        }
+        assert_ne!(model.fingerprint().unwrap(), before);
+    }
+
+    #[test]
+    fn is_kept_where_nobody_else_has_the_weights() {
+        let config = ModelConfig::uniform(50, 16, 2, MixerSpec::Mamba1(Mamba1Config::new(16)));
+        let model = Model::random(&config, 0, &Device::Cpu).unwrap();
+        let text = model.fingerprint().unwrap();
+        assert_eq!(text, model.compute_fingerprint().unwrap());
+        assert_eq!(model.fingerprint.as_ref().and_then(|known| known.get()), Some(&text));
+    }
 }

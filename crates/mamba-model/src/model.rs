@@ -1,6 +1,6 @@
 //! The whole model: embedding, layers, norm, head.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -52,6 +52,8 @@ pub struct Model {
     parameters: Vec<(String, Tensor)>,
     /// The sizes that a cache must have.
     cache_sizes: String,
+    /// What [`fingerprint`](Self::fingerprint) found, if nobody else has the tensors.
+    pub(crate) fingerprint: Option<OnceLock<String>>,
 }
 
 impl std::fmt::Debug for Model {
@@ -104,6 +106,7 @@ impl Model {
             lm_head,
             parameters,
             cache_sizes,
+            fingerprint: None,
         })
     }
 
@@ -160,7 +163,7 @@ impl Model {
             let message = format!("does not fit {described}: {coverage}");
             return Err(Error::Checkpoint { file: checkpoint.origin().into(), message });
         }
-        Ok(model)
+        Ok(Self { fingerprint: Some(OnceLock::new()), ..model })
     }
 
     /// A model with random weights, initialised as the published code does, from a seed; `f32`.
@@ -169,7 +172,8 @@ impl Model {
     /// If the configuration cannot be.
     pub fn random(config: &ModelConfig, seed: u64, device: &Device) -> Result<Self> {
         let initializer = Initializer::new(config, seed);
-        Self::new(config, VarBuilder::from_backend(Box::new(initializer), DType::F32, device.clone()))
+        let weights = VarBuilder::from_backend(Box::new(initializer), DType::F32, device.clone());
+        Ok(Self { fingerprint: Some(OnceLock::new()), ..Self::new(config, weights)? })
     }
 
     /// The same model, which computes a part of itself again in `backward()`: see [`Recompute`]. Numbers do not change.

@@ -42,9 +42,8 @@ impl InferenceCache {
             Ok(x.as_ref().map(take).transpose()?)
         };
         let states = self.states.iter().map(|state| {
-            let kv =
-                state.kv.as_ref().map(|kv| rows.iter().map(|&row| kv[row].fork()).collect::<Result<_>>());
-            Ok(MixerState { conv: take(&state.conv)?, ssm: take(&state.ssm)?, kv: kv.transpose()? })
+            let kv = state.kv.as_ref().map(|kv| rows.iter().map(|&row| kv[row].fork()).collect());
+            Ok(MixerState { conv: take(&state.conv)?, ssm: take(&state.ssm)?, kv })
         });
         Ok(Self {
             states: states.collect::<Result<_>>()?,
@@ -69,8 +68,7 @@ impl InferenceCache {
         let mut states = vec![];
         for (i, state) in first.states.iter().enumerate() {
             let of_all = || caches.iter().filter_map(|cache| cache.states.get(i));
-            let kv = of_all().filter_map(|state| state.kv.as_ref()).flatten().map(KvCache::fork);
-            let kv = kv.collect::<Result<Vec<_>>>()?;
+            let kv = of_all().filter_map(|state| state.kv.as_ref()).flatten().map(KvCache::fork).collect();
             states.push(MixerState {
                 conv: join(of_all().filter_map(|state| state.conv.as_ref()).collect())?,
                 ssm: join(of_all().filter_map(|state| state.ssm.as_ref()).collect())?,

@@ -79,8 +79,7 @@ impl MixerState {
 
     pub(super) fn fork(&self) -> Result<Self> {
         let copy = |x: &Option<Tensor>| x.as_ref().map(Tensor::copy).transpose();
-        let kv =
-            self.kv.as_ref().map(|rows| rows.iter().map(KvCache::fork).collect::<Result<_>>()).transpose()?;
+        let kv = self.kv.as_ref().map(|rows| rows.iter().map(KvCache::fork).collect());
         Ok(Self { conv: copy(&self.conv)?, ssm: copy(&self.ssm)?, kv })
     }
 
