@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use mamba_generate::{
     Batch, Candidates, Chain, Error, FinishReason, Generator, GeneratorBuilder, Grammar, GrammarCompiler,
-    History, LogitsFilter, NgramDrafter, SamplingConfig, Speculative, TextGenerator, TextOptions,
+    GrammarDrafter, History, LogitsFilter, NgramDrafter, SamplingConfig, Speculative, TextGenerator,
+    TextOptions,
 };
 use mamba_model::Model;
 use serde_json::Value;
@@ -418,4 +419,29 @@ fn a_constraint_that_another_filter_contradicts_ends_the_generation() {
     assert!(matches!(generator.next(), Some(Err(Error::NoCandidates { .. }))));
     assert!(generator.next().is_none());
     assert_eq!(generator.generated(), [a]);
+}
+
+/// What is forced is read at once.
+#[test]
+fn forced_text_is_guessed() {
+    let (model, tokenizer) = (models::open("mamba2-shakespeare"), tokenizer());
+    let compiler = GrammarCompiler::new(&tokenizer, 512, &[END]).unwrap();
+    for grammar in [
+        compiler.json_schema(SCHEMA).unwrap(),
+        compiler
+            .regex("(I|Thou) (will|wilt) not speak of this to Verona's [a-z]{3,9}, nor thou to Mantua's")
+            .unwrap(),
+    ] {
+        for seed in [None, Some(1), Some(2), Some(3)] {
+            let builder = || shakespeare(&model, &tokenizer, &grammar, seed);
+            let plain: Vec<u32> = builder().build().unwrap().map(|token| token.unwrap().id).collect();
+            let drafter = GrammarDrafter::new(&grammar, &tokenizer, NgramDrafter::default());
+            let mut guessed = Speculative::new(builder().build().unwrap(), drafter, 8).unwrap();
+            let ids: Vec<u32> = guessed.by_ref().map(|token| token.unwrap().id).collect();
+            assert_eq!(ids, plain, "{seed:?}");
+            let stats = guessed.stats();
+            println!("{seed:?}: {} tokens, {stats:?}", plain.len());
+            assert!(stats.accepted > 0 && stats.rounds < plain.len() as u64, "{seed:?}: {stats:?}");
+        }
+    }
 }

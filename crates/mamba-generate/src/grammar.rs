@@ -1,5 +1,6 @@
 //! Constraints by JSON schema, regular expression or grammar.
 
+mod drafter;
 mod token_bytes;
 
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use toktrie::{ApproximateTokEnv, INVALID_TOKEN, SimpleVob, TokEnv, TokRxInfo, To
 use crate::candidates::Candidates;
 use crate::error::{Error, Result};
 use crate::filter::{History, LogitsFilter};
+pub use drafter::GrammarDrafter;
 use token_bytes::token_bytes;
 
 /// Makes [`Grammar`]s for the tokens of a tokenizer; made once, it serves any number of them.
@@ -194,6 +196,12 @@ impl Grammar {
             self.read.push(id);
         }
         Ok(())
+    }
+
+    /// The bytes that come next in any case.
+    fn forced(&mut self, history: History<'_>) -> Result<Vec<u8>> {
+        self.follow(history)?;
+        Ok(self.matcher.clone().compute_ff_bytes()) // of a copy, as they were not generated yet
     }
 
     /// What may come next; the end tokens if the text must end.

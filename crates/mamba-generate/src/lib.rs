@@ -137,7 +137,7 @@ pub use generate::{GenerateOptions, Generated, Streamer, generate};
 pub use generator::{Generator, GeneratorBuilder};
 pub use gguf::{tokenizer_from_gguf, tokenizer_to_gguf};
 #[cfg(feature = "grammar")]
-pub use grammar::{Grammar, GrammarCompiler};
+pub use grammar::{Grammar, GrammarCompiler, GrammarDrafter};
 pub use lm::{BatchLm, CausalLm, StateLm};
 pub use logprobs::{Logprobs, TokenLogprob};
 pub use mirostat::Mirostat;
