@@ -70,10 +70,12 @@ fn gguf(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<Tens
     };
     let name = args.to.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
     extra.set("general.name", Value::String(name.into()));
-    let bar = cli::bar(model.parameters().len() as u64, format!("writing {}", args.to.display()));
+    // Files hold other tensors than models, of as many numbers.
+    let numbers = model.parameters().iter().map(|(_, x)| x.elem_count() as u64).sum();
+    let bar = cli::bar(numbers, format!("writing {}", args.to.display()));
     let mut written = vec![];
     model.save_gguf(&args.to, args.save_as, extra, |tensor| {
-        bar.inc(1);
+        bar.inc(tensor.shape.iter().product::<usize>() as u64);
         written.push(tensor.clone());
     })?;
     bar.finish_and_clear();

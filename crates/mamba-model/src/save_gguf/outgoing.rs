@@ -71,10 +71,9 @@ impl Outgoing {
         if self.factors.iter().all(|factor| *factor == 1.0) {
             return Ok(values);
         }
-        // One rounding, whatever the type of the model.
         let mut sides = vec![1; values.rank()];
         sides[0] = self.factors.len();
-        let factors = Tensor::new(self.factors.as_slice(), values.device())?.reshape(sides)?;
-        Ok(values.to_dtype(DType::F64)?.broadcast_mul(&factors)?.to_dtype(DType::F32)?)
+        let factors = Tensor::new(self.factors.as_slice(), values.device())?.to_dtype(DType::F32)?;
+        Ok(values.to_dtype(DType::F32)?.broadcast_mul(&factors.reshape(sides)?)?)
     }
 }
