@@ -187,6 +187,36 @@ fn conversions_keep_every_logit() {
     assert_eq!((converted, refused), (18, vec!["falcon_h1_norm".into(), "falcon_mamba_untied_bias".into()]));
 }
 
+/// Multipliers of inputs reach weights alone, those of outputs biases too; a tied head that is multiplied otherwise than the
+/// embedding is stored beside it.
+#[test]
+fn multipliers_go_into_weights_and_biases() {
+    let folder = tempfile::tempdir().unwrap();
+    let from = path("models/falcon_h1_norm");
+    let text = std::fs::read_to_string(from.join("config.json")).unwrap();
+    assert!(text.contains("\"mamba_norm_before_gate\": true"));
+    let text = text.replace("\"mamba_norm_before_gate\": true", "\"mamba_norm_before_gate\": false");
+    std::fs::write(folder.path().join("config.json"), text).unwrap();
+    std::fs::copy(from.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    let model = load(folder.path(), DType::F32).unwrap();
+    assert!(model.config().tie_embeddings && model.config().embedding_scale != model.config().logits_scale);
+    assert!(model.parameters().iter().filter(|(name, _)| name.ends_with("proj.bias")).count() >= 8);
+
+    let file = folder.path().join("x.gguf");
+    save(&model, &file);
+    let again = load(&file, DType::F32).unwrap();
+    assert!(!again.config().tie_embeddings && again.config().embedding_scale == 1.0);
+    let ids = ids(&Golden::read(&from.join("io.safetensors")));
+    let [got, want] = [&again, &model].map(|model| model.forward(&ids, None).unwrap());
+    assert!(max_error(&got, &want) <= 2e-5);
+
+    // Layers with multipliers of their own have no words.
+    let mut config = open("falcon_h1", DType::F32).config().clone();
+    config.layers[1].branches[0].mixers[0].0 *= 2.0;
+    let uneven = Model::random(&config, 3, &Device::Cpu).unwrap();
+    assert!(uneven.save_gguf(&file, GgmlType::F32, Metadata::default(), |_| {}).is_err());
+}
+
 /// Writes a golden file again with other keys and tensors.
 fn rewrite(
     name: &str,

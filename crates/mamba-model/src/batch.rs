@@ -1,6 +1,7 @@
 //! What a model reads at once: rows of one length, padded rows, or sequences one after another.
 
 use candle_core::{DType, Device, Tensor};
+use mamba_ops::Packing;
 
 use crate::{Error, Result};
 
@@ -227,6 +228,11 @@ impl Sequences {
             true => (self.count(), self.lengths.first().copied().unwrap_or(0)),
             false => (1, self.lengths.iter().sum()),
         }
+    }
+
+    /// Where each sequence lies in the one row of all of them; none if they are rows of one length.
+    pub(crate) fn packing(&self) -> Option<Packing> {
+        (!self.even).then(|| Packing::from_lengths(&self.lengths))
     }
 
     /// Where the last token of each sequence stands among all tokens.

@@ -111,7 +111,7 @@ impl Attention {
             None => (None, None),
         };
         let qkv = match &self.conv1d {
-            Some(conv1d) => conv1d.forward(qkv, conv)?,
+            Some(conv1d) => conv1d.forward(qkv, None, conv)?,
             None => qkv.clone(),
         };
         if qkv.elem_count() == 0 {

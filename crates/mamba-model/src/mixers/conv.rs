@@ -1,7 +1,7 @@
 //! The depthwise convolution of several mixers, with its window.
 
 use candle_core::Tensor;
-use mamba_ops::{Activation, CausalConv1d, CausalConv1dUpdate, SequenceLayout};
+use mamba_ops::{Activation, CausalConv1d, CausalConv1dUpdate, Packing, SequenceLayout};
 
 use crate::Result;
 use crate::adapter::LowRank;
@@ -38,11 +38,16 @@ impl CausalConv {
         }
     }
 
-    /// `x`: `(batch, seqlen, channels)`; moves the window in `state` on.
-    pub(super) fn forward(&self, x: &Tensor, state: Option<&mut Tensor>) -> Result<Tensor> {
+    /// `x`: `(batch, seqlen, channels)`, or sequences as they are packed; moves the windows in `state` on.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        packing: Option<&Packing>,
+        state: Option<&mut Tensor>,
+    ) -> Result<Tensor> {
         let (weight, bias) = (self.filters()?, self.bias.as_ref());
         let (activation, layout) = (self.activation, SequenceLayout::ChannelsLast);
-        if let (Some(state), 1) = (&state, x.dim(1)?) {
+        if let (Some(state), 1, None) = (&state, x.dim(1)?, packing) {
             let step = CausalConv1dUpdate::new(x, state, &weight);
             let args = CausalConv1dUpdate { bias, activation, layout, ..step };
             return Ok(mamba_ops::causal_conv1d_update(&args)?);
@@ -52,6 +57,7 @@ impl CausalConv {
             initial_state: state.as_deref(),
             activation,
             layout,
+            packing,
             ..CausalConv1d::new(x, &weight)
         })?;
         if let Some(state) = state {

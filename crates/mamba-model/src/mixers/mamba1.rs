@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 use mamba_ops::{
-    Activation, Norm, NormKind, SelectiveScan, SelectiveStateUpdate, SequenceLayout, norm, selective_scan,
-    selective_state_update,
+    Activation, Norm, NormKind, Packing, SelectiveScan, SelectiveStateUpdate, SequenceLayout, norm,
+    selective_scan, selective_state_update,
 };
 
 use super::conv::CausalConv;
@@ -109,21 +109,28 @@ impl Mamba1 {
     }
 
     /// Everything between the projections.
-    fn core(&self, xz: &Tensor, state: Option<&mut MixerState>) -> Result<Tensor> {
+    fn core(&self, xz: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
         let (conv, ssm) = match state {
             Some(MixerState { conv, ssm, .. }) => (conv.as_mut(), ssm.as_mut()),
             None => (None, None),
         };
         let (x, z) = self.split(xz)?;
-        let x = self.conv1d.forward(&x, conv)?;
-        self.scan(&x, &z, ssm)
+        let packing = sequences.packing();
+        let x = self.conv1d.forward(&x, packing.as_ref(), conv)?;
+        self.scan(&x, &z, packing.as_ref(), ssm)
     }
 
-    /// The scan over a sequence or, in place, one step of it.
-    fn scan(&self, x: &Tensor, z: &Tensor, state: Option<&mut Tensor>) -> Result<Tensor> {
+    /// The scan over sequences or, in place, one step of them.
+    fn scan(
+        &self,
+        x: &Tensor,
+        z: &Tensor,
+        packing: Option<&Packing>,
+        state: Option<&mut Tensor>,
+    ) -> Result<Tensor> {
         let [dt, b, c] = self.coefficients(x)?;
         let a = self.a.get()?;
-        if let (Some(state), 1) = (&state, x.dim(1)?) {
+        if let (Some(state), 1, None) = (&state, x.dim(1)?, packing) {
             let y = selective_state_update(&SelectiveStateUpdate {
                 d: Some(&self.d),
                 z: Some(&z.squeeze(1)?),
@@ -147,6 +154,7 @@ impl Mamba1 {
             delta_softplus: true,
             initial_state: state.as_deref(),
             layout: SequenceLayout::ChannelsLast,
+            packing,
             ..SelectiveScan::new(x, &dt, &a, &b, &c)
         })?;
         if let Some(state) = state {
@@ -165,7 +173,6 @@ fn by_head(weights: &Tensor) -> Result<Vec<Linear>> {
 impl Mixer for Mamba1 {
     fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
         let xz = self.in_proj.forward(x)?;
-        let y = sequences.each(&xz, state, |xz, _, state| self.core(xz, state))?;
-        self.out_proj.forward(&y)
+        self.out_proj.forward(&self.core(&xz, sequences, state)?)
     }
 }

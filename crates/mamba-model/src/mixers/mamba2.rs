@@ -2,7 +2,8 @@
 
 use candle_core::Tensor;
 use mamba_ops::{
-    Activation, Norm, SelectiveStateUpdate, SsdChunkScan, norm, selective_state_update, ssd_chunk_scan,
+    Activation, Norm, Packing, SelectiveStateUpdate, SsdChunkScan, norm, selective_state_update,
+    ssd_chunk_scan,
 };
 
 use super::conv::CausalConv;
@@ -71,12 +72,13 @@ impl Mamba2 {
         if rows.is_empty() { Ok(state.cloned()) } else { Ok(Some(Tensor::cat(&rows, 0)?)) }
     }
 
-    /// The scan over a sequence or, in place, one step of it; `(batch, seqlen, d_ssm)`.
+    /// The scan over sequences or, in place, one step of them; `(batch, seqlen, d_ssm)`.
     fn scan(
         &self,
         xbc: &Tensor,
         dt: &Tensor,
         z: Option<&Tensor>,
+        packing: Option<&Packing>,
         initial: Option<Tensor>,
         state: Option<&mut Tensor>,
     ) -> Result<Tensor> {
@@ -90,7 +92,7 @@ impl Mamba2 {
         let (b, c) = (groups(d_ssm)?, groups(d_ssm + bc)?);
         let d = if self.config.d_has_headdim { self.d.reshape((nheads, headdim))? } else { self.d.clone() };
         let a = self.a.get()?;
-        if let (Some(state), 1) = (&state, seqlen) {
+        if let (Some(state), 1, None) = (&state, seqlen, packing) {
             let y = selective_state_update(&SelectiveStateUpdate {
                 d: Some(&d),
                 z: z.map(|z| z.squeeze(1)).transpose()?.as_ref(),
@@ -116,6 +118,7 @@ impl Mamba2 {
             dt_limit: self.config.dt_limit,
             chunk_size: self.config.chunk_size,
             initial_state: initial.as_ref(),
+            packing,
             ..SsdChunkScan::new(&x, dt, &a, &b, &c)
         })?;
         if let Some(state) = state {
@@ -140,14 +143,15 @@ impl Mamba2 {
         let z = projected.narrow(2, 2 * bypass, d_ssm)?;
         let xbc = projected.narrow(2, 2 * bypass + d_ssm, conv_dim)?;
         let dt = projected.narrow(2, 2 * bypass + d_ssm + conv_dim, self.config.nheads())?;
-        let xbc = self.conv1d.forward(&xbc, conv)?;
+        let packing = sequences.packing();
+        let xbc = self.conv1d.forward(&xbc, packing.as_ref(), conv)?;
         // Without a norm the scan applies the gate itself.
         let gate = if self.norm.is_none() { Some(z.contiguous()?) } else { None };
         let initial = self.initial(sequences, ssm.as_deref())?;
         if let (Some(state), Some(initial), true) = (&mut ssm, &initial, self.init_states.is_some()) {
             **state = initial.copy()?;
         }
-        let mut y = self.scan(&xbc, &dt, gate.as_ref(), initial, ssm)?;
+        let mut y = self.scan(&xbc, &dt, gate.as_ref(), packing.as_ref(), initial, ssm)?;
         if let Some((GatedNorm { eps, before_gate }, weight)) = &self.norm {
             y = norm(&Norm {
                 z: Some(&z),
@@ -186,7 +190,6 @@ impl Mixer for Mamba2 {
         if let Some(scales) = &self.scales {
             projected = projected.broadcast_mul(scales)?;
         }
-        let y = sequences.each(&projected, state, |x, sequences, state| self.core(x, sequences, state))?;
-        self.out_proj.forward(&y)
+        self.out_proj.forward(&self.core(&projected, sequences, state)?)
     }
 }

@@ -36,9 +36,8 @@ impl Mixer for ShortConv {
         let bcx = self.in_proj.forward(x)?;
         let part = |i: usize| bcx.narrow(2, i * self.d_model, self.d_model);
         let gated = (part(0)? * part(2)?)?;
-        let convolved = sequences.each(&gated, state, |x, _, state| {
-            self.conv.forward(x, state.and_then(|state| state.conv.as_mut()))
-        })?;
+        let window = state.and_then(|state| state.conv.as_mut());
+        let convolved = self.conv.forward(&gated, sequences.packing().as_ref(), window)?;
         self.out_proj.forward(&(part(1)? * convolved)?)
     }
 }

@@ -37,6 +37,10 @@ fn parse(file: &Described, config: &mut ModelConfig) -> Result<()> {
 
 fn write(config: &ModelConfig) -> Option<Keys> {
     let parts = Parts::of(config);
+    // The multipliers of all layers are those of the first.
+    if config.layers.iter().any(|layer| *layer != config.layers[0]) {
+        return None;
+    }
     let rope = keys::rope(parts.attention?.rope.as_ref()?)?;
     let own = vec![("feed_forward_length", keys::count(parts.mlp?.d_hidden)?)];
     Some([keys::attention(config)?, rope, keys::mamba2(parts.mamba2?)?, own].concat())
