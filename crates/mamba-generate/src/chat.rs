@@ -29,7 +29,7 @@ impl Message {
 ///
 /// Templates are Jinja, as in the `chat_template` of `tokenizer_config.json`, and see what transformers gives them: `messages`,
 /// `add_generation_prompt`, the special tokens such as `bos_token`, the functions `raise_exception` and `strftime_now` (in UTC),
-/// Python's methods of strings, lists and dictionaries, and `tojson` with Python's spacing.
+/// Python's methods of strings, lists and dictionaries, and `tojson` with Python's spacing and keys in the order given.
 ///
 /// # Example
 /// ```
@@ -212,6 +212,6 @@ mod tests {
         let messages = serde_json::json!([{"role": "assistant", "tool_calls": [{"name": "look"}]}]);
         let variables = serde_json::json!({"tools": [{"name": "look", "n": 1}]});
         let text = template.render_with(&messages, false, &variables).unwrap();
-        assert_eq!(text, r#"[{"n": 1, "name": "look"}]look"#);
+        assert_eq!(text, r#"[{"name": "look", "n": 1}]look"#); // in the order given, as in Python
     }
 }
