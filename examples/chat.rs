@@ -7,6 +7,7 @@ mod cli;
 #[path = "cli/dialogue.rs"]
 mod dialogue;
 
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use mamba_generate::{
     CancelToken, FinishReason, GenerationState, Generator, SamplingConfig, TextGenerator, TextOptions,
     TextStream,
 };
-use mamba_model::{InferenceCache, Model};
+use mamba_model::{AtomicFile, InferenceCache, Model};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use tokenizers::Tokenizer;
@@ -220,7 +221,7 @@ impl Chat<'_> {
         Ok(Past { state: generator.state()?, text: past.text + separator })
     }
 
-    /// Two files: the state, and beside it what was said.
+    /// Two files: the state, and beside it what was said. Neither takes its place before the disk has both.
     fn save(&self, path: &Path) -> Result<()> {
         let past = self.past.as_ref().context("there is no conversation yet")?;
         let tokens = past.state.tokens().len();
@@ -229,10 +230,18 @@ impl Chat<'_> {
             "text": past.text,
             "messages": self.dialogue.messages(),
         });
-        past.state.save(self.model, path)?;
+        let written = |path: &Path, bytes: &[u8]| -> Result<AtomicFile> {
+            let fail = || path.display().to_string();
+            let mut file = AtomicFile::create(path).with_context(fail)?;
+            file.write_all(bytes).and_then(|()| file.sync()).with_context(fail)?;
+            Ok(file)
+        };
         let beside = notes_of(path);
-        mamba_model::write_atomically(&beside, notes.to_string().as_bytes())
-            .with_context(|| beside.display().to_string())?;
+        ensure!(!beside.is_dir(), "{} is a folder", beside.display());
+        let state = written(path, &past.state.to_bytes(self.model)?)?;
+        let notes = written(&beside, notes.to_string().as_bytes())?;
+        state.commit().with_context(|| path.display().to_string())?;
+        notes.commit().with_context(|| beside.display().to_string())?;
         eprintln!("[saved after {tokens} tokens]");
         Ok(())
     }

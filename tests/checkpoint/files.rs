@@ -150,3 +150,31 @@ fn every_tensor_is_accounted_for() {
     let missing = weights.get(1, "no.such").map_err(Error::from).unwrap_err().to_string();
     assert!(missing.contains("no tensor `no.such`"), "{missing}");
 }
+
+#[test]
+fn what_is_not_committed_changes_nothing() {
+    use std::io::Write;
+
+    use mamba_model::AtomicFile;
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x");
+    std::fs::write(&path, "old").unwrap();
+    let mut file = AtomicFile::create(&path).unwrap();
+    file.write_all(b"other").unwrap();
+    file.sync().unwrap();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    drop(file);
+    assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    let mut file = AtomicFile::create(&path).unwrap();
+    file.write_all(b"new").unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    file.commit().unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"new");
+
+    // A name that cannot be given: a folder has it.
+    let taken = folder.path().join("folder");
+    std::fs::create_dir(&taken).unwrap();
+    assert!(mamba_model::write_atomically(&taken, b"new").is_err());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+}

@@ -157,6 +157,28 @@ fn only_complete_trainings_count() {
     assert!(failed.is_err());
     assert!(std::fs::read_dir(folder.path().join("x")).unwrap().next().is_none());
     assert!(latest(folder.path()).unwrap().ends_with("step-00000003"));
+
+    // The same step again takes the place of the first when it is complete, and leaves it where it cannot be.
+    let place = latest(folder.path()).unwrap();
+    let noted = |text: &'static str| {
+        move |part: &std::path::Path| {
+            std::fs::create_dir(part.join("model")).unwrap();
+            std::fs::write(part.join("model/note"), text).unwrap();
+            Ok(())
+        }
+    };
+    for text in ["one", "two"] {
+        trainer.save(folder.path(), Position::default(), noted(text)).unwrap();
+        assert_eq!(std::fs::read_to_string(place.join("model/note")).unwrap(), text);
+    }
+    let before = std::fs::read_dir(folder.path()).unwrap().count();
+    let lost = trainer.save(folder.path(), Position::default(), |part| {
+        std::fs::remove_dir_all(part).unwrap();
+        Ok(())
+    });
+    assert!(lost.is_err());
+    assert_eq!(std::fs::read_to_string(place.join("model/note")).unwrap(), "two");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), before, "nothing is left beside");
     prune(folder.path(), 1).unwrap();
     assert!(!folder.path().join("step-00000002").exists());
 

@@ -60,6 +60,7 @@
 //! ```
 
 mod adapter;
+mod atomic_file;
 mod batch;
 mod cache;
 pub mod checkpoint;
@@ -78,6 +79,7 @@ mod save;
 mod save_gguf;
 mod shared_block;
 
+pub use atomic_file::{AtomicFile, write_atomically};
 pub use batch::Batch;
 pub use cache::InferenceCache;
 pub use classifier::{Pooling, SequenceClassifier};
@@ -85,4 +87,3 @@ pub use error::{Error, Result};
 pub use init::Initializer;
 pub use layer::Recompute;
 pub use model::Model;
-pub use save::write_atomically;

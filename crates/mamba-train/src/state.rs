@@ -123,23 +123,50 @@ fn trainings(folder: &Path) -> Vec<(usize, PathBuf)> {
     found
 }
 
-/// Fills a folder beside its place, then moves it there.
+/// Fills a folder beside its place, has the disk take it, then moves it there. What was there before is moved aside first and
+/// removed last, so that a full disk leaves it, and a crash leaves one of them complete, if beside its place.
 pub(crate) fn atomically(place: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let mut part = place.as_os_str().to_owned();
     part.push(format!(".{}.part", std::process::id()));
     let part = PathBuf::from(part);
+    let mut old = place.as_os_str().to_owned();
+    old.push(format!(".{}.old", std::process::id()));
+    let old = PathBuf::from(old);
     let io = |e| Error::io(&part, e);
     std::fs::create_dir_all(&part).map_err(io)?;
     let filled = fill(&part).and_then(|()| {
-        if place.exists() {
-            std::fs::remove_dir_all(place).map_err(|e| Error::io(place, e))?;
+        sync(&part).map_err(io)?;
+        let moved = place.exists();
+        if moved {
+            std::fs::rename(place, &old).map_err(|e| Error::io(place, e))?;
         }
-        std::fs::rename(&part, place).map_err(io)
+        std::fs::rename(&part, place).map_err(|e| {
+            if moved {
+                let _ = std::fs::rename(&old, place); // where it was before
+            }
+            io(e)
+        })?;
+        if moved {
+            std::fs::remove_dir_all(&old).map_err(|e| Error::io(&old, e))?;
+        }
+        Ok(())
     });
     if filled.is_err() {
         let _ = std::fs::remove_dir_all(&part); // the first error is the one that matters
     }
     filled
+}
+
+/// Has the disk take all files in a folder.
+fn sync(folder: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        match path.is_dir() {
+            true => sync(&path)?,
+            false => std::fs::OpenOptions::new().append(true).open(&path)?.sync_all()?,
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {

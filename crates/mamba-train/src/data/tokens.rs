@@ -1,9 +1,11 @@
 //! A file of tokens: what a corpus is encoded into once.
 
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+
+use mamba_model::AtomicFile;
 
 use crate::{Error, Result};
 
@@ -15,9 +17,7 @@ const FIRST: u32 = 1 << 31;
 /// Writes a file of tokens; nothing has the final name before [`finish`](Self::finish).
 #[derive(Debug)]
 pub struct TokenWriter {
-    path: PathBuf,
-    part: PathBuf,
-    file: BufWriter<File>,
+    file: AtomicFile,
     starts: bool,
     len: u64,
 }
@@ -29,10 +29,11 @@ impl TokenWriter {
     /// If it cannot be made.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let part = path.with_extension(format!("{}.part", std::process::id()));
-        let mut file = BufWriter::new(File::create(&part).map_err(|e| Error::io(&part, e))?);
-        file.write_all(&MAGIC).map_err(|e| Error::io(&part, e))?;
-        Ok(Self { path, part, file, starts: true, len: 0 })
+        let begun = AtomicFile::create(&path).and_then(|mut file| {
+            file.write_all(&MAGIC)?;
+            Ok(file)
+        });
+        Ok(Self { file: begun.map_err(|e| Error::io(&path, e))?, starts: true, len: 0 })
     }
 
     /// Begins a document with the next token.
@@ -50,7 +51,7 @@ impl TokenWriter {
                 return Err(Error::Data(format!("token id {id}, expected one below 2^31")));
             }
             let word = if std::mem::take(&mut self.starts) { id | FIRST } else { id };
-            self.file.write_all(&word.to_le_bytes()).map_err(|e| Error::io(&self.part, e))?;
+            self.file.write_all(&word.to_le_bytes()).map_err(|e| Error::io(self.file.path(), e))?;
         }
         self.len += ids.len() as u64;
         Ok(())
@@ -71,12 +72,8 @@ impl TokenWriter {
     /// # Errors
     /// If the disk is full.
     pub fn finish(self) -> Result<TokenFile> {
-        let Self { path, part, file, .. } = self;
-        let written = file.into_inner().map_err(std::io::IntoInnerError::into_error).and_then(|file| {
-            file.sync_all()?;
-            std::fs::rename(&part, &path)
-        });
-        written.map_err(|e| Error::io(&part, e))?;
+        let path = self.file.path().to_owned();
+        self.file.commit().map_err(|e| Error::io(&path, e))?;
         TokenFile::open(path)
     }
 }

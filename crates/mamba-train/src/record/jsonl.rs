@@ -69,9 +69,7 @@ impl JsonLines {
     pub fn retain(&mut self, keep: impl Fn(&Value) -> bool) -> Result<()> {
         let kept: String =
             self.read()?.into_iter().filter(|line| keep(line)).map(|line| format!("{line}\n")).collect();
-        let part = self.path.with_extension("part");
-        let written = std::fs::write(&part, kept).and_then(|()| std::fs::rename(&part, &self.path));
-        written.map_err(|e| Error::io(&part, e))?;
+        mamba_model::write_atomically(&self.path, kept.as_bytes()).map_err(|e| Error::io(&self.path, e))?;
         *self = Self::append(&self.path)?;
         Ok(())
     }
