@@ -445,3 +445,39 @@ fn forced_text_is_guessed() {
         }
     }
 }
+
+/// Tokenizers that put a space before a text put none before what is forced within one: each guess is a token that the grammar
+/// allows, and all of them together are what is forced.
+#[test]
+fn forced_text_is_guessed_without_the_space_of_a_beginning() {
+    const TOKENS: [&str; 12] = ["n", "a", "m", "e", ":", "x", "na", "name", "▁", "▁name", "Ġ", "Ġname"];
+    let metaspace =
+        r#"{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false}"#;
+    let mut sentence_piece = small_tokenizer(&TOKENS, metaspace);
+    let steps: [tokenizers::NormalizerWrapper; 2] = [
+        tokenizers::normalizers::Prepend::new("▁".into()).into(),
+        tokenizers::normalizers::Replace::new(" ", "▁").unwrap().into(),
+    ];
+    sentence_piece.with_normalizer(Some(tokenizers::normalizers::Sequence::new(steps.into()))).unwrap();
+    let byte_level =
+        r#"{"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}"#;
+    let mut gpt2 = small_tokenizer(&TOKENS, byte_level);
+    gpt2.with_pre_tokenizer(Some(tokenizers::pre_tokenizers::byte_level::ByteLevel::new(true, true, true)));
+    for tokenizer in [sentence_piece, gpt2] {
+        let spelled = tokenizer.encode("name:", false).unwrap();
+        assert!(["▁", "Ġ"].contains(&spelled.get_tokens()[0].as_str()), "{:?}", spelled.get_tokens());
+        let grammar = GrammarCompiler::new(&tokenizer, TOKENS.len(), &[])
+            .unwrap()
+            .regex("(x|a)name:name(x|a)")
+            .unwrap();
+        let mut drafter = GrammarDrafter::new(&grammar, &tokenizer, NgramDrafter::default());
+        let mut guesses = vec![];
+        mamba_generate::Drafter::draft(&mut drafter, &[5], 0, &[], 8, &mut guesses).unwrap();
+        assert_eq!(guesses, [7, 4, 7]);
+        let (mut generated, mut grammar) = (vec![5], grammar);
+        for id in guesses {
+            assert!(allowed(&mut grammar, &generated, TOKENS.len()).unwrap().contains(&id));
+            generated.push(id);
+        }
+    }
+}

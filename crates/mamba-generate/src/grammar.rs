@@ -102,8 +102,13 @@ impl GrammarCompiler {
         let refused = |e| Error::Grammar(format!("the {what} cannot be used: {}", brief(e)));
         let start = Matcher::new(Ok(self.factory.create_parser(grammar).map_err(refused)?));
         // A grammar that allows nothing is told now, not when the prompt has been read.
-        let mut grammar =
-            Grammar { matcher: start.deep_clone(), start, read: Vec::new(), ends: self.ends.clone() };
+        let mut grammar = Grammar {
+            matcher: start.deep_clone(),
+            start,
+            read: Vec::new(),
+            ends: self.ends.clone(),
+            tokens: self.factory.tok_env().clone(),
+        };
         match grammar.mask(0) {
             Ok(_) => Ok(grammar),
             Err(Error::Grammar(message)) => {
@@ -172,6 +177,7 @@ pub struct Grammar {
     matcher: Matcher,
     read: Vec<u32>,
     ends: Arc<[u32]>,
+    tokens: TokEnv,
 }
 
 impl Grammar {
@@ -202,6 +208,27 @@ impl Grammar {
     fn forced(&mut self, history: History<'_>) -> Result<Vec<u8>> {
         self.follow(history)?;
         Ok(self.matcher.clone().compute_ff_bytes()) // of a copy, as they were not generated yet
+    }
+
+    /// Tokens that spell `text`: those of the tokenizer if they do, else the longest that fit, one after the other, as far as
+    /// there are any. A tokenizer spells a text from its beginning, and may put a space there.
+    fn spell(&self, text: &str, tokenizer: &Tokenizer) -> Vec<u32> {
+        let trie = self.tokens.tok_trie();
+        if let Ok(encoding) = tokenizer.encode_fast(text, false) {
+            let ids = encoding.get_ids();
+            let known = ids.iter().all(|&id| (id as usize) < trie.vocab_size());
+            if known && trie.decode_raw(ids) == text.as_bytes() {
+                return ids.to_vec();
+            }
+        }
+        let (mut ids, mut rest) = (Vec::new(), text.as_bytes());
+        while !rest.is_empty()
+            && let (id, length @ 1..) = trie.prefix_token_id(rest)
+        {
+            ids.push(id);
+            rest = &rest[length..];
+        }
+        ids
     }
 
     /// What may come next; the end tokens if the text must end.
@@ -238,6 +265,7 @@ impl Clone for Grammar {
             matcher: self.matcher.deep_clone(),
             read: self.read.clone(),
             ends: self.ends.clone(),
+            tokens: self.tokens.clone(),
         }
     }
 }

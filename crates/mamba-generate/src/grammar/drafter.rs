@@ -8,7 +8,7 @@ use crate::filter::History;
 use crate::speculative::Drafter;
 
 /// Guesses the text that a grammar leaves no choice about, such as the names of the properties of a JSON schema, as the
-/// tokenizer spells it; where there is a choice, what another drafter guesses.
+/// tokenizer spells it, or else by the longest tokens that fit; where there is a choice, what another drafter guesses.
 ///
 /// It goes with a generation that is constrained by the same grammar. A guess is wrong only where the model prefers another spelling.
 ///
@@ -61,12 +61,12 @@ impl<D: Drafter> Drafter for GrammarDrafter<'_, D> {
         let forced = self.grammar.forced(History::new(tokens, prompt_end))?;
         // What ends within a character cannot be spelled.
         let text = forced.utf8_chunks().next().map_or("", |chunk| chunk.valid());
-        match self.tokenizer.encode(text, false) {
-            Ok(encoding) if !encoding.is_empty() => {
-                guesses.extend(encoding.get_ids().iter().take(most));
+        match &self.grammar.spell(text, self.tokenizer)[..] {
+            spelled @ [_, ..] => {
+                guesses.extend(spelled.iter().take(most));
                 Ok(())
             }
-            _ => self.otherwise.draft(tokens, prompt_end, sampling, most, guesses),
+            [] => self.otherwise.draft(tokens, prompt_end, sampling, most, guesses),
         }
     }
 }
