@@ -8,12 +8,22 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use clap::Parser;
-use mamba_generate::tokenizer_to_gguf;
+use mamba_generate::{tokenizer_config_to_gguf, tokenizer_to_gguf};
 use mamba_model::Model;
 use mamba_model::checkpoint::gguf::{GgmlType, Metadata, TensorSpec, Value};
 use mamba_model::checkpoint::{Checkpoint, LocalDir, ModelSource};
+use tokenizers::Tokenizer;
 
-/// Reads a checkpoint of any format and writes it in another one, with its tokenizer, and reports every tensor.
+/// What belongs to a model beside its weights.
+const BESIDE: [&str; 5] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// Reads a checkpoint of any format and writes it in another one, with its tokenizer and chat template, and reports every tensor.
 ///
 /// A name that ends in .gguf is written as one GGUF file, in the layout of llama.cpp, plain or quantized. Any other name is
 /// a folder with safetensors, in the layout of Hugging Face if that has words for the model, else in that of state-spaces.
@@ -38,6 +48,14 @@ fn main() -> Result<()> {
     let to_gguf = args.to.extension().is_some_and(|extension| extension == "gguf");
     let exists = if to_gguf { args.to.exists() } else { args.to.join("config.json").exists() };
     ensure!(!exists, "{} holds a model already", args.to.display());
+    let kinds: Vec<_> = GgmlType::of_weights().filter(|kind| to_gguf || is_plain(*kind)).collect();
+    ensure!(
+        kinds.contains(&args.save_as),
+        "--save-as {}: expected one of {} for {}",
+        args.save_as,
+        kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", "),
+        if to_gguf { "GGUF" } else { "safetensors" }
+    );
     let (model, source) = cli::load(&args.model)?;
     let written =
         if to_gguf { gguf(&args, &model, source.as_ref())? } else { folder(&args, &model, source.as_ref())? };
@@ -59,10 +77,27 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// Whether safetensors are written in a type.
+fn is_plain(kind: GgmlType) -> bool {
+    matches!(kind, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)
+}
+
+/// The keys of a tokenizer and of what belongs to it.
+fn tokenizer_keys(tokenizer: &Tokenizer, source: &dyn ModelSource) -> Result<Metadata> {
+    let mut keys = match cli::tokenizer_config(source, tokenizer)? {
+        Some(config) => tokenizer_config_to_gguf(&config.to_string(), tokenizer)?,
+        None => Metadata::default(),
+    };
+    // What is put around texts is what begins and ends them.
+    let own = tokenizer_to_gguf(tokenizer)?;
+    keys.extend(own.iter().map(|(key, value)| (key.to_owned(), value.clone())));
+    Ok(keys)
+}
+
 /// Writes one GGUF file with the model's tokenizer in it.
 fn gguf(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<TensorSpec>> {
     let mut extra = match cli::tokenizer(&args.model, model, source) {
-        Ok(tokenizer) => tokenizer_to_gguf(&tokenizer)?,
+        Ok(tokenizer) => tokenizer_keys(&tokenizer, source)?,
         Err(error) => {
             eprintln!("no tokenizer is written: {error:#}");
             Metadata::default()
@@ -84,21 +119,27 @@ fn gguf(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<Tens
 
 /// Writes a folder with safetensors; files of the tokenizer are copied, or made from a GGUF file.
 fn folder(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<TensorSpec>> {
-    let dtype = args.save_as.dtype().filter(|dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16));
-    let dtype =
-        dtype.with_context(|| format!("--save-as {}: safetensors are not quantized", args.save_as))?;
+    let dtype = args.save_as.dtype().unwrap_or(DType::F32); // `main` lets no other pass
     let spinner = cli::spinner(format!("writing {}", args.to.display()));
     model.save_pretrained(&args.to, dtype)?;
-    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
-        if let Some(path) = source.file(name)? {
-            std::fs::copy(&path, args.to.join(name)).with_context(|| path.display().to_string())?;
+    // Files that stand beside a GGUF file may belong to another model.
+    if !cli::has_gguf_tokenizer(source) {
+        for name in BESIDE {
+            if let Some(path) = source.file(name)? {
+                std::fs::copy(&path, args.to.join(name)).with_context(|| path.display().to_string())?;
+            }
         }
     }
-    let tokenizer = args.to.join("tokenizer.json");
+    let (tokenizer, config) = (args.to.join("tokenizer.json"), args.to.join("tokenizer_config.json"));
     if !tokenizer.exists()
         && let Ok(found) = cli::tokenizer(&args.model, model, source)
     {
         found.save(&tokenizer, false).map_err(|e| anyhow::anyhow!("{}: {e}", tokenizer.display()))?;
+        if !config.exists()
+            && let Some(said) = cli::tokenizer_config(source, &found)?
+        {
+            std::fs::write(&config, format!("{said:#}\n")).with_context(|| config.display().to_string())?;
+        }
     }
     spinner.finish_and_clear();
     report(&args.to)

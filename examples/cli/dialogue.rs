@@ -1,11 +1,12 @@
 //! How turns of a conversation are written for a model: by its chat template, or as a play.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use mamba_generate::{ChatTemplate, Message};
-use mamba_model::checkpoint::{Checkpoint, ModelSource};
-use serde_json::Value;
+use mamba_model::checkpoint::ModelSource;
 use tokenizers::Tokenizer;
+
+use crate::cli;
 
 /// Who talks.
 #[derive(Debug, Args)]
@@ -132,39 +133,14 @@ impl Dialogue {
     }
 }
 
-/// The chat template of a model and the token that ends a turn: from `tokenizer_config.json`, with `chat_template.jinja` where
-/// the template has a file of its own, or from a GGUF file.
+/// The chat template of a model and the token that ends a turn.
 fn template_of(
     source: &dyn ModelSource,
     tokenizer: &Tokenizer,
 ) -> Result<Option<(ChatTemplate, Option<u32>)>> {
-    let read = |name: &str| -> Result<Option<String>> {
-        let Some(path) = source.file(name)? else { return Ok(None) };
-        Ok(Some(std::fs::read_to_string(&path).with_context(|| path.display().to_string())?))
-    };
-    let config = read("tokenizer_config.json")?;
-    let mut config: Value = config.map_or(Ok(Value::Null), |text| serde_json::from_str(&text))?;
-    if let Some(template) = read("chat_template.jinja")? {
-        config["chat_template"] = template.into();
-    }
-    if !config["chat_template"].is_null() {
-        let end = &config["eos_token"];
-        let end = end.as_str().or(end["content"].as_str()).and_then(|token| tokenizer.token_to_id(token));
-        return Ok(Some((ChatTemplate::from_tokenizer_config(&config.to_string())?, end)));
-    }
-    let Ok(checkpoint) = Checkpoint::open(source) else { return Ok(None) };
-    let keys = checkpoint.metadata();
-    let Some((keys, text)) = keys.and_then(|keys| Some((keys, keys.str("tokenizer.chat_template")?))) else {
-        return Ok(None);
-    };
-    let id = |key: &str| keys.u64(key).and_then(|id| u32::try_from(id).ok());
-    let mut template = ChatTemplate::new(text)?;
-    for (name, key) in
-        [("bos_token", "tokenizer.ggml.bos_token_id"), ("eos_token", "tokenizer.ggml.eos_token_id")]
-    {
-        if let Some(token) = id(key).and_then(|id| tokenizer.id_to_token(id)) {
-            template = template.with_token(name, &token);
-        }
-    }
-    Ok(Some((template, id("tokenizer.ggml.eos_token_id"))))
+    let config = cli::tokenizer_config(source, tokenizer)?;
+    let Some(config) = config.filter(|config| !config["chat_template"].is_null()) else { return Ok(None) };
+    let end = &config["eos_token"];
+    let end = end.as_str().or(end["content"].as_str()).and_then(|token| tokenizer.token_to_id(token));
+    Ok(Some((ChatTemplate::from_tokenizer_config(&config.to_string())?, end)))
 }

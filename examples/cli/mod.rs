@@ -10,9 +10,11 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use mamba_generate::{SamplingConfig, tokenizer_from_gguf};
+use mamba_generate::{SamplingConfig, tokenizer_config_from_gguf, tokenizer_from_gguf};
 use mamba_model::Model;
+use mamba_model::checkpoint::gguf::Metadata;
 use mamba_model::checkpoint::{Checkpoint, HubBuilder, LocalDir, ModelSource, Progress};
+use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 /// The model that is part of the repository.
@@ -144,12 +146,41 @@ pub fn source(name: &str, revision: &str) -> Result<Box<dyn ModelSource>> {
     Ok(Box::new(hub.build()?))
 }
 
-/// The tokenizer within a GGUF file, if the source is one and it has one.
-fn gguf_tokenizer(source: &dyn ModelSource) -> Result<Option<Tokenizer>> {
+/// The keys of a GGUF file, if the source is one and they describe a tokenizer.
+fn gguf_keys(source: &dyn ModelSource) -> Option<Metadata> {
     // Where another format was found the model itself has reported what is amiss.
-    let Ok(checkpoint) = Checkpoint::open(source) else { return Ok(None) };
-    let metadata = checkpoint.metadata().filter(|keys| keys.get("tokenizer.ggml.model").is_some());
-    Ok(metadata.map(tokenizer_from_gguf).transpose()?)
+    let checkpoint = Checkpoint::open(source).ok()?;
+    checkpoint.metadata().filter(|keys| keys.get("tokenizer.ggml.model").is_some()).cloned()
+}
+
+/// Whether the tokenizer of a model is within its GGUF file.
+pub fn has_gguf_tokenizer(source: &dyn ModelSource) -> bool {
+    gguf_keys(source).is_some()
+}
+
+/// What a `tokenizer_config.json` says, its chat template above all: of a GGUF file with a tokenizer and a template, else that
+/// beside the weights, with `chat_template.jinja` where the template has a file of its own.
+pub fn tokenizer_config(source: &dyn ModelSource, tokenizer: &Tokenizer) -> Result<Option<Value>> {
+    let keys = gguf_keys(source).map(|keys| tokenizer_config_from_gguf(&keys, tokenizer));
+    let within: Option<Value> = keys.map(|text| serde_json::from_str(&text)).transpose()?;
+    if within.as_ref().is_some_and(|config| !config["chat_template"].is_null()) {
+        return Ok(within);
+    }
+    let read = |name: &str| -> Result<Option<String>> {
+        let Some(path) = source.file(name)? else { return Ok(None) };
+        Ok(Some(std::fs::read_to_string(&path).with_context(|| path.display().to_string())?))
+    };
+    let beside = read("tokenizer_config.json")?;
+    let beside =
+        beside.map(|text| serde_json::from_str(&text)).transpose().context("tokenizer_config.json")?;
+    match read("chat_template.jinja")? {
+        Some(template) => {
+            let mut config = beside.or(within).unwrap_or_else(|| json!({}));
+            config["chat_template"] = template.into();
+            Ok(Some(config))
+        }
+        None => Ok(beside.or(within)),
+    }
 }
 
 /// Whether a model comes with a tokenizer.
@@ -185,8 +216,8 @@ pub fn tokenizer(args: &ModelArgs, model: &Model, source: &dyn ModelSource) -> R
 
 /// The tokenizer that comes with a model: that of a GGUF file, or a file beside the weights.
 fn tokenizer_of(source: &dyn ModelSource) -> Result<Option<Tokenizer>> {
-    match gguf_tokenizer(source)? {
-        Some(tokenizer) => Ok(Some(tokenizer)),
+    match gguf_keys(source) {
+        Some(keys) => Ok(Some(tokenizer_from_gguf(&keys)?)),
         None => source.file("tokenizer.json")?.map(|path| read_tokenizer(&path)).transpose(),
     }
 }

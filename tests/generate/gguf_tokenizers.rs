@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use mamba_generate::{tokenizer_from_gguf, tokenizer_to_gguf};
+use mamba_generate::{
+    ChatTemplate, Message, tokenizer_config_from_gguf, tokenizer_config_to_gguf, tokenizer_from_gguf,
+    tokenizer_to_gguf,
+};
 use mamba_model::checkpoint::gguf::{Array, Metadata, Value};
 use mamba_model::checkpoint::{Checkpoint, LocalDir};
 use tokenizers::Tokenizer;
@@ -105,4 +108,44 @@ fn what_cannot_be_used_is_named() {
         "is 9999, expected an id below 700",
     );
     fails(&|m| drop(m.set("tokenizer.huggingface.json", text("{"))), "mpt", "is no tokenizer.json");
+}
+
+/// A template renders the same from a file's keys, special tokens included, however the configuration spells them.
+#[test]
+fn chat_templates_survive_both_ways() {
+    let tokenizer = tokenizer_from_gguf(&metadata("mpt")).unwrap();
+    let vocab = tokenizer.get_vocab(false);
+    let text = |id: u32| vocab.iter().find(|(_, other)| **other == id).unwrap().0.clone();
+    let (bos, eos, pad) = (text(5), text(9), text(11));
+    let body = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}";
+    let several =
+        serde_json::json!([{ "name": "default", "template": body }, { "name": "tool_use", "template": "t" }]);
+    for templates in [body.into(), several] {
+        let config = serde_json::json!({
+            "bos_token": { "content": &bos, "special": true }, "eos_token": &eos, "pad_token": &pad,
+            "unk_token": null, "chat_template": templates,
+        });
+        let mut keys = tokenizer_config_to_gguf(&config.to_string(), &tokenizer).unwrap();
+        assert_eq!(keys.str("tokenizer.chat_template"), Some(body));
+        let ids =
+            ["bos", "eos", "padding", "unknown"].map(|n| keys.u64(&format!("tokenizer.ggml.{n}_token_id")));
+        assert_eq!(ids, [Some(5), Some(9), Some(11), None]);
+        assert_eq!(keys.str("tokenizer.chat_template.tool_use"), templates.is_array().then_some("t"));
+
+        let own = tokenizer_to_gguf(&tokenizer).unwrap();
+        keys.extend(own.iter().map(|(key, value)| (key.to_owned(), value.clone())));
+        let tokenizer = tokenizer_from_gguf(&keys).unwrap();
+        let text = tokenizer_config_from_gguf(&keys, &tokenizer);
+        let again: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(again["chat_template"], templates);
+        let render = |config: &str| {
+            let template = ChatTemplate::from_tokenizer_config(config).unwrap();
+            template.render(&[Message::new("user", "Hello")], true).unwrap()
+        };
+        assert_eq!(render(&text), format!("{bos}Hello{eos}"));
+        assert_eq!(render(&text), render(&config.to_string()));
+    }
+    let nothing = tokenizer_config_from_gguf(&Metadata::default(), &tokenizer);
+    assert!(!nothing.contains("chat_template") && !nothing.contains("_token\""), "{nothing}");
+    assert!(tokenizer_config_to_gguf("{", &tokenizer).is_err());
 }

@@ -135,7 +135,9 @@ pub use filter::{
 };
 pub use generate::{GenerateOptions, Generated, Streamer, generate};
 pub use generator::{Generator, GeneratorBuilder};
-pub use gguf::{tokenizer_from_gguf, tokenizer_to_gguf};
+pub use gguf::{
+    tokenizer_config_from_gguf, tokenizer_config_to_gguf, tokenizer_from_gguf, tokenizer_to_gguf,
+};
 #[cfg(feature = "grammar")]
 pub use grammar::{Grammar, GrammarCompiler, GrammarDrafter};
 pub use lm::{BatchLm, CausalLm, StateLm};

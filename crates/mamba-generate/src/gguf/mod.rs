@@ -1,5 +1,6 @@
 //! Tokenizers in the metadata of GGUF files.
 
+mod config;
 mod pipeline;
 mod write;
 
@@ -11,6 +12,7 @@ use tokenizers::{AddedToken, Tokenizer};
 use self::pipeline::Pipeline;
 use crate::{Error, Result};
 
+pub use self::config::{tokenizer_config_from_gguf, tokenizer_config_to_gguf};
 pub use self::write::tokenizer_to_gguf;
 
 const MODEL: &str = "tokenizer.ggml.model";
