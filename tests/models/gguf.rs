@@ -46,7 +46,10 @@ fn logits_are_those_of_the_original() {
             // What was read from the file is what stands in the configuration.
             let original = load(&folder, DType::F32).unwrap();
             if !name.starts_with("falcon_h1") {
-                assert_eq!(described(&model), described(&original), "{name}");
+                // These files have no tokenizer, and with it nothing of the end of a text.
+                let mut want = described(&original);
+                want.eos_token_ids.clear();
+                assert_eq!(described(&model), want, "{name}");
                 configurations += 1;
             }
             Golden::read(&folder.join("io.safetensors"))
@@ -67,7 +70,7 @@ fn logits_are_those_of_the_original() {
 /// A configuration without what files say nothing of.
 fn described(model: &Model) -> ModelConfig {
     let mut config = model.config().clone();
-    (config.eos_token_ids, config.residual_in_f32) = (vec![], true);
+    config.residual_in_f32 = true;
     for (_, mixer) in config.layers.iter_mut().flat_map(|l| &mut l.branches).flat_map(|b| &mut b.mixers) {
         if let MixerSpec::Mamba2(c) = mixer {
             // The least step is 1e-9 here, which bounds nothing.
@@ -158,7 +161,7 @@ fn conversions_keep_every_logit() {
     let folder = tempfile::tempdir().unwrap();
     let more =
         ["jamba_dense", "nemotron_h_latent_moe", "falcon_h1_norm", "lfm2_bias", "falcon_mamba_untied_bias"];
-    let (mut converted, mut refused) = (0, vec![]);
+    let (mut converted, mut ended, mut refused) = (0, 0, vec![]);
     for name in writable().into_iter().chain(more.map(str::to_owned)) {
         let original = open(&name, DType::F32);
         let file = folder.path().join(format!("{name}.gguf"));
@@ -168,6 +171,8 @@ fn conversions_keep_every_logit() {
         }
         let ids = ids(&Golden::read(&path("models").join(&name).join("io.safetensors")));
         let from_file = load(&file, DType::F32).unwrap();
+        assert_eq!(from_file.config().eos_token_ids, original.config().eos_token_ids, "{name}");
+        ended += usize::from(!original.config().eos_token_ids.is_empty());
         // Token by token, since files do not say how many are computed at once, which rounds otherwise.
         let logits = |model: &Model| in_pieces(model, &ids, &vec![1; ids.dim(1).unwrap()]);
         let (want, got) = (logits(&original), logits(&from_file));
@@ -184,6 +189,7 @@ fn conversions_keep_every_logit() {
         converted += 1;
     }
     // A norm before the gate, and an eps of the norms of dt, B and C: llama.cpp has neither.
+    assert!(ended > 10, "{ended} models say where they end");
     assert_eq!((converted, refused), (18, vec!["falcon_h1_norm".into(), "falcon_mamba_untied_bias".into()]));
 }
 
@@ -417,12 +423,96 @@ fn every_type_that_can_be_written_is_read_again() {
             assert!(!matrix || kind == GgmlType::F32 || gap > 1e-6, "{kind} {name} is not rounded at all");
         }
     }
-    for kind in [GgmlType::MXFP4, GgmlType::IQ4_NL] {
+    let unfit =
+        [GgmlType::MXFP4, GgmlType::IQ4_NL, GgmlType::I16, GgmlType::I32, GgmlType::I64, GgmlType::F64];
+    for kind in unfit {
         let error = model.save_gguf(&file, kind, Metadata::default(), |_| {}).unwrap_err().to_string();
-        assert!(error.contains("which can be read but not written"), "{error}");
+        let want = format!(
+            "input: `kind` is {kind}, expected one of F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K"
+        );
+        assert!(error.starts_with(&want), "{error}");
     }
+    assert_eq!(GgmlType::of_weights().count(), 13);
     // Nothing is left of files that were not finished.
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// Where generation ends is told by three keys; those that the caller sets come first.
+#[test]
+fn ends_of_texts_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.gguf");
+    let mixer = MixerSpec::Mamba1(mamba_model::config::Mamba1Config::new(16));
+    for (ids, extra, want) in [
+        (vec![], vec![], vec![]),
+        (vec![5], vec![], vec![5]),
+        (vec![5, 3, 9], vec![], vec![5, 3, 9]),
+        (vec![5, 3, 9, 8], vec![], vec![5, 3, 9]), // there is no fourth key
+        (vec![5, 3], vec![("eos", 3)], vec![3, 5]),
+        (vec![5], vec![("eot", 3)], vec![5, 3]),
+        (vec![5, 3], vec![("eos", 3), ("eot", 3)], vec![3, 5]),
+    ] {
+        let mut config = ModelConfig::uniform(50, 16, 1, mixer.clone());
+        config.eos_token_ids = ids.clone();
+        let model = Model::random(&config, 3, &Device::Cpu).unwrap();
+        let mut metadata = Metadata::default();
+        for (end, id) in &extra {
+            metadata.set(format!("tokenizer.ggml.{end}_token_id"), Value::U32(*id));
+        }
+        model.save_gguf(&file, GgmlType::F32, metadata, |_| {}).unwrap();
+        assert_eq!(load(&file, DType::F32).unwrap().config().eos_token_ids, want, "{ids:?} {extra:?}");
+    }
+}
+
+/// What describes the model is the model's to say.
+#[test]
+fn keys_that_describe_the_model_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.gguf");
+    let model = open("mamba_tied", DType::F32);
+    for key in
+        ["general.architecture", "general.file_type", "mamba.block_count", "mamba.vocab_size", "mamba.new"]
+    {
+        let mut extra = Metadata::default();
+        extra.set(key, Value::U32(1));
+        let error = model.save_gguf(&file, GgmlType::F32, extra, |_| {}).unwrap_err().to_string();
+        assert_eq!(error, format!("input: `extra` has `{key}`, which the model itself says"));
+    }
+    // A bound that holds zeros to be written, and sizes that can be added up.
+    let mut extra = Metadata::default();
+    extra.set("general.alignment", Value::U64(1 << 62));
+    let error = model.save_gguf(&file, GgmlType::F32, extra, |_| {}).unwrap_err().to_string();
+    assert!(error.contains("`general.alignment` U64(4611686018427387904), expected a power of two up to"));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn adapters_are_not_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let config =
+        ModelConfig::uniform(50, 16, 1, MixerSpec::Mamba1(mamba_model::config::Mamba1Config::new(16)));
+    let plain = Model::random(&config, 3, &Device::Cpu).unwrap();
+    let mut tensors: std::collections::HashMap<_, _> = plain.parameters().iter().cloned().collect();
+    let (name, weight) =
+        plain.parameters().iter().find(|(name, _)| name.ends_with("in_proj.weight")).unwrap();
+    let place = name.strip_suffix("weight").unwrap();
+    let (rows, columns) = weight.dims2().unwrap();
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    tensors.insert(format!("{place}lora_A.weight"), zeros(&[2, columns]));
+    tensors.insert(format!("{place}lora_B.weight"), zeros(&[rows, 2]));
+    tensors.insert(format!("{place}lora_scale"), zeros(&[]));
+    let builder = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let adapted = Model::new(&config, builder).unwrap();
+    assert!(adapted.has_adapters());
+    let file = folder.path().join("x.gguf");
+    let errors = [
+        adapted.save_gguf(&file, GgmlType::F32, Metadata::default(), |_| {}).unwrap_err(),
+        adapted.save_pretrained(folder.path(), DType::F32).unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(error.to_string(), "input: the model has adapters: save what `merged` gives");
+    }
+    save(&adapted.merged().unwrap(), &file);
 }
 
 /// A vocabulary is filled up to the rows of the embedding, and known to have been.
@@ -436,11 +526,16 @@ fn vocabularies_are_filled_up() {
     let mut extra = Metadata::default();
     extra.set("tokenizer.ggml.tokens", Array::String((0..vocab).map(|id| format!("t{id}")).collect()));
     extra.set("tokenizer.ggml.eos_token_id", Value::U32(7));
+    // One that is no type says nothing, and leaves the others in their places.
+    extra.set("tokenizer.ggml.token_type", Array::I32(vec![3, -1, 4]));
     model.save_gguf(&file, GgmlType::F16, extra, |_| {}).unwrap();
     let again = load(&file, DType::F32).unwrap();
     assert_eq!((again.config().vocab_size, again.config().padded_vocab_size), (vocab, rows));
     assert_eq!(again.config().eos_token_ids, [7]);
     let checkpoint = Checkpoint::open(&LocalDir::new(&file).unwrap()).unwrap();
+    let kinds = checkpoint.metadata().unwrap().array("tokenizer.ggml.token_type").unwrap();
+    let first: Vec<_> = kinds.iter().take(4).collect();
+    assert_eq!((first, kinds.len()), ([3, 1, 4, 1].map(Value::I32).to_vec(), rows));
     let tokens = checkpoint.metadata().unwrap().strings("tokenizer.ggml.tokens").unwrap();
     assert_eq!((tokens.len(), tokens[rows - 1].as_str()), (rows, format!("[PAD{}]", rows - 1).as_str()));
 }

@@ -1,23 +1,21 @@
-//! Writes models in the layout that Hugging Face libraries read, and small files atomically.
+//! Writes models in the layout that Hugging Face libraries read.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::DType;
 use candle_core::Tensor;
 
 use crate::families::FAMILIES;
-use crate::{Error, Model, Result};
+use crate::{Error, Model, Result, write_atomically};
 
 impl Model {
     /// Writes `config.json` and `model.safetensors` into a folder, which is made if need be.
     ///
-    /// The configuration is that of the first family that has words for it: transformers' `mamba` or `mamba2` where
-    /// possible, else that of state-spaces. Weights are written in the dtype `dtype`, but those that are `f32` in any
-    /// model (`A_log`, `D`, `dt_bias`) as `f32` unless `dtype` holds their values exactly. Each file is complete
-    /// under its name or not there.
+    /// The configuration is that of the first of [`FAMILIES`] that has words for it: transformers' `mamba`, `mamba2` or
+    /// `falcon_mamba` where possible, else that of state-spaces, else one of the hybrids of transformers. Weights are
+    /// written in the dtype `dtype`, but those that are `f32` in any model (`A_log`, `D`, `dt_bias`) as `f32` unless
+    /// `dtype` holds their values exactly. Each file is complete under its name or not there.
     ///
     /// # Errors
     /// If no family can express the configuration, the model has adapters, or a file cannot be written.
@@ -37,9 +35,7 @@ impl Model {
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
     pub fn save_pretrained(&self, folder: impl AsRef<Path>, dtype: DType) -> Result<()> {
-        if self.has_adapters() {
-            return Err(Error::Input("the model has adapters: save what `merged` gives".into()));
-        }
+        self.require_no_adapters()?;
         let folder = folder.as_ref();
         let written = FAMILIES.iter().find_map(|family| Some((family, family.words(self.config())?)));
         let (family, config) = written.ok_or_else(|| Error::Config {
@@ -65,9 +61,19 @@ impl Model {
             .collect::<Result<_>>()?;
         let notes = [("format".to_owned(), "pt".to_owned())].into(); // what transformers asks for
         write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?;
-        let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
         let path = folder.join("config.json");
+        let text = serde_json::to_string_pretty(&config)
+            .map_err(|source| Error::Io { path: path.clone(), source: source.into() })?
+            + "\n";
         write_atomically(&path, text.as_bytes()).map_err(|source| Error::Io { path, source })
+    }
+
+    /// Formats of whole models have no place for adapters.
+    pub(crate) fn require_no_adapters(&self) -> Result<()> {
+        match self.has_adapters() {
+            true => Err(Error::Input("the model has adapters: save what `merged` gives".into())),
+            false => Ok(()),
+        }
     }
 
     fn dtype_is_narrow(&self, dtype: DType) -> bool {
@@ -104,34 +110,4 @@ pub(crate) fn safetensors_bytes(
         tensors.iter().map(|(name, x)| Ok((name.as_str(), x.contiguous()?))).collect::<Result<_>>()?;
     safetensors::serialize(tensors, Some(notes))
         .map_err(|error| Error::checkpoint(Path::new("tensors"), format!("cannot be written: {error}")))
-}
-
-/// Writes a file beside the one that is wanted, has the disk take it, then moves it into place: a full disk or a crash
-/// leaves what was there before, and never half a file.
-///
-/// # Errors
-/// What the operating system says; what was written beside is removed then.
-///
-/// # Example
-/// ```
-/// let folder = tempfile::tempdir()?;
-/// let path = folder.path().join("notes");
-/// mamba_model::write_atomically(&path, b"one")?;
-/// mamba_model::write_atomically(&path, b"two")?;
-/// assert_eq!(std::fs::read(&path)?, b"two");
-/// # Ok::<_, std::io::Error>(())
-/// ```
-pub fn write_atomically(path: impl AsRef<Path>, bytes: &[u8]) -> std::io::Result<()> {
-    let path = path.as_ref();
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(format!(".{}.part", std::process::id()));
-    let write = || {
-        let mut file = File::create(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&beside, path)
-    };
-    write().inspect_err(|_| {
-        let _ = std::fs::remove_file(&beside); // the first error is the one that matters
-    })
 }

@@ -16,12 +16,14 @@ impl Model {
     /// Matrices are stored as `kind`, everything else as `F32`: vectors, convolutions and what the state depends on. As
     /// in llama.cpp, a matrix whose rows are no whole blocks of `kind` takes a simpler type, in the end `F16`, and the
     /// matrix that chooses between experts stays `F32`. The multipliers of Falcon-H1 go into its weights.
-    /// `extra` are further keys, above all those of a tokenizer; a vocabulary shorter than the embedding is filled up.
+    /// `extra` are further keys, above all those of a tokenizer; a vocabulary shorter than the embedding is filled up. The
+    /// tokens that end a text take the keys for them that `extra` leaves free, and there are three: of a text, a turn and
+    /// a message.
     /// `report` is told of each tensor when it is written.
     ///
     /// # Errors
-    /// If no architecture of GGUF has words for the configuration, `kind` cannot be written, or the file cannot be
-    /// written.
+    /// If no architecture of GGUF has words for the configuration, the model has adapters, `kind` is none of
+    /// [`GgmlType::of_weights`], `extra` has a key that describes the model, or the file cannot be written.
     ///
     /// # Example
     /// ```
@@ -50,6 +52,11 @@ impl Model {
         extra: Metadata,
         mut report: impl FnMut(&TensorSpec),
     ) -> Result<()> {
+        if !GgmlType::of_weights().any(|known| known == kind) {
+            let known: Vec<_> = GgmlType::of_weights().map(GgmlType::name).collect();
+            return Err(Error::Input(format!("`kind` is {kind}, expected one of {}", known.join(", "))));
+        }
+        self.require_no_adapters()?;
         let config = self.config();
         let shapes = |architecture| {
             let tensors = Outgoing::all(self, architecture).into_iter();
@@ -61,15 +68,19 @@ impl Model {
             field: "layers".into(),
             message: "is a combination that no architecture of GGUF has words for".into(),
         })?;
-        if let Some(number) = file_type(kind) {
+        if let Some(number) = kind.file_type() {
             metadata.set("general.file_type", Value::U32(number));
         }
         if kind.block_size() > 1 {
             metadata.set("general.quantization_version", Value::U32(2));
         }
+        let own = format!("{}.", architecture.name);
         for (key, value) in extra.iter() {
-            metadata.set(key, value.clone());
+            if key.starts_with(&own) || metadata.set(key, value.clone()).is_some() {
+                return Err(Error::Input(format!("`extra` has `{key}`, which the model itself says")));
+            }
         }
+        gguf::set_ends(&mut metadata, &config.eos_token_ids);
         fill_up(&mut metadata, architecture.name, config.padded_vocab_size);
         let tensors = Outgoing::all(self, architecture);
         let spec = |tensor: &Outgoing| TensorSpec {
@@ -104,26 +115,6 @@ fn fitting(kind: GgmlType, shape: &[usize]) -> GgmlType {
     }
 }
 
-/// llama.cpp's number for a file whose matrices are mostly of a type.
-fn file_type(kind: GgmlType) -> Option<u32> {
-    Some(match kind {
-        GgmlType::F32 => 0,
-        GgmlType::F16 => 1,
-        GgmlType::Q4_0 => 2,
-        GgmlType::Q4_1 => 3,
-        GgmlType::Q8_0 => 7,
-        GgmlType::Q5_0 => 8,
-        GgmlType::Q5_1 => 9,
-        GgmlType::Q2_K => 10,
-        GgmlType::Q3_K => 11,
-        GgmlType::Q4_K => 14,
-        GgmlType::Q5_K => 16,
-        GgmlType::Q6_K => 18,
-        GgmlType::BF16 => 32,
-        _ => return None,
-    })
-}
-
 /// Gives the vocabulary as many tokens as the embedding has rows, which llama.cpp asks for. The number of tokens then
 /// follows from their types.
 fn fill_up(metadata: &mut Metadata, architecture: &str, rows: usize) {
@@ -132,8 +123,9 @@ fn fill_up(metadata: &mut Metadata, architecture: &str, rows: usize) {
     let Some(tokens) = metadata.strings("tokenizer.ggml.tokens") else { return };
     let mut tokens = tokens.to_vec();
     let key = "tokenizer.ggml.token_type";
-    let kinds = metadata.array(key).map(|kinds| kinds.iter().filter_map(|kind| kind.as_u64()));
-    let mut kinds: Vec<i32> = kinds.into_iter().flatten().map(|kind| kind as i32).collect();
+    // What is no number of a type says as little as a type that is missing.
+    let kind = |kind: Value| kind.as_u64().and_then(|kind| kind.try_into().ok()).unwrap_or(NORMAL);
+    let mut kinds: Vec<i32> = metadata.array(key).into_iter().flat_map(Array::iter).map(kind).collect();
     kinds.resize(tokens.len(), NORMAL);
     for id in tokens.len()..rows {
         tokens.push(format!("[PAD{id}]"));

@@ -106,6 +106,39 @@ impl GgmlType {
         })
     }
 
+    /// The types that [`Model::save_gguf`](crate::Model::save_gguf) writes matrices in: those for which llama.cpp has a name
+    /// for a whole file.
+    ///
+    /// ```
+    /// use mamba_model::checkpoint::gguf::GgmlType;
+    ///
+    /// assert!(GgmlType::of_weights().any(|kind| kind == GgmlType::Q4_K));
+    /// assert!(GgmlType::of_weights().all(|kind| kind != GgmlType::I32)); // would cut off all fractions
+    /// ```
+    pub fn of_weights() -> impl Iterator<Item = Self> {
+        Self::all().filter(|kind| kind.file_type().is_some())
+    }
+
+    /// llama.cpp's number for a file whose matrices are mostly of the type.
+    pub(crate) fn file_type(self) -> Option<u32> {
+        Some(match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q8_0 => 7,
+            Self::Q5_0 => 8,
+            Self::Q5_1 => 9,
+            Self::Q2_K => 10,
+            Self::Q3_K => 11,
+            Self::Q4_K => 14,
+            Self::Q5_K => 16,
+            Self::Q6_K => 18,
+            Self::BF16 => 32,
+            _ => return None,
+        })
+    }
+
     fn row(self) -> (Self, u32, &'static str, usize, usize) {
         // Every variant is in the table; a test walks through them.
         TABLE.into_iter().find(|row| row.0 == self).unwrap_or(TABLE[0])

@@ -28,6 +28,8 @@ const MAGIC: &[u8] = b"GGUF";
 const DEFAULT_ALIGNMENT: usize = 32;
 
 /// The key that says otherwise.
+/// More than a page of any machine, and little enough to be filled with zeros behind each tensor.
+const MAX_ALIGNMENT: usize = 1 << 24;
 const ALIGNMENT_KEY: &str = "general.alignment";
 
 /// ggml has no tensors of more axes.
@@ -144,8 +146,11 @@ fn array(cursor: &mut Cursor) -> std::result::Result<Array, String> {
 
 fn alignment(metadata: &Metadata) -> std::result::Result<usize, String> {
     let Some(value) = metadata.get(ALIGNMENT_KEY) else { return Ok(DEFAULT_ALIGNMENT) };
-    let alignment = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| n.is_power_of_two());
-    alignment.ok_or_else(|| format!("has `{ALIGNMENT_KEY}` {value:?}, expected a power of two"))
+    let alignment = value.as_u64().and_then(|n| usize::try_from(n).ok());
+    let alignment = alignment.filter(|n| n.is_power_of_two() && *n <= MAX_ALIGNMENT);
+    alignment.ok_or_else(|| {
+        format!("has `{ALIGNMENT_KEY}` {value:?}, expected a power of two up to {MAX_ALIGNMENT}")
+    })
 }
 
 /// A row in the table of tensors.

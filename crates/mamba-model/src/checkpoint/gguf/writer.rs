@@ -1,16 +1,15 @@
 //! Writes GGUF files, version 3: the header first, then tensor after tensor.
 
 use std::collections::{HashSet, VecDeque};
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, WithDType};
 
 use super::{ALIGNMENT_KEY, Array, GgmlType, MAGIC, MAX_AXES, Metadata, Value, alignment};
 use crate::checkpoint::stored::elem_count;
-use crate::{Error, Result};
+use crate::{AtomicFile, Error, Result};
 
 /// The version of the format that is written.
 const VERSION: u32 = 3;
@@ -59,12 +58,9 @@ impl TensorSpec {
 /// ```
 #[derive(Debug)]
 pub struct Writer {
-    path: PathBuf,
-    beside: PathBuf,
-    out: BufWriter<File>,
+    out: AtomicFile,
     alignment: usize,
     waiting: VecDeque<TensorSpec>,
-    complete: bool,
 }
 
 impl Writer {
@@ -72,18 +68,13 @@ impl Writer {
     ///
     /// # Errors
     /// If a tensor cannot be (its rows are no whole blocks, it has more than four axes, its name is there twice), its
-    /// type cannot be written, `general.alignment` is no power of two, or the file cannot be written.
+    /// type cannot be written, `general.alignment` is no power of two up to 2^24, or the file cannot be written.
     pub fn create(path: impl AsRef<Path>, metadata: &Metadata, tensors: Vec<TensorSpec>) -> Result<Self> {
         let path = path.as_ref();
         let alignment = alignment(metadata).map_err(|message| Error::checkpoint(path, message))?;
         let header = header(path, metadata, &tensors, alignment)?;
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".{}.part", std::process::id()));
-        let beside = PathBuf::from(beside);
-        let file = File::create(&beside).map_err(|e| Error::io(&beside, e))?;
-        let out = BufWriter::with_capacity(1 << 20, file);
-        let mut writer =
-            Self { path: path.into(), beside, out, alignment, waiting: tensors.into(), complete: false };
+        let out = AtomicFile::create(path).map_err(|e| Error::io(path, e))?;
+        let mut writer = Self { out, alignment, waiting: tensors.into() };
         writer.put(&header)?;
         Ok(writer)
     }
@@ -96,11 +87,11 @@ impl Writer {
     /// If no tensor is left, this one has another shape than announced, or the file cannot be written.
     pub fn write(&mut self, tensor: &Tensor) -> Result<()> {
         let Some(spec) = self.waiting.pop_front() else {
-            return Err(Error::checkpoint(&self.path, "has all its tensors already"));
+            return Err(Error::checkpoint(self.out.path(), "has all its tensors already"));
         };
         if tensor.dims() != spec.shape {
             let (got, expected) = (tensor.dims().to_vec(), spec.shape);
-            return Err(Error::Shape { file: self.path.clone(), tensor: spec.name, got, expected });
+            return Err(Error::Shape { file: self.out.path().into(), tensor: spec.name, got, expected });
         }
         match quantized(spec.kind) {
             Some(dtype) => {
@@ -117,29 +108,19 @@ impl Writer {
     ///
     /// # Errors
     /// If tensors are missing that were announced, or the file cannot be written.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
         if let Some(spec) = self.waiting.front() {
-            return Err(Error::tensor(&self.path, &spec.name, "was announced, but not written"));
+            return Err(Error::tensor(self.out.path(), &spec.name, "was announced, but not written"));
         }
-        self.out.flush().map_err(|e| Error::io(&self.beside, e))?;
-        std::fs::rename(&self.beside, &self.path).map_err(|e| Error::io(&self.path, e))?;
-        self.complete = true;
-        Ok(())
+        let path = self.out.path().to_owned();
+        self.out.commit().map_err(|e| Error::io(&path, e))
     }
 
     /// Writes bytes, and zeros up to the next multiple of the alignment.
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         let padding = vec![0; bytes.len().next_multiple_of(self.alignment) - bytes.len()];
         let written = self.out.write_all(bytes).and_then(|()| self.out.write_all(&padding));
-        written.map_err(|e| Error::io(&self.beside, e))
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if !self.complete {
-            let _ = std::fs::remove_file(&self.beside); // what led here is the error that matters
-        }
+        written.map_err(|e| Error::io(self.out.path(), e))
     }
 }
 
@@ -178,7 +159,8 @@ fn header(path: &Path, metadata: &Metadata, tensors: &[TensorSpec], alignment: u
         shape.iter().rev().for_each(|dim| out.extend((*dim as u64).to_le_bytes()));
         out.extend(kind.number().to_le_bytes());
         out.extend(offset.to_le_bytes());
-        offset += bytes.next_multiple_of(alignment) as u64;
+        let behind = bytes.checked_next_multiple_of(alignment).and_then(|n| offset.checked_add(n as u64));
+        offset = behind.ok_or_else(|| fail(format!("has an impossible shape {shape:?}")))?;
     }
     Ok(out)
 }

@@ -118,17 +118,39 @@ fn common(described: &Described, metadata: &Metadata) -> Result<ModelConfig> {
     let said = fields.usize_opt("vocab_size")?.unwrap_or(rows);
     let vocab_size = known_tokens(metadata).unwrap_or(rows).min(said).min(rows);
     let layers = fields.layers("block_count")?.saturating_sub(described.predicting_layers()?);
-    let eos = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"];
-    let mut eos: Vec<u32> = eos.iter().filter_map(|key| metadata.u64(key)?.try_into().ok()).collect();
-    eos.dedup();
     let layers = vec![LayerSpec::new([]); layers];
     Ok(ModelConfig {
         padded_vocab_size: rows,
         norm_eps: fields.f64_or("attention.layer_norm_rms_epsilon", 1e-5)?,
         tie_embeddings: (described.shapes)("output.weight").is_none(),
-        eos_token_ids: eos,
+        eos_token_ids: ends(metadata),
         ..ModelConfig::of_layers(vocab_size, fields.usize("embedding_length")?, layers)
     })
+}
+
+/// The keys for tokens at which generation ends: those of a text, of a turn and of a message.
+const ENDS: [&str; 3] =
+    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+
+/// The tokens at which generation ends, each once.
+fn ends(metadata: &Metadata) -> Vec<u32> {
+    let mut ends = vec![];
+    for id in ENDS.iter().filter_map(|key| metadata.u64(key)?.try_into().ok()) {
+        if !ends.contains(&id) {
+            ends.push(id);
+        }
+    }
+    ends
+}
+
+/// Adds tokens at which generation ends, as far as there are keys left for them.
+pub(crate) fn set_ends(metadata: &mut Metadata, ids: &[u32]) {
+    for &id in ids {
+        let free = ENDS.into_iter().find(|key| metadata.get(key).is_none());
+        if let (false, Some(key)) = (ends(metadata).contains(&id), free) {
+            metadata.set(key, Value::U32(id));
+        }
+    }
 }
 
 /// The number of tokens in the vocabulary, without those at its end that only fill it up.

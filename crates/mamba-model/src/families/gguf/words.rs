@@ -5,7 +5,7 @@ use crate::config::{MixerSpec, ModelConfig, RopeScaling};
 /// A configuration without what files do not say and what does not change a model's numbers, and with numbers as `f32`.
 pub(super) fn sayable(mut config: ModelConfig) -> ModelConfig {
     let round = |x: &mut f64| *x = f64::from(*x as f32);
-    config.eos_token_ids.clear();
+    config.eos_token_ids.clear(); // stands beside the architecture's words, with the tokenizer
     // llama.cpp computes in f32 throughout.
     config.residual_in_f32 = true;
     [&mut config.norm_eps, &mut config.embedding_scale, &mut config.logits_scale].into_iter().for_each(round);
