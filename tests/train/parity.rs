@@ -47,7 +47,7 @@ fn trainer(golden: &Golden) -> Trainer {
 #[test]
 fn twenty_steps_are_those_of_pytorch() {
     let goldens = Golden::folder("train");
-    assert_eq!(goldens.len(), 4);
+    assert_eq!(goldens.len(), 6);
     for golden in goldens {
         let name = &golden.name;
         let mut trainer = trainer(&golden);
