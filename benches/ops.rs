@@ -702,8 +702,10 @@ fn main() -> Result<()> {
                 let (seconds, bad, peak) = isa.scope(|| {
                     let alive = ALIVE.load(Relaxed);
                     PEAK.store(alive, Relaxed);
-                    let bad = non_finite(&run(&case.fused, &inputs, mode)?)?;
+                    let outputs = run(&case.fused, &inputs, mode)?;
                     let peak = (PEAK.load(Relaxed) - alive) as f64 / f64::from(1 << 20);
+                    let bad = non_finite(&outputs)?;
+                    drop(outputs);
                     let iters = if isa.name() == "scalar" { args.iters.min(3) } else { args.iters };
                     let iters = if cost.operations < 1e7 { iters * 20 } else { iters };
                     let seconds = time(iters, || run(&case.fused, &inputs, mode).map(drop))?;

@@ -34,6 +34,7 @@ struct SelectiveScan {
     int32_t delta_softplus;
     int32_t packs;  // every activation, and varying b and c, may be read in packs of 16 bytes along its layout's last axis
 };
+static_assert(sizeof(SelectiveScan) == 432, "as in cuda.rs");
 
 namespace {
 
@@ -617,6 +618,7 @@ struct SelectiveScanSum {
     int64_t out_stride[4];  // batch, group, state, token
     int32_t batch, groups, seqlen, d_state, blocks, states, which;
 };
+static_assert(sizeof(SelectiveScanSum) == 80, "as in cuda.rs");
 
 // Adds up what the blocks of each group gave, in their order.
 template <typename T> __device__ __forceinline__ void sum(const SelectiveScanSum& p) {

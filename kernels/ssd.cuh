@@ -36,6 +36,7 @@ struct Ssd {
     float dt_low, dt_high;
     int32_t aligned;  // rows of x, b, c, z and grad_y begin at multiples of 16 bytes
 };
+static_assert(sizeof(Ssd) == 416, "as in cuda.rs");
 
 namespace {
 

@@ -387,6 +387,7 @@ struct SsdSum {
     void* out[2];
     int64_t columns, count;
 };
+static_assert(sizeof(SsdSum) == 48, "as in cuda.rs");
 
 template <typename T> __device__ __forceinline__ void sum(const SsdSum& p) {
     const int64_t column = int64_t(blockIdx.x) * THREADS + threadIdx.x;

@@ -55,12 +55,13 @@ impl Target {
 }
 
 /// The GPU, if the program was built for one and there is one.
-pub fn cuda() -> std::result::Result<Device, &'static str> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+pub fn cuda() -> std::result::Result<Device, String> {
+    static DEVICE: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
     if !candle_core::utils::cuda_is_available() {
-        return Err("built without the feature `cuda`");
+        return Err("built without the feature `cuda`".into());
     }
-    DEVICE.get_or_init(|| Device::new_cuda(0).ok()).clone().ok_or("no CUDA device")
+    let open = || Device::new_cuda(0).map_err(|e| format!("no CUDA device ({e})"));
+    DEVICE.get_or_init(open).clone()
 }
 
 /// Runs a test on the GPU and says how many cases that were, or that it was skipped; `test-cuda` counts both.

@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::mem::size_of;
 use std::path::Path;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
@@ -308,26 +308,33 @@ impl Gpu {
     /// Loads a kernel, once for each context.
     fn function(&self, kernel: Kernel, shared: usize) -> Result<CudaFunction> {
         type Key = (usize, &'static str, Option<DType>);
-        static FUNCTIONS: RwLock<Option<HashMap<Key, CudaFunction>>> = RwLock::new(None);
+        // With the most shared memory that was asked for: the driver keeps one number a function, which must not shrink while
+        // another thread is about to launch.
+        type Loaded = (CudaFunction, Arc<Mutex<usize>>);
+        static FUNCTIONS: RwLock<Option<HashMap<Key, Loaded>>> = RwLock::new(None);
+        const WITHOUT_ASKING: usize = 48 << 10;
         let context = self.stream.context();
         let key = (context.cu_ctx().addr(), kernel.name, kernel.dtype);
         let known = FUNCTIONS.read().unwrap_or_else(PoisonError::into_inner);
-        let function = match known.as_ref().and_then(|known| known.get(&key)) {
-            Some(function) => function.clone(),
+        let (function, most) = match known.as_ref().and_then(|known| known.get(&key)) {
+            Some(loaded) => loaded.clone(),
             None => {
                 drop(known);
                 let mut known = FUNCTIONS.write().unwrap_or_else(PoisonError::into_inner);
                 let module = context.load_module(Ptx::from_binary(kernel.module.read()?));
                 let module = module.or_else(|e| self.does_not_run(kernel.module, e))?;
                 let function = module.load_function(&kernel.symbol()).w()?;
-                known.get_or_insert_default().insert(key, function.clone());
-                function
+                let loaded = (function, Arc::new(Mutex::new(WITHOUT_ASKING)));
+                // Another thread may have loaded it meanwhile.
+                known.get_or_insert_default().entry(key).or_insert(loaded).clone()
             }
         };
-        const WITHOUT_ASKING: usize = 48 << 10;
-        if shared > WITHOUT_ASKING {
+        let mut most = most.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared > *most {
             function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
+            *most = shared;
         }
+        drop(most);
         Ok(function)
     }
 

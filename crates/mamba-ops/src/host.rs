@@ -182,9 +182,28 @@ pub(crate) fn uninit(len: usize) -> Vec<f32> {
         return vec![f32::NAN; len];
     }
     let mut buffer = Vec::with_capacity(len);
-    // SAFETY: within the capacity; every bit pattern is an f32, and kernels write before they read.
+    #[cfg(target_os = "linux")]
+    ask_for_huge_pages(&mut buffer);
+    // SAFETY: within the capacity. Every bit pattern is an f32, kernels write before they read, and the debug build above would
+    // show what they forget; what the language strictly wants, `MaybeUninit`, candle's storage does not take.
     unsafe { buffer.set_len(len) };
     buffer
+}
+
+/// Advises the kernel to back a large buffer by huge pages. The first touch of every page is a fault: with pages of 4 KiB
+/// that takes longer than a convolution or a norm over the whole buffer.
+#[cfg(target_os = "linux")]
+fn ask_for_huge_pages(buffer: &mut Vec<f32>) {
+    const LARGE: usize = 4 << 20;
+    const PAGE: usize = 1 << 16; // a multiple of every size that small pages have
+    let (start, len) = (buffer.as_mut_ptr().cast::<u8>(), size_of::<f32>() * buffer.capacity());
+    if len < LARGE {
+        return;
+    }
+    let skipped = start.addr().next_multiple_of(PAGE) - start.addr();
+    let whole = (len - skipped) / PAGE * PAGE;
+    // SAFETY: whole pages within the buffer. The advice does not change what is in them; if it is refused, nothing changes.
+    unsafe { libc::madvise(start.wrapping_add(skipped).cast(), whole, libc::MADV_HUGEPAGE) };
 }
 
 /// The sum of the rows of a matrix, added in their order.

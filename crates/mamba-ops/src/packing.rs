@@ -51,10 +51,11 @@ pub struct Packing {
 impl Packing {
     /// Sequences of these lengths behind one another in a batch of one row, without padding.
     pub fn from_lengths(lengths: &[usize]) -> Self {
-        let mut start = 0;
+        let mut start = 0usize;
         let mut sequence = |&len: &usize| {
-            start += len;
-            PackedSequence { row: 0, start: start - len, len }
+            let first = start;
+            start = first.saturating_add(len); // more than any tensor has fits none
+            PackedSequence { row: 0, start: first, len }
         };
         let sequences = lengths.iter().map(&mut sequence).collect();
         Self { batch: 1, seqlen: start, sequences }
@@ -75,9 +76,9 @@ impl Packing {
         }
         let mut lengths = Vec::with_capacity(ends.len() - 1);
         for (i, pair) in ends.windows(2).enumerate() {
-            match usize::try_from(pair[1] - pair[0]) {
-                Ok(len) => lengths.push(len),
-                Err(_) => bail!(
+            match pair[1].checked_sub(pair[0]).and_then(|len| usize::try_from(len).ok()) {
+                Some(len) => lengths.push(len),
+                None => bail!(
                     "packing: `cu_seqlens` has {} at {} after {}, expected no less",
                     pair[1],
                     i + 1,
@@ -191,6 +192,9 @@ impl Packing {
             }
             rows.push(Tensor::cat(&pieces, axis)?);
         }
+        if states.len() != self.sequences.len() {
+            bail!("packing: the sequences are not in the order of their rows")
+        }
         let y = if rows.is_empty() { zeros(0, self.seqlen)? } else { Tensor::cat(&rows, 0)? };
         let states = match states.is_empty() {
             true => Tensor::zeros([&[0], state.0].concat(), state.1, like.device())?,
@@ -229,6 +233,14 @@ mod tests {
 
     fn sequence(row: usize, start: usize, len: usize) -> PackedSequence {
         PackedSequence { row, start, len }
+    }
+
+    #[test]
+    fn lengths_beyond_all_numbers() -> Result<()> {
+        assert_eq!(Packing::from_lengths(&[usize::MAX, 1]).seqlen(), usize::MAX);
+        let ends = Tensor::new(&[0i64, i64::MAX, i64::MIN], &Device::Cpu)?;
+        assert!(Packing::from_cu_seqlens(&ends).is_err());
+        Ok(())
     }
 
     #[test]

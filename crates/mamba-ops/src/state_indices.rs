@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+use crate::args::share_storage;
 use crate::packing::integers;
 use crate::reference::part;
 
@@ -85,6 +87,20 @@ impl StateIndices {
             None => part(pool, 0, index, 1),
         };
         join((0..pool.dim(0)?).map(state), pool)
+    }
+
+    /// Puts the new states of the rows into the pool, and touches nothing else of it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn put(&self, states: &Tensor, pool: &Tensor) -> Result<()> {
+        if share_storage(states, pool) || pool.elem_count() == 0 {
+            return Ok(()); // a single row is a view of the pool, and was changed there
+        }
+        for (row, index) in self.0.iter().enumerate() {
+            if let Some(index) = *index {
+                pool.slice_set(&part(states, 0, row, 1)?.contiguous()?, 0, index)?;
+            }
+        }
+        Ok(())
     }
 
     /// An output without that of padding.

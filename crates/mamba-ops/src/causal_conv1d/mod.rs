@@ -133,7 +133,7 @@ pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let sizes = args.sizes(OP)?;
     match args.packing {
         _ if args.fused() => autograd::apply(args, sizes),
-        // One by one, so that kernels that take no packing still run.
+        // One by one: by the kernel, if it was the packing that it does not take, else by the reference.
         Some(packing) => reference::packed(args, packing, causal_conv1d),
         None => reference::forward(args),
     }
@@ -223,7 +223,7 @@ pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
         let windows = indices.gather(state)?;
         let alone = CausalConv1dUpdate { state: &windows, state_indices: None, ..*args };
         let y = indices.without_padding(&causal_conv1d_update(&alone)?)?;
-        host::replace(state, &indices.scatter(&windows, state)?)?;
+        indices.put(&windows, state)?;
         return Ok(y);
     }
     // The rows that are no padding, and their states.

@@ -7,7 +7,8 @@
 //! Each sum is in one order, whatever the tile: a row of `x` gives the same bits alone as among others.
 //!
 //! Two `bf16` in a word of 32 bits are two `f32` after a shift and a mask. So a vector of words gives the even elements
-//! and the odd ones, and `x` is arranged likewise beforehand. `f16` goes through a buffer, a block at a time.
+//! and the odd ones, and `x` is arranged likewise beforehand. `f16` likewise, or by
+//! an instruction (`simd/half.rs`).
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -15,7 +16,8 @@ use pulp::{Simd, WithSimd, bytemuck};
 
 use super::Sizes;
 use crate::host::{SharedMut, Values, parallel, uninit};
-use crate::simd::{Isa, half::widen, slice::map2};
+use crate::simd::half::{in_order, widen_vector};
+use crate::simd::{Isa, slice::map2};
 
 /// The most rows of `x` for which this is faster than a general product, which packs the weight: with AVX2 they meet at
 /// about 40, with AVX-512 at about 120.
@@ -62,16 +64,7 @@ pub(super) fn forward(product: &Product, isa: Isa) -> Vec<f32> {
     y
 }
 
-/// An element of the weight as it is stored.
-trait Element: Copy + 'static {
-    /// As it comes into registers.
-    type Read: Widen;
-
-    /// The elements of a block, by way of the buffer if need be.
-    fn block<'a>(block: &'a [Self], buffer: &'a mut [f32]) -> &'a [Self::Read];
-}
-
-/// An element that is widened in registers.
+/// An element of the weight as it is stored, which is widened in registers.
 trait Widen: Copy + 'static {
     /// As many elements as are widened at once.
     type Vector<S: Simd>: Copy;
@@ -144,32 +137,29 @@ impl Widen for bf16 {
     }
 }
 
-impl Element for f32 {
-    type Read = f32;
+impl Widen for f16 {
+    /// One element if the vectors are scalars: the second `f32` is 0 then.
+    type Vector<S: Simd> = S::u16s;
+
+    const ZERO: Self = f16::ZERO;
 
     #[inline(always)]
-    fn block<'a>(block: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
-        block
+    fn vectors<S: Simd>(row: &[Self]) -> &[Self::Vector<S>] {
+        S::as_simd_u16s(row.reinterpret_cast()).0
     }
-}
-
-impl Element for bf16 {
-    type Read = bf16;
 
     #[inline(always)]
-    fn block<'a>(block: &'a [Self], _: &'a mut [f32]) -> &'a [bf16] {
-        block
+    fn widen<S: Simd>(simd: S, vector: Self::Vector<S>) -> [S::f32s; 2] {
+        if S::IS_SCALAR {
+            let bits: u16 = bytemuck::cast(vector);
+            return [simd.splat_f32s(f16::from_bits(bits).to_f32()), simd.splat_f32s(0.0)];
+        }
+        widen_vector(simd, vector)
     }
-}
-
-impl Element for f16 {
-    type Read = f32;
 
     #[inline(always)]
-    fn block<'a>(block: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32] {
-        let buffer = &mut buffer[..block.len()];
-        widen(block, buffer);
-        buffer
+    fn place(index: usize, lanes: usize) -> usize {
+        if in_order(lanes) { index } else { index % 2 * lanes + index / 2 }
     }
 }
 
@@ -186,7 +176,8 @@ impl WithSimd for Arrange<'_> {
     fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
         let Product { sizes, x, weight, .. } = self.product;
         match weight {
-            Values::F32(_) | Values::F16(_) => arrange::<S, f32>(x, *sizes),
+            Values::F32(_) => arrange::<S, f32>(x, *sizes),
+            Values::F16(_) => arrange::<S, f16>(x, *sizes),
             Values::BF16(_) => arrange::<S, bf16>(x, *sizes),
         }
     }
@@ -248,7 +239,7 @@ impl WithSimd for Piece<'_> {
 
 impl Piece<'_> {
     #[inline(always)]
-    fn multiply<S: Simd, E: Element>(&self, simd: S, weight: &[E]) {
+    fn multiply<S: Simd, E: Widen>(&self, simd: S, weight: &[E]) {
         let (first, count) = self.columns;
         let (first_row, rows) = self.rows;
         let mut out = uninit(rows * count);
@@ -271,7 +262,7 @@ impl Piece<'_> {
 
     /// The columns from `start` in `R` streams, as many as come out even; returns where the rest starts.
     #[inline(always)]
-    fn streams<S: Simd, E: Element, const R: usize>(
+    fn streams<S: Simd, E: Widen, const R: usize>(
         &self,
         simd: S,
         weight: &[E],
@@ -282,14 +273,13 @@ impl Piece<'_> {
         let ((_, rows), (_, count)) = (self.rows, self.columns);
         let each = (count - start) / R;
         let mut sums = [[simd.splat_f32s(0.0); R]; BAND];
-        let mut buffer = [[0.0; BLOCK]; R];
         for i in start..start + each {
             let mut at = 0;
             while at < d_in {
                 let len = BLOCK.min(d_in - at);
-                let mut blocks: [&[E::Read]; R] = [&[]; R];
-                for (r, buffer) in buffer.iter_mut().enumerate() {
-                    blocks[r] = E::block(&weight[(i + r * each) * d_in + at..][..len], buffer);
+                let mut blocks: [&[E]; R] = [&[]; R];
+                for (r, block) in blocks.iter_mut().enumerate() {
+                    *block = &weight[(i + r * each) * d_in + at..][..len];
                 }
                 let mut row = 0;
                 while row < rows {
@@ -297,10 +287,10 @@ impl Piece<'_> {
                     let left = rows - row;
                     let taken = left.div_ceil(left.div_ceil(4));
                     match taken {
-                        1 => self.tile::<S, E::Read, R, 1>(simd, blocks, at, row, &mut sums),
-                        2 => self.tile::<S, E::Read, R, 2>(simd, blocks, at, row, &mut sums),
-                        3 => self.tile::<S, E::Read, R, 3>(simd, blocks, at, row, &mut sums),
-                        _ => self.tile::<S, E::Read, R, 4>(simd, blocks, at, row, &mut sums),
+                        1 => self.tile::<S, E, R, 1>(simd, blocks, at, row, &mut sums),
+                        2 => self.tile::<S, E, R, 2>(simd, blocks, at, row, &mut sums),
+                        3 => self.tile::<S, E, R, 3>(simd, blocks, at, row, &mut sums),
+                        _ => self.tile::<S, E, R, 4>(simd, blocks, at, row, &mut sums),
                     }
                     row += taken;
                 }

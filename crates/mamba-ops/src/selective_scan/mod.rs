@@ -180,7 +180,7 @@ impl Sizes {
 /// `(sequences, dim, d_state)` with [`packing`](Packing), always `f32` (`f64` if `u` is). `u` is f32, f16, bf16 or f64 and `y` has its dtype; arithmetic is `f32` (`f64` for `f64`).
 /// # Gradients
 /// For every input, through `y` and through `final_state`. The backward pass recomputes states from those kept
-/// every 64 tokens.
+/// every 64 tokens (32 on a GPU).
 /// # Errors
 /// If a shape, dtype, device or the packing disagrees with `u`.
 /// # Example
@@ -207,7 +207,7 @@ pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let sizes = args.sizes()?;
     match args.packing {
         _ if sizes.fused(args) => autograd::apply(args, sizes),
-        // One by one, so that kernels that take no packing still run.
+        // One by one: by the kernel, if it was the packing that it does not take, else by the reference.
         Some(packing) => reference::packed(args, packing, selective_scan),
         None => reference::forward(args),
     }

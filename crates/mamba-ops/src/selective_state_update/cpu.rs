@@ -122,16 +122,15 @@ impl WithSimd for UpdateRows<'_> {
         for group in first / group_len..(first + len).div_ceil(group_len) {
             let start = (token * ngroups + group) * d_state;
             let (b, c) = (&update.b[start..][..d_state], &update.c[start..][..d_state]);
-            let start = (group * group_len).max(first);
-            for channel in start..((group + 1) * group_len).min(first + len) {
-                let i = channel - first;
-                let h = &mut state[i * d_state..][..d_state];
-                y[i] = if a_per_head {
-                    row::<S, true>(simd, h, [b, c, b], decay[i], input[i])
-                } else {
-                    let a = &update.a[channel * d_state..][..d_state];
-                    row::<S, false>(simd, h, [b, c, a], decay[i], input[i])
-                };
+            let channels = (group * group_len).max(first)..((group + 1) * group_len).min(first + len);
+            let part = channels.start - first..channels.end - first;
+            let h = &mut state[part.start * d_state..part.end * d_state];
+            let (decay, input, y) = (&decay[part.clone()], &input[part.clone()], &mut y[part]);
+            if a_per_head {
+                group_of::<S, true>(simd, h, [b, c, &[]], decay, input, y);
+            } else {
+                let a = &update.a[channels.start * d_state..channels.end * d_state];
+                group_of::<S, false>(simd, h, [b, c, a], decay, input, y);
             }
         }
 
@@ -159,6 +158,59 @@ fn rows(values: &[f32], per_head: bool, headdim: usize, first: usize, out: &mut 
         let (run, rest) = out.split_at_mut(left.min(out.len()));
         run.fill(values[head]);
         (head, left, out) = (head + 1, headdim, rest);
+    }
+}
+
+/// `h ← decay · h + input · b` and `y = h · c` of channels that share `b` and `c`. The decay of each is given (`ONE_DECAY`), or
+/// it is `2^(decay · a)`.
+#[inline(always)]
+fn group_of<S: Simd, const ONE_DECAY: bool>(
+    simd: S,
+    h: &mut [f32],
+    [b, c, a]: [&[f32]; 3],
+    decay: &[f32],
+    input: &[f32],
+    y: &mut [f32],
+) {
+    let d_state = b.len();
+    match d_state / S::F32_LANES {
+        _ if !d_state.is_multiple_of(S::F32_LANES) => {}
+        1 => return whole_rows::<S, ONE_DECAY, 1>(simd, h, [b, c, a], decay, input, y),
+        2 => return whole_rows::<S, ONE_DECAY, 2>(simd, h, [b, c, a], decay, input, y),
+        4 => return whole_rows::<S, ONE_DECAY, 4>(simd, h, [b, c, a], decay, input, y),
+        _ => {}
+    }
+    for (i, y) in y.iter_mut().enumerate() {
+        let of_row = i * d_state..(i + 1) * d_state;
+        let a = if ONE_DECAY { b } else { &a[of_row.clone()] };
+        *y = row::<S, ONE_DECAY>(simd, &mut h[of_row], [b, c, a], decay[i], input[i]);
+    }
+}
+
+/// The same for short rows of whole vectors, where finding the vectors of each would take longer than the arithmetic.
+#[inline(always)]
+fn whole_rows<S: Simd, const ONE_DECAY: bool, const VECTORS: usize>(
+    simd: S,
+    h: &mut [f32],
+    [b, c, a]: [&[f32]; 3],
+    decay: &[f32],
+    input: &[f32],
+    y: &mut [f32],
+) {
+    let (h, _) = S::as_mut_simd_f32s(h).0.as_chunks_mut::<VECTORS>();
+    let [a, b, c] = [a, b, c].map(|x| S::as_simd_f32s(x).0.as_chunks::<VECTORS>().0);
+    let ([b], [c]) = (b, c) else { return };
+    let (b, c) = (*b, *c);
+    let rows = h.iter_mut().zip(decay).zip(input).zip(y);
+    for (i, (((h, decay), input), y)) in rows.enumerate() {
+        let a = if ONE_DECAY { &b } else { &a[i] };
+        let (decay, input) = (simd.splat_f32s(*decay), simd.splat_f32s(*input));
+        let mut sum = simd.splat_f32s(0.0);
+        for v in 0..VECTORS {
+            h[v] = step::<S, ONE_DECAY>(simd, h[v], [a[v], b[v]], decay, input);
+            sum = if v == 0 { simd.mul_f32s(h[v], c[v]) } else { simd.mul_add_e_f32s(h[v], c[v], sum) };
+        }
+        *y = simd.reduce_sum_f32s(sum);
     }
 }
 

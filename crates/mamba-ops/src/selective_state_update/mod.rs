@@ -207,14 +207,20 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        if x.rank() < state.rank() && state_indices.is_none() {
-            return cuda::update(args, sizes);
+        // The kernels take one token of each state of a batch.
+        if let Some(indices) = state_indices {
+            let states = indices.gather(state)?;
+            let alone = SelectiveStateUpdate { state: &states, state_indices: None, ..*args };
+            let y = indices.without_padding(&selective_state_update(&alone)?)?;
+            indices.put(&states, state)?;
+            return Ok(y);
         }
-        // The kernels take one token of each state.
-        let in_place = |args: &SelectiveStateUpdate| Ok((selective_state_update(args)?, args.state.clone()));
-        let (y, next) = reference::one_by_one(args, in_place)?;
-        host::replace(state, &next)?;
-        return Ok(y);
+        if x.rank() == state.rank() {
+            let in_place =
+                |alone: &SelectiveStateUpdate| Ok((selective_state_update(alone)?, alone.state.clone()));
+            return Ok(reference::tokens(args, in_place)?.0);
+        }
+        return cuda::update(args, sizes);
     }
     let per_head = |x: &Tensor| sizes.has_heads && x.rank() == 1;
     let (d_per_head, bias_per_head) = (d.is_some_and(per_head), dt_bias.is_some_and(per_head));

@@ -12,20 +12,20 @@ use crate::reference::{cast, clamp, part, silu, softplus, sum_last};
 /// # Errors
 /// If candle refuses an operation; shapes are checked by [`selective_state_update`](super::selective_state_update).
 pub fn forward(args: &SelectiveStateUpdate) -> Result<(Tensor, Tensor)> {
-    one_by_one(args, step)
-}
-
-/// Gathered states and several tokens one by one, each by `step`.
-pub(super) fn one_by_one(
-    args: &SelectiveStateUpdate,
-    step: fn(&SelectiveStateUpdate) -> Result<(Tensor, Tensor)>,
-) -> Result<(Tensor, Tensor)> {
     if let Some(indices) = args.state_indices {
         let alone =
             SelectiveStateUpdate { state: &indices.gather(args.state)?, state_indices: None, ..*args };
-        let (y, next) = one_by_one(&alone, step)?;
+        let (y, next) = forward(&alone)?;
         return Ok((indices.without_padding(&y)?, indices.scatter(&next, args.state)?));
     }
+    tokens(args, step)
+}
+
+/// Several tokens one by one, or the only one, by `step`.
+pub(super) fn tokens(
+    args: &SelectiveStateUpdate,
+    step: fn(&SelectiveStateUpdate) -> Result<(Tensor, Tensor)>,
+) -> Result<(Tensor, Tensor)> {
     if args.x.rank() < args.state.rank() {
         return step(args);
     }

@@ -1,7 +1,8 @@
-//! From `f16` to `f32`. Vectors of pulp have no such conversion, so it goes through a slice that stays in cache.
+//! From `f16` to `f32`, exactly: slices, and vectors in registers.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use pulp::{Simd, bytemuck};
 
 /// `out[i] = x[i]` for slices of one length.
 pub(crate) fn widen(x: &[f16], out: &mut [f32]) {
@@ -25,4 +26,125 @@ fn widen_f16c(x: &[f16], out: &mut [f32]) {
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()))) };
     }
     out_rest.iter_mut().zip(x_rest).for_each(|(out, x)| *out = x.to_f32());
+}
+
+/// Whether [`widen_vector`] leaves the elements of a vector in their order, for vectors of so many `f32`: with the
+/// instructions that x86 has for it. Else the even elements are first.
+#[inline(always)]
+pub(crate) const fn in_order(lanes: usize) -> bool {
+    cfg!(target_arch = "x86_64") && (lanes == 8 || lanes == 16)
+}
+
+/// A vector of the bits of `f16`, not of a scalar instruction set, as two vectors of `f32`; see [`in_order`].
+#[inline(always)]
+pub(crate) fn widen_vector<S: Simd>(simd: S, vector: S::u16s) -> [S::f32s; 2] {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        if S::F32_LANES == 16 {
+            let vector: __m512i = bytemuck::cast(vector);
+            // SAFETY: vectors of 512 bits are those of AVX-512.
+            let halves: [__m512; 2] = unsafe {
+                let high = _mm512_extracti64x4_epi64::<1>(vector);
+                [_mm512_cvtph_ps(_mm512_castsi512_si256(vector)), _mm512_cvtph_ps(high)]
+            };
+            return bytemuck::cast(halves);
+        }
+        if S::F32_LANES == 8 {
+            let vector: __m256i = bytemuck::cast(vector);
+            // SAFETY: vectors of 256 bits are those of AVX2, which `Isa` has with F16C only.
+            let halves: [__m256; 2] = unsafe {
+                let high = _mm256_extracti128_si256::<1>(vector);
+                [_mm256_cvtph_ps(_mm256_castsi256_si128(vector)), _mm256_cvtph_ps(high)]
+            };
+            return bytemuck::cast(halves);
+        }
+    }
+    widen_words(simd, vector)
+}
+
+/// The same by operations on integers, the even elements first.
+#[inline(always)]
+fn widen_words<S: Simd>(simd: S, vector: S::u16s) -> [S::f32s; 2] {
+    let words: S::u32s = bytemuck::cast(vector);
+    let low = simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16));
+    let high = simd.and_u32s(words, simd.splat_u32s(0xffff_0000));
+    let (even, odd) = if cfg!(target_endian = "little") { (low, high) } else { (high, low) };
+    [upper(simd, even), upper(simd, odd)]
+}
+
+/// The `f16` in the upper half of each word.
+#[inline(always)]
+fn upper<S: Simd>(simd: S, words: S::u32s) -> S::f32s {
+    /// 2⁻¹⁴, the smallest normal `f16`, as the bits of an `f32`.
+    const SMALLEST: u32 = 113 << 23;
+    /// Between the biases of the two exponents, 127 and 15.
+    const BIAS: u32 = 112 << 23;
+    let splat = |x: u32| simd.splat_u32s(x);
+    let sign = simd.and_u32s(words, splat(0x8000_0000));
+    let magnitude = simd.and_u32s(words, splat(0x7fff_0000));
+    // Exponent and mantissa where those of an f32 are.
+    let bits = simd.wrapping_dyn_shr_u32s(magnitude, splat(3));
+    let normal = simd.add_u32s(bits, splat(BIAS));
+    // The largest exponent stands for infinity and NaN, and stays the largest.
+    let finite = simd.less_than_u32s(bits, splat(31 << 23));
+    let normal = simd.select_u32s(finite, normal, simd.add_u32s(normal, splat(BIAS)));
+    // Without a leading one: as the mantissa of 2⁻¹⁴, of which that is taken away again.
+    let subnormal = simd.transmute_f32s_u32s(simd.add_u32s(bits, splat(SMALLEST)));
+    let subnormal = simd.sub_f32s(subnormal, simd.splat_f32s(f32::from_bits(SMALLEST)));
+    let subnormal = simd.transmute_u32s_f32s(subnormal);
+    let small = simd.less_than_u32s(bits, splat(1 << 23));
+    let value = simd.select_u32s(small, subnormal, normal);
+    simd.transmute_f32s_u32s(simd.or_u32s(value, sign))
+}
+
+#[cfg(test)]
+mod tests {
+    use pulp::WithSimd;
+
+    use super::*;
+    use crate::simd::Isa;
+
+    /// By the one function and the other.
+    struct All<'a>(&'a [f16]);
+
+    impl WithSimd for All<'_> {
+        type Output = [Vec<f32>; 2];
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> [Vec<f32>; 2] {
+            let mut out = [vec![], vec![]];
+            if S::IS_SCALAR {
+                return out; // has no vectors
+            }
+            let (vectors, rest) = S::as_simd_u16s(self.0.reinterpret_cast());
+            assert!(rest.is_empty());
+            let lanes = S::F32_LANES;
+            for vector in vectors {
+                for (to, pair, in_order) in [
+                    (0, widen_vector(simd, *vector), in_order(lanes)),
+                    (1, widen_words(simd, *vector), false),
+                ] {
+                    let values: &[f32] = bytemuck::cast_slice(&pair);
+                    let place = |i: usize| if in_order { i } else { i % 2 * lanes + i / 2 };
+                    out[to].extend((0..2 * lanes).map(|i| values[place(i)]));
+                }
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn every_value() {
+        let all: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        for isa in Isa::available() {
+            for got in isa.dispatch(All(&all)) {
+                assert!(got.len() == all.len() || isa.name() == "scalar");
+                for (x, got) in all.iter().zip(got) {
+                    let same = got.to_bits() == x.to_f32().to_bits() || (x.is_nan() && got.is_nan());
+                    assert!(same, "{}: {:#06x} gives {got}", isa.name(), x.to_bits());
+                }
+            }
+        }
+    }
 }

@@ -13,7 +13,8 @@ pub(crate) mod math;
 pub(crate) mod matrix;
 pub(crate) mod slice;
 
-/// Environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `neon`.
+/// Environment variable that asks for an instruction set: `scalar`, `avx2`, `avx512` or `neon`. One that this processor does not have
+/// is passed over for the best.
 pub const ISA_VARIABLE: &str = "MAMBA_ISA";
 
 /// An instruction set that this processor has.
@@ -65,7 +66,8 @@ impl Isa {
         let mut isas = vec![Isa(Token::Scalar(pulp::Scalar::new()))];
         #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
         {
-            isas.extend(pulp::x86::V3::try_new().map(|token| Isa(Token::Avx2(token))));
+            let f16c = std::arch::is_x86_feature_detected!("f16c");
+            isas.extend(pulp::x86::V3::try_new().filter(|_| f16c).map(|token| Isa(Token::Avx2(token))));
             isas.extend(pulp::x86::V4::try_new().map(|token| Isa(Token::Avx512(token))));
         }
         #[cfg(target_arch = "aarch64")]
@@ -119,11 +121,19 @@ impl Isa {
         match self.0 {
             Token::Scalar(token) => Simd::vectorize(token, kernel),
             #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-            Token::Avx2(token) => Simd::vectorize(token, kernel),
+            // SAFETY: `available` gives the token where the processor has all of these.
+            Token::Avx2(token) => unsafe { with_f16c(token, kernel) },
             #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
             Token::Avx512(token) => Simd::vectorize(token, kernel),
             #[cfg(target_arch = "aarch64")]
             Token::Neon(token) => Simd::vectorize(token, kernel),
         }
     }
+}
+
+/// What `vectorize` of pulp does, with F16C: every processor with AVX2 has it, but pulp does not count on it.
+#[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+#[target_feature(enable = "avx2,bmi1,bmi2,f16c,fma,lzcnt,popcnt")]
+fn with_f16c<K: WithSimd>(token: pulp::x86::V3, kernel: K) -> K::Output {
+    kernel.with_simd(token)
 }

@@ -1,4 +1,4 @@
-//! The op as a node of candle's graph; the states before each chunk are what it saves.
+//! The op as a node of candle's graph; on CPUs the states before each chunk are what it saves.
 
 use candle_core::{DType, Device, Result, Tensor};
 

@@ -295,7 +295,16 @@ fn arguments(
 
 fn plan(x: &Tensor, sizes: Sizes) -> Result<Plan> {
     let Device::Cuda(device) = x.device() else { bail!("{OP}: `x` is not on a GPU") };
-    Plan::new(device, sizes, x.dtype()).map_or_else(|| bail!("{OP}: no room for {sizes:?}"), Ok)
+    Plan::new(device, sizes, x.dtype()).map_or_else(
+        || {
+            bail!(
+                "{OP}: a state of ({}, {}) has no room in the shared memory of a block",
+                sizes.headdim,
+                sizes.d_state
+            )
+        },
+        Ok,
+    )
 }
 
 /// Makes the steps of all chunks, `(batch, nheads, tokens)` of four numbers, and has `args` point to them.

@@ -149,7 +149,7 @@ impl Sizes {
 /// `(sequences, nheads, headdim, d_state)` with [`packing`](Packing), always `f32` (`f64` if `x` is). `x` is f32, f16, bf16 or f64 and `y` has its dtype; arithmetic is `f32` (`f64` for `f64`).
 /// # Gradients
 /// For every input, through `y` and through `final_state`; none for a `dt` beyond `dt_limit`. The backward pass
-/// recomputes everything from the states kept before each chunk.
+/// recomputes everything from the states kept before each chunk; on a GPU, from the inputs alone.
 /// # Errors
 /// If a shape, dtype, device or the packing disagrees with `x`, or `ngroups`, `dt_limit` or `chunk_size` make no sense.
 /// # Example
@@ -180,7 +180,7 @@ pub fn ssd_chunk_scan(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     let sizes = args.sizes()?;
     match args.packing {
         _ if sizes.fused(args) => autograd::apply(args, sizes),
-        // One by one, so that kernels that take no packing still run.
+        // One by one: by the kernel, if it was the packing that it does not take, else by the reference.
         Some(packing) => reference::packed(args, packing, ssd_chunk_scan),
         None => reference::forward(args),
     }
