@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use mamba_generate::{Generator, SamplingConfig, TextGenerator, TextOptions};
 use mamba_model::{Model, Recompute};
-use mamba_train::data::{Dataset, Encoding, Position, TokenFile, encode};
+use mamba_train::data::{Batching, Dataset, Encoding, Position, TokenFile, encode};
 use mamba_train::record::{Curve, EventWriter, JsonLines, loss_curve};
 use mamba_train::{Decay, TrainOptions, TrainableModel, Trainer, latest, prune};
 use serde_json::json;
@@ -47,7 +47,7 @@ pub struct RunArgs {
     /// Optimizer steps.
     #[arg(long)]
     pub steps: Option<usize>,
-    /// Rows of a batch.
+    /// Rows of a batch; a packed one has as many tokens at most as so many rows of full length.
     #[arg(long, default_value_t = 8)]
     pub batch: usize,
     /// Batches whose gradients are added for one step.
@@ -56,6 +56,9 @@ pub struct RunArgs {
     /// Tokens that a row predicts at most.
     #[arg(long, default_value_t = 256)]
     pub seqlen: usize,
+    /// Fill short rows up, instead of packing: putting rows one behind another, each read as if it were alone.
+    #[arg(long)]
+    pub padded: bool,
     /// The highest learning rate.
     #[arg(long)]
     pub lr: Option<f64>,
@@ -151,6 +154,14 @@ impl RunArgs {
         if self.recompute { Recompute::Layers } else { Recompute::Nothing }
     }
 
+    /// How rows come into batches.
+    fn batching(&self) -> Batching {
+        match self.padded {
+            true => Batching::Padded { rows: self.batch },
+            false => Batching::Packed { tokens: self.batch * self.seqlen },
+        }
+    }
+
     /// Encodes the data, unless the output folder has it encoded already.
     fn datasets(&self, tokenizer: &Tokenizer) -> Result<(Dataset, Dataset)> {
         std::fs::create_dir_all(&self.out).with_context(|| self.out.display().to_string())?;
@@ -226,7 +237,7 @@ pub fn run(task: Task) -> Result<()> {
     let (training, validation) = args.datasets(tokenizer)?;
     let trained = model.parameters().elements();
     let mut trainer = Trainer::new(model, options)?;
-    let mut batches = training.shuffled(args.batch, args.seed)?;
+    let mut batches = training.shuffled(args.batching(), args.seed)?;
     let mut metrics = Metrics::open(&args.out)?;
     if let Some(place) = latest(&args.out) {
         batches.seek(trainer.resume(&place)?)?;
@@ -234,11 +245,11 @@ pub fn run(task: Task) -> Result<()> {
         eprintln!("going on from {}", place.display());
     }
     eprintln!(
-        "{trained} numbers to train; {} tokens to learn from, {} to validate on; {} steps of {} rows",
+        "{trained} numbers to train; {} tokens to learn from, {} to validate on; {} steps of at most {} of them",
         training.predictions(),
         validation.predictions(),
         trainer.options().schedule.steps,
-        args.batch * args.accumulate,
+        args.batch * args.seqlen * args.accumulate.max(1),
     );
     stop_on_ctrl_c();
     let steps = trainer.options().schedule.steps;
@@ -259,7 +270,7 @@ pub fn run(task: Task) -> Result<()> {
         }
         let last = trainer.is_finished();
         if report.step.is_multiple_of(args.eval_every.max(1)) || last {
-            let loss = trainer.evaluate(&validation, args.batch, args.eval_batches)?;
+            let loss = trainer.evaluate(&validation, args.batching(), args.eval_batches)?;
             metrics.validation(report.step, loss)?;
             let line = format!(
                 "step {} loss {:.4} validation {loss:.4} lr {:.2e} norm {:.2} {tokens_per_s:.0} tokens/s",

@@ -2,6 +2,8 @@
 
 Run: python training.py
 
+Mamba-1, Mamba-2, and a hybrid with attention of each (jamba_dense, bamba).
+
 Each file begins with the weights of the committed checkpoint of the same name. `ids` (20, batch, length) are the batches; each
 id predicts the next, but for the last row, of which only the first `short` ids exist. `losses` and `norms` (20,) are the mean
 loss before each step and the norm of the gradients, `lrs` the learning rates, `final.<name>` the weights after the last step: all
@@ -29,7 +31,7 @@ GOLDENS = pathlib.Path(__file__).resolve().parent.parent
 VERSION = upstream.version("transformers", "torch")
 STEPS, BATCH, LENGTH, SHORT = 20, 3, 20, 9
 PEAK, WARMUP, CLIP, DECAY, BETAS, EPS = 3e-3, 4, 1.0, 0.1, (0.9, 0.95), 1e-8
-MODELS = ["mamba_tied", "mamba_untied_bias", "mamba2_g1_untied", "mamba2_g2_tied_bias"]
+MODELS = ["mamba_tied", "mamba_untied_bias", "mamba2_g1_untied", "mamba2_g2_tied_bias", "jamba_dense", "bamba"]
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -70,7 +72,13 @@ def train(model, batches):
 def make(name):
     seed = zlib.crc32(f"train/{name}".encode())
     rng = np.random.Generator(np.random.PCG64(seed))
-    load = lambda dtype: AutoModelForCausalLM.from_pretrained(GOLDENS / "models" / name, dtype=dtype).train()
+
+    def load(dtype):
+        model = AutoModelForCausalLM.from_pretrained(GOLDENS / "models" / name, dtype=dtype).train()
+        # Some models would leave the row of the padding token without a gradient; here each id is a token.
+        model.get_input_embeddings().padding_idx = None
+        return model
+
     model = load(torch.float32)
     # Sequences with a rule, so that there is something to learn: each id is a function of the one before, most of the time.
     vocab = model.config.vocab_size

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::Device;
-use mamba_train::data::{Batches, Dataset, Encoding, Position, TokenFile, TokenWriter, encode};
+use mamba_train::data::{
+    Batch, Batches, Batching, Dataset, Encoding, Position, TokenFile, TokenWriter, encode,
+};
 use tokenizers::Tokenizer;
 
 use crate::support::golden::path;
@@ -29,30 +31,66 @@ fn rows_cover_every_document() {
     let (_folder, tokens) = file(&documents);
     let end = tokens.len();
     let data = Dataset::new(tokens, 0..end, 10).unwrap();
-    let mut pairs = vec![];
-    for i in 0..data.len() {
-        let row = data.row(i).unwrap();
-        assert!(row.len() <= 11);
-        pairs.extend(row.windows(2).map(|pair| (pair[0], pair[1])));
-    }
     let mut want: Vec<(u32, u32)> =
         documents.iter().flat_map(|d| d.windows(2).map(|pair| (pair[0], pair[1]))).collect();
-    pairs.sort();
     want.sort();
-    assert_eq!(pairs, want);
     assert_eq!(data.predictions(), want.len() as u64);
+    for batching in [Batching::Padded { rows: 4 }, Batching::Packed { tokens: 15 }] {
+        let mut order = data.in_order(batching, &Device::Cpu).unwrap();
+        let mut shuffled = data.shuffled(batching, 3).unwrap();
+        let mut next = || shuffled.next_batch(&Device::Cpu).unwrap();
+        let mut predictions: Vec<_> = order.by_ref().flat_map(|batch| pairs(&batch.unwrap())).collect();
+        assert_eq!(predictions.len(), want.len());
+        let mut batches = 0;
+        while predictions.len() < 4 * want.len() {
+            let batch = next();
+            if let Batching::Packed { tokens } = batching {
+                assert!(batch.count <= tokens && batch.inputs.elem_count() == batch.count);
+            }
+            predictions.extend(pairs(&batch));
+            batches += 1;
+        }
+        assert!(batches > 3, "{batching:?}");
+        // In order, and in the epochs that follow: all of them, once.
+        for epoch in predictions.chunks_exact_mut(want.len()) {
+            epoch.sort();
+            assert_eq!(epoch, want, "{batching:?}");
+        }
+    }
+}
+
+/// Each input that predicts something, and its target.
+fn pairs(batch: &Batch) -> Vec<(u32, u32)> {
+    let inputs = batch.inputs.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+    let targets = batch.targets.flatten_all().unwrap().to_vec1::<i64>().unwrap();
+    let counts = |(input, target): (u32, i64)| Some((input, u32::try_from(target).ok()?));
+    inputs.into_iter().zip(targets).filter_map(counts).collect()
+}
+
+#[test]
+fn impossible_batches_are_refused() {
+    let (_folder, tokens) = file(&[(0..30).collect()]);
+    let data = Dataset::new(tokens, 0..30, 10).unwrap();
+    for (batching, message) in [
+        (Batching::Padded { rows: 0 }, "option `rows` is 0, expected at least 1"),
+        (Batching::Packed { tokens: 9 }, "option `tokens` is 9, expected at least those of a row, 10"),
+    ] {
+        assert_eq!(data.shuffled(batching, 0).unwrap_err().to_string(), message);
+        assert_eq!(data.in_order(batching, &Device::Cpu).err().unwrap().to_string(), message);
+    }
 }
 
 #[test]
 fn an_epoch_is_every_row_once_and_can_be_entered_anywhere() {
     let (_folder, tokens) = file(&[(0..205).collect()]);
+    const THREE: Batching = Batching::Padded { rows: 3 };
     let (data, rest) = Dataset::split(tokens, 10, 0.02).unwrap();
     assert_eq!((data.len(), rest.predictions()), (20, 4));
     let first_ids = |batches: &mut Batches, count: usize| -> Vec<u32> {
         let batch = |_| batches.next_batch(&Device::Cpu).unwrap().inputs.to_vec2::<u32>().unwrap();
         (0..count).flat_map(batch).map(|row| row[0]).collect()
     };
-    let mut batches = data.shuffled(3, 7).unwrap();
+    let mut batches = data.shuffled(THREE, 7).unwrap();
     let all = first_ids(&mut batches, 14);
     assert_eq!(batches.position(), Position { epoch: 2, row: 2 });
     for epoch in all[..40].chunks(20) {
@@ -62,13 +100,13 @@ fn an_epoch_is_every_row_once_and_can_be_entered_anywhere() {
     }
     assert_ne!(all[..20], all[20..40]);
     for skip in [0, 1, 5, 6, 13] {
-        let mut ahead = data.shuffled(3, 7).unwrap();
+        let mut ahead = data.shuffled(THREE, 7).unwrap();
         first_ids(&mut ahead, skip);
-        let mut later = data.shuffled(3, 7).unwrap();
+        let mut later = data.shuffled(THREE, 7).unwrap();
         later.seek(ahead.position()).unwrap();
         assert_eq!(first_ids(&mut later, 14 - skip), all[3 * skip..], "{skip}");
     }
-    let mut other = data.shuffled(3, 8).unwrap();
+    let mut other = data.shuffled(THREE, 8).unwrap();
     assert_ne!(first_ids(&mut other, 14), all);
     assert!(other.seek(Position { epoch: 0, row: 20 }).is_err());
 }

@@ -28,7 +28,7 @@ fn rows(seed: u64, count: usize, len: usize) -> Vec<Vec<u32>> {
 }
 
 fn batch(rows: &[Vec<u32>]) -> Batch {
-    Batch::new(rows, &Device::Cpu).unwrap()
+    Batch::padded(rows, &Device::Cpu).unwrap()
 }
 
 fn trainable(dtype: DType) -> TrainableModel {
@@ -76,7 +76,7 @@ fn the_loss_is_of_the_logits_of_the_model() {
         let vocab = model.config().vocab_size as u32;
         let mut random = Random::new(3);
         let batch = batch(&(0..3).map(|i| random.ids(17 - 4 * i, vocab)).collect::<Vec<_>>());
-        let logits = model.forward(&batch.inputs, None).unwrap().flatten_to(1).unwrap();
+        let logits = model.forward(batch.input().unwrap(), None).unwrap().flatten_to(1).unwrap();
         let logits = logits.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
         let targets =
             batch.targets.flatten_all().unwrap().to_dtype(DType::I64).unwrap().to_vec1::<i64>().unwrap();

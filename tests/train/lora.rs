@@ -41,7 +41,7 @@ fn train(model: TrainableModel, steps: usize) -> Trainer {
     let mut trainer = Trainer::new(model, TrainOptions { schedule, ..TrainOptions::default() }).unwrap();
     for step in 0..steps {
         let rows = vec![Random::new(step as u64).ids(13, 37), Random::new(100 + step as u64).ids(9, 37)];
-        trainer.step(&[Batch::new(&rows, &Device::Cpu).unwrap()]).unwrap();
+        trainer.step(&[Batch::padded(&rows, &Device::Cpu).unwrap()]).unwrap();
     }
     trainer
 }

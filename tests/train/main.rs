@@ -7,6 +7,7 @@ mod support;
 mod data;
 mod laws;
 mod lora;
+mod packed;
 mod parity;
 
 use candle_core::{DType, Device, Tensor};

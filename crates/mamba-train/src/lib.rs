@@ -12,7 +12,7 @@
 //! use std::sync::Arc;
 //! use candle_core::{DType, Device};
 //! use mamba_model::{Model, config::{Mamba2Config, MixerSpec, ModelConfig}};
-//! use mamba_train::{Schedule, TrainOptions, TrainableModel, Trainer, data::{Dataset, TokenWriter}};
+//! use mamba_train::{Schedule, TrainOptions, TrainableModel, Trainer, data::{Batching, Dataset, TokenWriter}};
 //!
 //! # let folder = tempfile::tempdir()?;
 //! let mut writer = TokenWriter::create(folder.path().join("text.tokens"))?;
@@ -27,12 +27,13 @@
 //!     TrainableModel::new(&start, DType::F32)?,
 //!     TrainOptions { schedule, ..TrainOptions::default() },
 //! )?;
-//! let before = trainer.evaluate(&validation, 4, 10)?;
-//! let mut batches = training.shuffled(4, 0)?;
+//! let batching = Batching::Packed { tokens: 4 * 32 };
+//! let before = trainer.evaluate(&validation, batching, 10)?;
+//! let mut batches = training.shuffled(batching, 0)?;
 //! while !trainer.is_finished() {
 //!     trainer.step(&[batches.next_batch(&Device::Cpu)?])?;
 //! }
-//! assert!(trainer.evaluate(&validation, 4, 10)? < before);
+//! assert!(trainer.evaluate(&validation, batching, 10)? < before);
 //! # Ok::<_, Box<dyn std::error::Error>>(())
 //! ```
 //!

@@ -13,7 +13,7 @@ use crate::data::{Batch, IGNORED};
 /// # Errors
 /// If a token is out of range, or the device is out of memory.
 pub fn language_model_loss(model: &Model, batch: &Batch) -> Result<Tensor> {
-    let hidden = model.hidden_states(&batch.inputs, None)?.flatten_to(1)?;
+    let hidden = model.hidden_states(batch.input()?, None)?.flatten_to(1)?;
     let (targets, weight) = (batch.targets.flatten_all()?, model.head_weight()?);
     let hidden = hidden.to_dtype(weight.dtype())?;
     let logit_scale = model.config().logits_scale;

@@ -4,7 +4,7 @@ use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::adamw::{AdamW, AdamWOptions};
-use crate::data::{Batch, Dataset};
+use crate::data::{Batch, Batching, Dataset};
 use crate::ema::Ema;
 use crate::error::require;
 use crate::gradients::Gradients;
@@ -68,7 +68,7 @@ pub struct StepReport {
 /// let model = TrainableModel::new(&Model::random(&config, 1, &Device::Cpu)?, DType::F32)?;
 /// let schedule = Schedule { lr: 1e-2, warmup: 5, steps: 30, ..Schedule::default() };
 /// let mut trainer = Trainer::new(model, TrainOptions { schedule, ..TrainOptions::default() })?;
-/// let batch = Batch::new(&[vec![1, 5, 9, 2, 6, 1, 5, 9, 2, 6, 1, 5]], &Device::Cpu)?;
+/// let batch = Batch::padded(&[vec![1, 5, 9, 2, 6, 1, 5, 9, 2, 6, 1, 5]], &Device::Cpu)?;
 /// let first = trainer.step(std::slice::from_ref(&batch))?.loss;
 /// for _ in 1..30 {
 ///     trainer.step(std::slice::from_ref(&batch))?;
@@ -154,15 +154,15 @@ impl Trainer {
         Ok(StepReport { step: self.step, loss, lr, grad_norm, tokens, skipped })
     }
 
-    /// The mean loss over `data`, of the moving average if there is one, over at most `batches` batches of `batch` rows.
+    /// The mean loss over `data`, of the moving average if there is one, over its first `batches` batches at most.
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn evaluate(&mut self, data: &Dataset, batch: usize, batches: usize) -> Result<f64> {
+    pub fn evaluate(&mut self, data: &Dataset, batching: Batching, batches: usize) -> Result<f64> {
         self.with_average(|trainer| {
             let model = trainer.model.view()?;
             let (mut sum, mut count) = (0.0, 0);
-            for part in data.in_order(batch, model.device()).take(batches) {
+            for part in data.in_order(batching, model.device())?.take(batches) {
                 let part = part?;
                 sum += language_model_loss(&model, &part)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
                 count += part.count;

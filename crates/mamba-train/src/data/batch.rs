@@ -7,20 +7,22 @@ use crate::Result;
 /// The target of a position where nothing is to be predicted.
 pub const IGNORED: i64 = -100;
 
-/// Rows of tokens with what is to be predicted at each.
+/// Rows of tokens with what is to be predicted at each, side by side with padding or one behind another without.
 #[derive(Debug, Clone)]
 pub struct Batch {
-    /// `(batch, seqlen)`, u32.
+    /// `(batch, seqlen)` if padded, `(total,)` if packed, u32.
     pub inputs: Tensor,
-    /// `(batch, seqlen)`, i64; [`IGNORED`] counts nothing.
+    /// Of the same shape, i64; [`IGNORED`] counts nothing.
     pub targets: Tensor,
+    /// Where each row begins in packed inputs, and `total` at last; none if padded.
+    pub cu_seqlens: Option<Vec<usize>>,
     /// Targets that count.
     pub count: usize,
 }
 
 impl Batch {
-    /// Rows of consecutive tokens; each predicts the next one. Shorter rows are filled up at their end, where nothing is
-    /// predicted.
+    /// Rows of consecutive tokens, side by side; each token predicts the next one. Shorter rows are filled up at their end,
+    /// where nothing is predicted.
     ///
     /// # Errors
     /// If the device is out of memory.
@@ -29,13 +31,13 @@ impl Batch {
     /// ```
     /// use candle_core::Device;
     /// use mamba_train::data::Batch;
-    /// let batch = Batch::new(&[vec![1, 2, 3, 4], vec![5, 6]], &Device::Cpu)?;
+    /// let batch = Batch::padded(&[vec![1, 2, 3, 4], vec![5, 6]], &Device::Cpu)?;
     /// assert_eq!(batch.inputs.to_vec2::<u32>()?, [[1, 2, 3], [5, 0, 0]]);
     /// assert_eq!(batch.targets.to_vec2::<i64>()?, [[2, 3, 4], [6, -100, -100]]);
     /// assert_eq!(batch.count, 4);
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
-    pub fn new(rows: &[Vec<u32>], device: &Device) -> Result<Self> {
+    pub fn padded(rows: &[Vec<u32>], device: &Device) -> Result<Self> {
         let seqlen = rows.iter().map(Vec::len).max().unwrap_or(0).saturating_sub(1);
         let (mut inputs, mut targets, mut count) = (vec![], vec![], 0);
         for row in rows {
@@ -50,7 +52,88 @@ impl Batch {
         Ok(Self {
             inputs: Tensor::from_vec(inputs, shape, device)?,
             targets: Tensor::from_vec(targets, shape, device)?,
+            cu_seqlens: None,
             count,
         })
+    }
+
+    /// The same rows, one behind another without padding. The model reads each as if it were alone: states and
+    /// convolutions begin anew with it, attention does not look past its beginning, and its last token predicts nothing of
+    /// the next row.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    ///
+    /// # Example
+    /// ```
+    /// use candle_core::Device;
+    /// use mamba_train::data::Batch;
+    /// let batch = Batch::packed(&[vec![1, 2, 3, 4], vec![5, 6]], &Device::Cpu)?;
+    /// assert_eq!(batch.inputs.to_vec1::<u32>()?, [1, 2, 3, 5]);
+    /// assert_eq!(batch.targets.to_vec1::<i64>()?, [2, 3, 4, 6]);
+    /// assert_eq!(batch.cu_seqlens, Some(vec![0, 3, 4]));
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn packed(rows: &[Vec<u32>], device: &Device) -> Result<Self> {
+        let (mut inputs, mut targets, mut cu_seqlens) = (Vec::<u32>::new(), vec![], vec![0]);
+        for row in rows.iter().filter(|row| row.len() > 1) {
+            inputs.extend(&row[..row.len() - 1]);
+            targets.extend(row[1..].iter().map(|id| i64::from(*id)));
+            cu_seqlens.push(inputs.len());
+        }
+        let count = inputs.len();
+        Ok(Self {
+            inputs: Tensor::from_vec(inputs, count, device)?,
+            targets: Tensor::from_vec(targets, count, device)?,
+            cu_seqlens: Some(cu_seqlens),
+            count,
+        })
+    }
+
+    /// What a model reads.
+    ///
+    /// # Errors
+    /// If `cu_seqlens` was changed to what does not fit the inputs.
+    pub fn input(&self) -> Result<mamba_model::Batch<'_>> {
+        match &self.cu_seqlens {
+            Some(cu_seqlens) => Ok(mamba_model::Batch::packed(&self.inputs, cu_seqlens)?),
+            None => Ok((&self.inputs).into()),
+        }
+    }
+}
+
+/// How many rows come into a batch, and how they lie in it.
+///
+/// Rows of one length cost the same either way; where documents are shorter than rows may be, packed batches compute no
+/// padding, and bear about the same number of predictions each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Batching {
+    /// So many rows, [padded](Batch::padded) to the longest of them.
+    Padded {
+        /// Rows of a batch.
+        rows: usize,
+    },
+    /// As many rows as have so many predictions in all, [packed](Batch::packed). A row that does not fit whole begins the
+    /// next batch.
+    Packed {
+        /// Predictions of a batch at most.
+        tokens: usize,
+    },
+}
+
+impl Batching {
+    /// Whether a batch can have `rows` rows with `predictions` predictions.
+    pub(super) fn holds(self, rows: usize, predictions: usize) -> bool {
+        match self {
+            Self::Padded { rows: limit } => rows <= limit,
+            Self::Packed { tokens: limit } => predictions <= limit,
+        }
+    }
+
+    pub(super) fn batch(self, rows: &[Vec<u32>], device: &Device) -> Result<Batch> {
+        match self {
+            Self::Padded { .. } => Batch::padded(rows, device),
+            Self::Packed { .. } => Batch::packed(rows, device),
+        }
     }
 }

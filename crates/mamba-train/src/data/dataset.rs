@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
-use super::batch::Batch;
+use super::batch::{Batch, Batching};
 use super::order::Permutation;
 use super::tokens::TokenFile;
 use crate::{Error, Result};
@@ -101,25 +101,77 @@ impl Dataset {
         Ok(self.tokens.read(start, len as usize)?.into_iter().map(|(id, _)| id).collect())
     }
 
-    /// Batches of `batch` rows, for ever, each epoch in its own order.
+    /// Batches for ever, each epoch in its own order.
     ///
     /// # Errors
-    /// If `batch` is 0.
-    pub fn shuffled(&self, batch: usize, seed: u64) -> Result<Batches> {
-        if batch == 0 {
-            return Err(Error::option("batch", "is 0, expected at least 1"));
-        }
-        Ok(Batches { dataset: self.clone(), batch, seed, position: Position::default() })
+    /// If a row can be too long for a batch, or a batch is to have none.
+    ///
+    /// # Example
+    /// ```
+    /// use std::sync::Arc;
+    /// use candle_core::Device;
+    /// use mamba_train::data::{Batching, Dataset, TokenWriter};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let mut writer = TokenWriter::create(folder.path().join("text.tokens"))?;
+    /// for length in [3, 9, 2, 5, 4] {
+    ///     writer.begin_document();
+    ///     writer.push(&vec![7; length])?;
+    /// }
+    /// let tokens = Arc::new(writer.finish()?);
+    /// let end = tokens.len();
+    /// let mut batches = Dataset::new(tokens, 0..end, 8)?.shuffled(Batching::Packed { tokens: 12 }, 0)?;
+    /// let batch = batches.next_batch(&Device::Cpu)?;
+    /// assert!(batch.count <= 12 && batch.inputs.dims() == [batch.count]);
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn shuffled(&self, batching: Batching, seed: u64) -> Result<Batches> {
+        self.check(batching)?;
+        Ok(Batches { dataset: self.clone(), batching, seed, position: Position::default() })
     }
 
-    /// Every row once, in order, in batches of at most `batch`.
-    pub fn in_order(&self, batch: usize, device: &Device) -> impl Iterator<Item = Result<Batch>> + '_ {
-        let (batch, device) = (batch.max(1), device.clone());
-        (0..self.len()).step_by(batch).map(move |start| {
-            let rows: Vec<_> =
-                (start..self.len().min(start + batch)).map(|i| self.row(i)).collect::<Result<_>>()?;
-            Batch::new(&rows, &device)
-        })
+    /// Every row once, in order.
+    ///
+    /// # Errors
+    /// As [`shuffled`](Self::shuffled).
+    pub fn in_order(
+        &self,
+        batching: Batching,
+        device: &Device,
+    ) -> Result<impl Iterator<Item = Result<Batch>> + '_> {
+        self.check(batching)?;
+        let (mut done, device) = (0, device.clone());
+        Ok(std::iter::from_fn(move || {
+            let rows = self.fill(batching, done..self.len());
+            done += rows.len();
+            (!rows.is_empty()).then(|| self.batch(batching, &rows, &device))
+        }))
+    }
+
+    fn check(&self, batching: Batching) -> Result<()> {
+        match batching {
+            Batching::Padded { rows: 0 } => Err(Error::option("rows", "is 0, expected at least 1")),
+            Batching::Packed { tokens } if tokens < self.seqlen => {
+                let message = format!("is {tokens}, expected at least those of a row, {}", self.seqlen);
+                Err(Error::option("tokens", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The first of these rows, as many as go into a batch.
+    fn fill(&self, batching: Batching, rows: impl Iterator<Item = usize>) -> Vec<usize> {
+        let mut predictions = 0;
+        let fits = |(before, row): &(usize, usize)| {
+            predictions += self.rows[*row].1 as usize - 1;
+            batching.holds(before + 1, predictions)
+        };
+        rows.enumerate().take_while(fits).map(|(_, row)| row).collect()
+    }
+
+    fn batch(&self, batching: Batching, rows: &[usize], device: &Device) -> Result<Batch> {
+        let rows: Vec<_> = rows.iter().map(|row| self.row(*row)).collect::<Result<_>>()?;
+        batching.batch(&rows, device)
     }
 }
 
@@ -137,7 +189,7 @@ pub struct Position {
 #[derive(Debug, Clone)]
 pub struct Batches {
     dataset: Dataset,
-    batch: usize,
+    batching: Batching,
     seed: u64,
     position: Position,
 }
@@ -148,7 +200,7 @@ impl Batches {
         self.position
     }
 
-    /// Goes to where another sequence of the same data, batch size and seed was.
+    /// Goes to where another sequence of the same data, batching and seed was.
     ///
     /// # Errors
     /// If there is no such row.
@@ -164,20 +216,25 @@ impl Batches {
     /// The next batch; the last rows of an epoch come together with the first of the next.
     ///
     /// # Errors
-    /// If the data cannot be read.
+    /// If the data cannot be read; the position stays as it was.
     pub fn next_batch(&mut self, device: &Device) -> Result<Batch> {
-        let len = self.dataset.len() as u64;
-        let mut rows = vec![];
-        for _ in 0..self.batch {
-            let Position { epoch, row } = self.position;
-            let seed = self.seed ^ epoch.wrapping_mul(0xd6e8_feb8_6659_fd93);
-            rows.push(self.dataset.row(Permutation::new(len, seed).at(row) as usize)?);
-            self.position = if row + 1 == len {
-                Position { epoch: epoch + 1, row: 0 }
-            } else {
-                Position { epoch, row: row + 1 }
-            };
+        let positions = std::iter::successors(Some(self.position), |position| Some(self.after(*position)));
+        let rows = self.dataset.fill(self.batching, positions.map(|position| self.row(position)));
+        let batch = self.dataset.batch(self.batching, &rows, device)?;
+        self.position = rows.iter().fold(self.position, |position, _| self.after(position));
+        Ok(batch)
+    }
+
+    /// The row of the data that comes at a position.
+    fn row(&self, Position { epoch, row }: Position) -> usize {
+        let seed = self.seed ^ epoch.wrapping_mul(0xd6e8_feb8_6659_fd93);
+        Permutation::new(self.dataset.len() as u64, seed).at(row) as usize
+    }
+
+    fn after(&self, Position { epoch, row }: Position) -> Position {
+        match row + 1 == self.dataset.len() as u64 {
+            true => Position { epoch: epoch + 1, row: 0 },
+            false => Position { epoch, row: row + 1 },
         }
-        Batch::new(&rows, device)
     }
 }
