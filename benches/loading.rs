@@ -9,7 +9,6 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use clap::Parser;
 use mamba_model::Model;
 use mamba_model::checkpoint::LocalDir;
@@ -53,16 +52,8 @@ fn measure(args: &Args, folder: &Path) -> Result<()> {
         let mut config =
             ModelConfig::uniform(50280, 768, args.layers, MixerSpec::Mamba2(Mamba2Config::new(768)));
         config.padded_vocab_size = 50288;
-        // Not zeros: pages of zeros may be stored and read in other ways.
-        let zeros = VarBuilder::zeros(DType::F32, &device);
-        let model = Model::new(&config, zeros)?;
-        let vars = candle_nn::VarMap::new();
-        for (name, x) in model.parameters() {
-            let values = Tensor::rand(-0.1f32, 0.1, x.shape(), &device)?;
-            let mut data = vars.data().lock().map_err(|_| anyhow::anyhow!("a thread failed"))?;
-            data.insert(name.clone(), candle_core::Var::from_tensor(&values)?);
-        }
-        let model = Model::new(&config, VarBuilder::from_varmap(&vars, DType::F32, &device))?;
+        // Random: pages of zeros may be stored and read in other ways.
+        let model = Model::random(&config, 0, &device)?;
         model.save_pretrained(folder, DType::F32)?;
         for kind in kinds {
             model.save_gguf(gguf(kind), kind, Metadata::default(), |_| {})?;
