@@ -117,14 +117,19 @@ pub fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result
             let gradient = match store.get(var.as_tensor()) {
                 Some(gradient) => gradient.detach(),
                 None if var.dtype() == DType::F64 => var.zeros_like()?,
-                // Not moved if empty, see `target`; and packed sequences without tokens lead nowhere there either.
-                None if target::is_cuda() => var.zeros_like()?,
+                None if target::is_cuda() && var.elem_count() == 0 => var.zeros_like()?, // not moved, see `target`
+                None if target::is_cuda() && without_tokens(&outputs) => var.zeros_like()?,
                 None => panic!("no gradient reached `{name}`"),
             };
             gradients.insert((*name).clone(), gradient);
         }
     }
     Ok((outputs.into_iter().map(|(name, y)| (name, y.detach())).collect(), gradients))
+}
+
+/// Whether `y` has nothing but padding: packed sequences go one by one there, and ones without a token lead to no parameter.
+fn without_tokens(outputs: &Tensors) -> bool {
+    outputs.get("y").is_some_and(|y| values(y).iter().all(|v| *v == 0.0))
 }
 
 pub fn cast<O: Op>(inputs: &Tensors, dtype: DType) -> Result<Tensors> {
