@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+#[cfg(feature = "cuda")]
+mod decoder;
 mod gguf;
 mod gradients;
 mod heads;

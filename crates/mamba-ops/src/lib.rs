@@ -72,6 +72,7 @@ pub mod attention;
 pub mod autograd;
 pub mod causal_conv1d;
 mod checkpoint;
+pub mod decoder;
 #[cfg(feature = "cuda")]
 mod device;
 pub mod embedding;

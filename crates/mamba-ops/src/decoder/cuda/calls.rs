@@ -1,0 +1,446 @@
+//! Which kernels of `decoder.cu` run for a token, on what grid, with what arguments.
+
+use std::mem::size_of;
+
+use candle_core::{DType, Result, Tensor};
+
+use crate::decoder::{Conv, Layer, Mamba1, Mamba2, Mixer, Norm, OP, Product, Stack};
+use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::norm::NormKind;
+
+static MODULE: Module = module!("decoder");
+
+/// As in the kernels: threads of a product and of an update, warps of a product and its outputs for a warp at once, lanes of
+/// a channel, channels of a warp.
+const THREADS: usize = 256;
+const WARPS: usize = 8;
+const PAIR: usize = 2;
+const UPDATE_THREADS: usize = 128;
+const LANES: usize = 4;
+const CHANNELS: usize = 4;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct EmbedArgs {
+    ids: Pointer,
+    embedding: Pointer,
+    out: u64,
+    vocabulary: i32,
+    width: i32,
+}
+const _: () = assert!(size_of::<EmbedArgs>() == 48);
+// SAFETY: as `Embed` in `decoder.cu`.
+unsafe impl Arguments for EmbedArgs {}
+
+/// `Before` in `decoder.cu`.
+const PLAIN: i32 = 0;
+const RMS: i32 = 1;
+const LAYER: i32 = 2;
+const RMS_OF_GATED: i32 = 3;
+const GATED_RMS: i32 = 4;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ProjectArgs {
+    weight: u64,
+    x: u64,
+    z: u64,
+    norm_weight: Pointer,
+    norm_bias: Pointer,
+    bias: Pointer,
+    y: Pointer,
+    conv_weight: Pointer,
+    conv_bias: Pointer,
+    window: u64,
+    x_stride: i64,
+    z_stride: i64,
+    y_stride: i64,
+    rows: i32,
+    inputs: i32,
+    outputs: i32,
+    before: i32,
+    norm_groups: i32,
+    eps: f32,
+    add: i32,
+    conv_begin: i32,
+    conv_end: i32,
+    conv_width: i32,
+    conv_silu: i32,
+    split: i32,
+}
+const _: () = assert!(size_of::<ProjectArgs>() == 200);
+// SAFETY: as `Project` in `decoder.cu`.
+unsafe impl Arguments for ProjectArgs {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Mamba1Args {
+    dt_proj: u64,
+    xz: u64,
+    dbc: u64,
+    state: u64,
+    y: u64,
+    dt_bias: Pointer,
+    a: Pointer,
+    d: Pointer,
+    norms: [Pointer; 3],
+    xz_stride: i64,
+    dbc_stride: i64,
+    d_inner: i32,
+    d_state: i32,
+    dt_rank: i32,
+    normed: i32,
+    eps: f32,
+    _end: i32,
+}
+const _: () = assert!(size_of::<Mamba1Args>() == 176);
+// SAFETY: as `Mamba1` in `decoder.cu`.
+unsafe impl Arguments for Mamba1Args {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Mamba2Args {
+    x: u64,
+    b: u64,
+    c: u64,
+    dt: u64,
+    z: u64,
+    state: u64,
+    y: u64,
+    dt_bias: Pointer,
+    a: Pointer,
+    d: Pointer,
+    stride: i64,
+    nheads: i32,
+    headdim: i32,
+    ngroups: i32,
+    d_state: i32,
+    d_per_head: i32,
+    low: f32,
+    high: f32,
+    _end: i32,
+}
+const _: () = assert!(size_of::<Mamba2Args>() == 144);
+// SAFETY: as `Mamba2` in `decoder.cu`.
+unsafe impl Arguments for Mamba2Args {}
+
+/// A launch with its arguments. They hold the addresses of weights and buffers that the decoder keeps, and of states that lie
+/// where they did when it was made.
+pub(super) struct Call {
+    kernel: Kernel,
+    launch: Launch,
+    args: Args,
+}
+
+#[derive(Clone, Copy)]
+enum Args {
+    Embed(EmbedArgs),
+    Project(ProjectArgs),
+    Mamba1(Mamba1Args),
+    Mamba2(Mamba2Args),
+}
+
+impl Call {
+    pub(super) fn launch(&self, gpu: &Gpu) -> Result<()> {
+        // SAFETY: the shapes of weights and states were checked, and the buffers made for them.
+        unsafe {
+            match self.args {
+                Args::Embed(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
+                Args::Project(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
+                Args::Mamba1(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
+                Args::Mamba2(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
+            }
+        }
+    }
+}
+
+/// What stands between kernels, `f32`; rows are a multiple of four apart.
+pub(super) struct Scratch {
+    residual: Buffer,
+    projected: Buffer,
+    dbc: Buffer,
+    y: Buffer,
+}
+
+/// The next multiple of four.
+fn stride(len: usize) -> usize {
+    len.next_multiple_of(4)
+}
+
+/// The rows that a kernel of products is for.
+fn rows(batch: usize) -> usize {
+    batch.next_power_of_two()
+}
+
+impl Scratch {
+    /// Whether a block has room for the inputs of a product.
+    pub(super) fn fits(gpu: &Gpu, inputs: usize, batch: usize) -> bool {
+        // The kernel has some shared memory of its own.
+        rows(batch) * inputs * size_of::<f32>() + 1024 <= gpu.shared_memory()
+    }
+
+    pub(super) fn new(gpu: &Gpu, stack: &Stack, batch: usize) -> Result<Self> {
+        let (mut projected, mut dbc, mut inner) = (0, 0, 0);
+        for layer in &stack.layers {
+            let (in_proj, out_proj) = match &layer.mixer {
+                Mixer::Mamba1(m) => {
+                    dbc = dbc.max(m.x_proj.weight.dim(0)?);
+                    (&m.in_proj, &m.out_proj)
+                }
+                Mixer::Mamba2(m) => (&m.in_proj, &m.out_proj),
+            };
+            projected = projected.max(in_proj.weight.dim(0)?);
+            inner = inner.max(out_proj.weight.dim(1)?);
+        }
+        let buffer = |len: usize| gpu.buffer(DType::F32, batch * stride(len));
+        Ok(Self {
+            residual: buffer(stack.embedding.dim(1)?)?,
+            projected: buffer(projected)?,
+            dbc: buffer(dbc)?,
+            y: buffer(inner)?,
+        })
+    }
+
+    /// `residual ← embedding[ids]`.
+    pub(super) fn embed(&self, stack: &Stack, ids: Pointer, batch: usize) -> Result<Call> {
+        let (vocabulary, width) = stack.embedding.dims2()?;
+        let args = EmbedArgs {
+            ids,
+            embedding: pointer(Some(&stack.embedding))?,
+            out: self.residual.pointer().address,
+            vocabulary: int(OP, vocabulary)?,
+            width: int(OP, width)?,
+        };
+        let launch = Launch { blocks: [width.div_ceil(THREADS), batch, 1], threads: [THREADS, 1], shared: 0 };
+        let kernel = Kernel { module: &MODULE, name: "decoder_embed", dtype: None };
+        Ok(Call { kernel, launch, args: Args::Embed(args) })
+    }
+
+    /// `logits = head · norm_f(residual)`.
+    pub(super) fn head(&self, gpu: &Gpu, stack: &Stack, logits: &Buffer, batch: usize) -> Result<Call> {
+        let head = Product { weight: stack.head.clone(), bias: None };
+        let args = project(&head, &self.residual, logits.pointer(), stack.head.dim(0)?, batch)?;
+        call(gpu, &head, before(args, Some(&stack.norm_f))?)
+    }
+
+    /// The launches of a layer whose states, window and scan, lie at `states`.
+    pub(super) fn layer(
+        &self,
+        gpu: &Gpu,
+        layer: &Layer,
+        states: [u64; 2],
+        batch: usize,
+    ) -> Result<Vec<Call>> {
+        match &layer.mixer {
+            Mixer::Mamba1(m) => self.mamba1(gpu, &layer.norm, m, states, batch),
+            Mixer::Mamba2(m) => self.mamba2(gpu, &layer.norm, m, states, batch),
+        }
+    }
+
+    fn mamba1(
+        &self,
+        gpu: &Gpu,
+        norm: &Norm,
+        m: &Mamba1,
+        [window, state]: [u64; 2],
+        batch: usize,
+    ) -> Result<Vec<Call>> {
+        let ((d_inner, d_state), dt_rank) = (m.a.dims2()?, m.dt_proj.dim(1)?);
+        let (xz, dbc) = (stride(2 * d_inner), stride(dt_rank + 2 * d_state));
+        let into = project(&m.in_proj, &self.residual, self.projected.pointer(), xz, batch)?;
+        let into = convolved(before(into, Some(norm))?, &m.conv, window, 0)?;
+        let coefficients = project(&m.x_proj, &self.projected, self.dbc.pointer(), dbc, batch)?;
+        let coefficients = ProjectArgs { x_stride: xz as i64, ..coefficients };
+        let (eps, norms) = match &m.dt_bc_norms {
+            Some((eps, [dt, b, c])) => {
+                (*eps, [pointer(dt.as_ref())?, pointer(b.as_ref())?, pointer(c.as_ref())?])
+            }
+            None => (0.0, [Pointer::NULL; 3]),
+        };
+        let args = Mamba1Args {
+            dt_proj: pointer(Some(&m.dt_proj))?.address,
+            xz: self.projected.pointer().address,
+            dbc: self.dbc.pointer().address,
+            state,
+            y: self.y.pointer().address,
+            dt_bias: pointer(Some(&m.dt_bias))?,
+            a: pointer(Some(&m.a))?,
+            d: pointer(Some(&m.d))?,
+            norms,
+            xz_stride: xz as i64,
+            dbc_stride: dbc as i64,
+            d_inner: int(OP, d_inner)?,
+            d_state: int(OP, d_state)?,
+            dt_rank: int(OP, dt_rank)?,
+            normed: i32::from(m.dt_bc_norms.is_some()),
+            eps: eps as f32,
+            _end: 0,
+        };
+        let launch = Launch {
+            blocks: [d_inner.div_ceil(UPDATE_THREADS / LANES), batch, 1],
+            threads: [UPDATE_THREADS, 1],
+            shared: (dt_rank + 2 * d_state) * size_of::<f32>(),
+        };
+        let kernel = Kernel { module: &MODULE, name: "decoder_mamba1", dtype: Some(m.dt_proj.dtype()) };
+        Ok(vec![
+            call(gpu, &m.in_proj, into)?,
+            call(gpu, &m.x_proj, coefficients)?,
+            Call { kernel, launch, args: Args::Mamba1(args) },
+            call(gpu, &m.out_proj, self.out(&m.out_proj, batch)?)?,
+        ])
+    }
+
+    fn mamba2(
+        &self,
+        gpu: &Gpu,
+        norm: &Norm,
+        m: &Mamba2,
+        [window, state]: [u64; 2],
+        batch: usize,
+    ) -> Result<Vec<Call>> {
+        let nheads = m.a.dims1()?;
+        let (d_inner, bc) = (nheads * m.headdim, m.ngroups * m.d_state);
+        let row = stride(2 * d_inner + 2 * bc + nheads);
+        let into = project(&m.in_proj, &self.residual, self.projected.pointer(), row, batch)?;
+        let into = convolved(before(into, Some(norm))?, &m.conv, window, d_inner)?;
+        let projected = |start: usize| self.projected.pointer().offset(start, DType::F32).address;
+        let args = Mamba2Args {
+            z: if m.norm.is_none() { projected(0) } else { 0 },
+            x: projected(d_inner),
+            b: projected(2 * d_inner),
+            c: projected(2 * d_inner + bc),
+            dt: projected(2 * d_inner + 2 * bc),
+            state,
+            y: self.y.pointer().address,
+            dt_bias: pointer(Some(&m.dt_bias))?,
+            a: pointer(Some(&m.a))?,
+            d: pointer(Some(&m.d))?,
+            stride: row as i64,
+            nheads: int(OP, nheads)?,
+            headdim: int(OP, m.headdim)?,
+            ngroups: int(OP, m.ngroups)?,
+            d_state: int(OP, m.d_state)?,
+            d_per_head: i32::from(m.d.elem_count() == nheads),
+            low: m.dt_limit.0 as f32,
+            high: m.dt_limit.1 as f32,
+            _end: 0,
+        };
+        let launch = Launch {
+            blocks: [m.headdim.div_ceil(UPDATE_THREADS / 32 * CHANNELS), nheads, batch],
+            threads: [UPDATE_THREADS, 1],
+            shared: 0,
+        };
+        let kernel = Kernel { module: &MODULE, name: "decoder_mamba2", dtype: None };
+        let mut out = self.out(&m.out_proj, batch)?;
+        if let Some(norm) = &m.norm {
+            out = ProjectArgs {
+                before: if m.norm_before_gate { GATED_RMS } else { RMS_OF_GATED },
+                z: self.projected.pointer().address,
+                z_stride: row as i64,
+                norm_groups: int(OP, m.ngroups)?,
+                ..before(out, Some(norm))?
+            };
+        }
+        Ok(vec![
+            call(gpu, &m.in_proj, into)?,
+            Call { kernel, launch, args: Args::Mamba2(args) },
+            call(gpu, &m.out_proj, out)?,
+        ])
+    }
+
+    /// `residual ← residual + y Wᵀ`.
+    fn out(&self, product: &Product, batch: usize) -> Result<ProjectArgs> {
+        let d_model = product.weight.dim(0)?;
+        let args = project(product, &self.y, self.residual.pointer(), d_model, batch)?;
+        Ok(ProjectArgs { add: 1, ..args })
+    }
+}
+
+/// `y = x Wᵀ + bias`, with rows of `x` one after another and of `y` `y_stride` apart.
+fn project(product: &Product, x: &Buffer, y: Pointer, y_stride: usize, batch: usize) -> Result<ProjectArgs> {
+    let (outputs, inputs) = product.weight.dims2()?;
+    Ok(ProjectArgs {
+        weight: pointer(Some(&product.weight))?.address,
+        x: x.pointer().address,
+        z: 0,
+        norm_weight: Pointer::NULL,
+        norm_bias: Pointer::NULL,
+        bias: pointer(product.bias.as_ref())?,
+        y,
+        conv_weight: Pointer::NULL,
+        conv_bias: Pointer::NULL,
+        window: 0,
+        x_stride: inputs as i64,
+        z_stride: 0,
+        y_stride: y_stride as i64,
+        rows: int(OP, batch)?,
+        inputs: int(OP, inputs)?,
+        outputs: int(OP, outputs)?,
+        before: PLAIN,
+        norm_groups: 1,
+        eps: 0.0,
+        add: 0,
+        conv_begin: 0,
+        conv_end: 0,
+        conv_width: 1,
+        conv_silu: 1,
+        split: 1,
+    })
+}
+
+/// The same, of the norm of `x`.
+fn before(args: ProjectArgs, norm: Option<&Norm>) -> Result<ProjectArgs> {
+    let Some(norm) = norm else { return Ok(args) };
+    Ok(ProjectArgs {
+        before: match norm.kind {
+            NormKind::Rms => RMS,
+            NormKind::Layer => LAYER,
+        },
+        norm_weight: pointer(Some(&norm.weight))?,
+        norm_bias: pointer(norm.bias.as_ref())?,
+        eps: norm.eps as f32,
+        ..args
+    })
+}
+
+/// The same, with a step of the convolution of outputs from `begin` on.
+fn convolved(args: ProjectArgs, conv: &Conv, window: u64, begin: usize) -> Result<ProjectArgs> {
+    let (channels, width) = conv.weight.dims2()?;
+    Ok(ProjectArgs {
+        conv_weight: pointer(Some(&conv.weight))?,
+        conv_bias: pointer(conv.bias.as_ref())?,
+        window,
+        conv_begin: int(OP, begin)?,
+        conv_end: int(OP, begin + channels)?,
+        conv_width: int(OP, width)?,
+        ..args
+    })
+}
+
+/// The launch of a product: with few outputs, several warps share one, so that every multiprocessor has work.
+fn call(gpu: &Gpu, product: &Product, args: ProjectArgs) -> Result<Call> {
+    let (outputs, inputs) = product.weight.dims2()?;
+    let rows = rows(args.rows as usize);
+    let multiprocessors = gpu.multiprocessors();
+    let blocks = |split: usize| outputs.div_ceil(PAIR * WARPS / split);
+    let split = [1, 2, 4, 8].into_iter().find(|&split| blocks(split) >= multiprocessors).unwrap_or(WARPS);
+    let name = match rows {
+        1 => "decoder_project_1",
+        2 => "decoder_project_2",
+        4 => "decoder_project_4",
+        _ => "decoder_project_8",
+    };
+    let kernel = Kernel { module: &MODULE, name, dtype: Some(product.weight.dtype()) };
+    let shared = rows * inputs * size_of::<f32>();
+    let at_once = gpu.blocks_at_once(kernel, [THREADS, 1], shared)?;
+    let launch = Launch { blocks: [blocks(split).min(at_once), 1, 1], threads: [THREADS, 1], shared };
+    Ok(Call { kernel, launch, args: Args::Project(ProjectArgs { split: int(OP, split)?, ..args }) })
+}
+
+/// Where a weight lies.
+fn pointer(x: Option<&Tensor>) -> Result<Pointer> {
+    match x {
+        Some(x) => device::views(OP, [Some(x)], |_, [x]| Ok(x)),
+        None => Ok(Pointer::NULL),
+    }
+}
