@@ -51,9 +51,9 @@ struct Project {
     const void* weight;  // (outputs, inputs)
     const float* x;      // rows x_stride apart
     const float* z;      // the gate of the norm, rows z_stride apart
-    Any norm_weight, norm_bias, bias;
+    const float *norm_weight, *norm_bias, *bias;  // the last two may be absent
     Any y;               // rows y_stride apart; with `add`, f32 that is added to
-    Any conv_weight, conv_bias;
+    const float *conv_weight, *conv_bias;
     float* window;       // (rows, conv_end - conv_begin, conv_width - 1)
     int64_t x_stride, z_stride, y_stride;
     int rows, inputs, outputs;
@@ -63,30 +63,67 @@ struct Project {
     int conv_begin, conv_end, conv_width, conv_silu;
     int split;  // warps that share an output
 };
-static_assert(sizeof(Project) == 200, "as in cuda.rs");
+static_assert(sizeof(Project) == 160, "as in cuda.rs");
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int WIDEST = 4;  // taps of the convolution
 
-// Where element k of a row of inputs stands in shared memory, so that lanes which read 16 bytes of weights each read what
-// belongs to it without conflicts: first the first four of each 16 bytes, then the second four.
+// Where the four elements from 4k on of a row of inputs stand in shared memory, in fours: lanes that read 16 bytes of weights each
+// read what belongs to it without conflicts if all first fours of 16 bytes come first, then all second fours.
 template <int V> __device__ __forceinline__ int place(int k, int inputs) {
-    return (k % V / 4 * (inputs / V) + k / V) * 4 + k % 4;
+    constexpr int FOURS = V / 4;
+    return k % FOURS * (inputs / V) + k / FOURS;
 }
 
-// Reads all inputs into shared memory, through the norm; rows that are not there are 0.
-template <int ROWS, int V> __device__ void read_inputs(const Project& p, float* x, float* scratch) {
-    const int size = p.inputs / p.norm_groups, warp = threadIdx.x / 32;
+constexpr int AT_ONCE = 5;  // fours of a thread that are on their way together
+
+// What a norm multiplies with, of the first fours of a thread: asked for ahead of the inputs.
+struct NormAhead {
+    float4 weight[AT_ONCE];
+
+    __device__ void load(const Project& p, int fours) {
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int k = threadIdx.x + u * THREADS;
+            if (p.before != PLAIN && k < fours) weight[u] = __ldg(reinterpret_cast<const float4*>(p.norm_weight) + k);
+        }
+    }
+};
+
+__device__ __forceinline__ float& of(float4& x, int i) { return (&x.x)[i]; }
+
+// Reads all inputs into shared memory, through the norm; rows that are not there are 0. `scratch` holds ROWS sums a warp.
+template <int ROWS, int V> __device__ void read_inputs(const Project& p, const NormAhead& ahead, float4* x, float* scratch) {
+    const int size = p.inputs / p.norm_groups, fours = size / 4, warp = threadIdx.x / 32;
     for (int group = 0; group < p.norm_groups; group++) {
-        const int begin = group * size;
+        const int begin = group * fours;
         float sums[ROWS] = {};
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            for (int k = begin + threadIdx.x; k < begin + size; k += THREADS) {
-                float value = r < p.rows ? p.x[r * p.x_stride + k] : 0.0f;
-                if (p.before == RMS_OF_GATED && r < p.rows) value *= silu(p.z[r * p.z_stride + k]);
-                x[r * p.inputs + place<V>(k, p.inputs)] = value;
-                sums[r] += p.before == LAYER ? value : value * value;
+            float4* row = x + r * (p.inputs / 4);
+            for (int first = threadIdx.x; first < fours; first += AT_ONCE * THREADS) {
+                float4 values[AT_ONCE], z[AT_ONCE];
+#pragma unroll
+                for (int u = 0; u < AT_ONCE; u++) {
+                    const int k = first + u * THREADS;
+                    const bool there = k < fours && r < p.rows;
+                    values[u] = z[u] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    if (there) values[u] = reinterpret_cast<const float4*>(p.x + r * p.x_stride)[begin + k];
+                    if (there && p.before == RMS_OF_GATED)
+                        z[u] = reinterpret_cast<const float4*>(p.z + r * p.z_stride)[begin + k];
+                }
+#pragma unroll
+                for (int u = 0; u < AT_ONCE; u++) {
+                    const int k = first + u * THREADS;
+                    if (k >= fours) continue;
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float& value = of(values[u], i);
+                        if (p.before == RMS_OF_GATED) value *= silu(of(z[u], i));
+                        sums[r] += p.before == LAYER ? value : value * value;
+                    }
+                    row[place<V>(begin + k, p.inputs)] = values[u];
+                }
             }
         }
         if (p.before == PLAIN) continue;
@@ -97,9 +134,13 @@ template <int ROWS, int V> __device__ void read_inputs(const Project& p, float* 
             for (int r = 0; r < ROWS; r++) {
                 mean[r] = sums[r] / size;
                 sums[r] = 0.0f;
-                for (int k = begin + threadIdx.x; k < begin + size; k += THREADS) {
-                    const float value = x[r * p.inputs + place<V>(k, p.inputs)] - mean[r];
-                    sums[r] += value * value;
+                for (int k = threadIdx.x; k < fours; k += THREADS) {
+                    float4 values = x[r * (p.inputs / 4) + place<V>(begin + k, p.inputs)];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float value = of(values, i) - mean[r];
+                        sums[r] += value * value;
+                    }
                 }
             }
             block_sum<ROWS>(sums, scratch, warp, WARPS);
@@ -107,16 +148,30 @@ template <int ROWS, int V> __device__ void read_inputs(const Project& p, float* 
         float scale[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) scale[r] = rsqrtf(sums[r] / size + p.eps);
-        for (int k = begin + threadIdx.x; k < begin + size; k += THREADS) {
-            const float weight = p.norm_weight ? p.norm_weight.get(k) : 1.0f;
-            const float bias = p.norm_bias ? p.norm_bias.get(k) : 0.0f;
+        const auto normalise = [&](int k, float4 weight) {
+            float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (p.norm_bias) bias = __ldg(reinterpret_cast<const float4*>(p.norm_bias) + begin + k);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                float& value = x[r * p.inputs + place<V>(k, p.inputs)];
-                value = fmaf((value - mean[r]) * scale[r], weight, bias);
-                if (p.before == GATED_RMS && r < p.rows) value *= silu(p.z[r * p.z_stride + k]);
+                float4& values = x[r * (p.inputs / 4) + place<V>(begin + k, p.inputs)];
+                const bool gated = p.before == GATED_RMS && r < p.rows;
+                float4 z;
+                if (gated) z = reinterpret_cast<const float4*>(p.z + r * p.z_stride)[begin + k];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float& value = of(values, i);
+                    value = fmaf((value - mean[r]) * scale[r], of(weight, i), of(bias, i));
+                    if (gated) value *= silu(of(z, i));
+                }
             }
+        };
+        const auto weight = [&](int k) { return __ldg(reinterpret_cast<const float4*>(p.norm_weight) + begin + k); };
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int k = threadIdx.x + u * THREADS;
+            if (k < fours) normalise(k, group == 0 ? ahead.weight[u] : weight(k));
         }
+        for (int k = threadIdx.x + AT_ONCE * THREADS; k < fours; k += THREADS) normalise(k, weight(k));
     }
 }
 
@@ -130,10 +185,10 @@ struct Taps {
 #pragma unroll
         for (int k = 0; k < WIDEST; k++) {
             const bool there = k >= missing;
-            weight[k] = there ? p.conv_weight.get(static_cast<int64_t>(channel) * p.conv_width + k - missing) : 0.0f;
+            weight[k] = there ? __ldg(p.conv_weight + static_cast<int64_t>(channel) * p.conv_width + k - missing) : 0.0f;
             if (k < WIDEST - 1) window[k] = there ? p.window[at * (p.conv_width - 1) + k - missing] : 0.0f;
         }
-        bias = p.conv_bias ? p.conv_bias.get(channel) : 0.0f;
+        bias = p.conv_bias ? __ldg(p.conv_bias + channel) : 0.0f;
     }
 
     __device__ float step(const Project& p, int row, int channel, float x) const {
@@ -154,7 +209,6 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
     constexpr int V = 16 / sizeof(T), PAIR = 2, UNROLL = 4, SUMS = PAIR * ROWS;
     extern __shared__ float4 shared[];
     __shared__ float scratch[WARPS * SUMS];
-    float* x = reinterpret_cast<float*>(shared);
     const T* weight = static_cast<const T*>(p.weight);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int vectors = p.inputs / V, step = 32 * p.split, first = warp % p.split * 32 + lane;
@@ -178,9 +232,11 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
 
     int output = blockIdx.x * tile + warp / p.split * PAIR;
     fetch(output, first);
+    NormAhead norm;
+    norm.load(p, p.inputs / p.norm_groups / 4);
     let_next_begin();
     wait_for_previous();
-    read_inputs<ROWS, V>(p, x, scratch);
+    read_inputs<ROWS, V>(p, norm, shared, scratch);
     __syncthreads();
 
     // The sums end in lanes 32/SUMS apart.
@@ -231,7 +287,7 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
             }
         }
         if (leads && mine < p.outputs) {
-            if (p.bias) sum += p.bias.get(mine);
+            if (p.bias) sum += p.bias[mine];
             if (convolves) sum = taps.step(p, row, channel, sum);
             const int64_t at = row * p.y_stride + mine;
             p.y.set(at, p.add ? p.y.get(at) + sum : sum);
@@ -256,13 +312,13 @@ struct Mamba1 {
     const float* dbc;     // [Δ | B | C]
     float* state;         // (rows, d_inner, d_state)
     float* y;             // (rows, d_inner)
-    Any dt_bias, a, d;
-    Any norms[3];         // of Δ, B and C; with `normed`, absent ones are of ones
+    const float *dt_bias, *a, *d;
+    const float* norms[3];  // of Δ, B and C; with `normed`, absent ones are of ones
     int64_t xz_stride, dbc_stride;
     int d_inner, d_state, dt_rank, normed;
     float eps;
 };
-static_assert(sizeof(Mamba1) == 176, "as in cuda.rs");
+static_assert(sizeof(Mamba1) == 128, "as in cuda.rs");
 
 constexpr int UPDATE_THREADS = 128;
 constexpr int LANES = 4;   // of a channel
@@ -281,7 +337,7 @@ template <typename T> __device__ void mamba1(const Mamba1& p) {
     float h[4], a[4], bias = 0.0f, d = 0.0f;
     const auto load_states = [&](int i) {
         load<4, true>(h, state + i);
-        p.a.get<4, true>(a, static_cast<int64_t>(channel) * n + i);
+        load<4, true>(a, p.a + static_cast<int64_t>(channel) * n + i);
     };
     if (there) {
         if (packs) {
@@ -292,8 +348,8 @@ template <typename T> __device__ void mamba1(const Mamba1& p) {
             }
         }
         if (lane * 4 < n) load_states(lane * 4);
-        bias = p.dt_bias.get(channel);
-        d = p.d.get(channel);
+        bias = p.dt_bias[channel];
+        d = p.d[channel];
     }
     let_next_begin();
     wait_for_previous();
@@ -314,7 +370,7 @@ template <typename T> __device__ void mamba1(const Mamba1& p) {
             for (int i = threadIdx.x % 32; i < size; i += 32) sum += dbc[begin + i] * dbc[begin + i];
             const float scale = rsqrtf(warp_sum(sum) / size + p.eps);
             for (int i = threadIdx.x % 32; i < size; i += 32)
-                dbc[begin + i] *= scale * (p.norms[part] ? p.norms[part].get(i) : 1.0f);
+                dbc[begin + i] *= scale * (p.norms[part] ? p.norms[part][i] : 1.0f);
         }
         __syncthreads();
     }
@@ -371,12 +427,12 @@ struct Mamba2 {
     const float *x, *b, *c, *dt, *z;  // rows `stride` apart, after the convolution
     float* state;                     // (rows, nheads, headdim, d_state)
     float* y;                         // (rows, nheads·headdim)
-    Any dt_bias, a, d;
+    const float *dt_bias, *a, *d;
     int64_t stride;
     int nheads, headdim, ngroups, d_state, d_per_head;
     float low, high;  // the bounds of Δ
 };
-static_assert(sizeof(Mamba2) == 144, "as in cuda.rs");
+static_assert(sizeof(Mamba2) == 120, "as in cuda.rs");
 
 constexpr int CHANNELS = 4;  // of a head, for a warp
 
@@ -393,7 +449,7 @@ extern "C" __global__ void __launch_bounds__(UPDATE_THREADS) decoder_mamba2(cons
         for (int r = 0; r < CHANNELS; r++) load<4, true>(h[r], state + static_cast<int64_t>(channel(r)) * n + i);
     };
     if (lane * 4 < n) load_states(lane * 4);
-    const float a = p.a.get(head), bias = p.dt_bias.get(head);
+    const float a = p.a[head], bias = p.dt_bias[head];
     let_next_begin();
     wait_for_previous();
 
@@ -426,7 +482,7 @@ extern "C" __global__ void __launch_bounds__(UPDATE_THREADS) decoder_mamba2(cons
         float sum = warp_sum(y[r]);
         if (lane != r || first + r >= p.headdim) continue;
         const int d = p.d_per_head ? head : head * p.headdim + first + r;
-        sum = fmaf(p.d.get(d), x[r], sum);
+        sum = fmaf(p.d[d], x[r], sum);
         if (p.z) sum *= silu(p.z[at + first + r]);
         p.y[(row * p.nheads + head) * p.headdim + first + r] = sum;
     }

@@ -47,7 +47,7 @@ impl Decoder {
         if !runs(&stack, batch)? {
             return Ok(None);
         }
-        let stack = contiguous(&stack)?;
+        let stack = prepared(&stack)?;
         let gpu = Gpu::of(OP, &[Some(&stack.embedding)])?;
         let scratch = Scratch::new(&gpu, &stack, batch)?;
         let captures = std::env::var("MAMBA_CUDA_GRAPHS").map_or(true, |value| value != "0");
@@ -217,22 +217,24 @@ fn check_state(layer: &Layer, state: &State, batch: usize) -> Result<()> {
     }
 }
 
-/// The same weights, each at addresses that 16 bytes can be read from; what lies well is shared.
-fn contiguous(stack: &Stack) -> Result<Stack> {
+/// The same weights as the kernels read them: matrices at addresses of 16 bytes, everything else in f32; what is so already is
+/// shared.
+fn prepared(stack: &Stack) -> Result<Stack> {
     let aligned = |x: &Tensor| -> Result<Tensor> {
         let x = x.contiguous()?;
         let address = device::views(OP, [Some(&x)], |_, [x]| Ok(x.address))?;
         if address.is_multiple_of(16) { Ok(x) } else { x.copy() }
     };
-    let some = |x: &Option<Tensor>| x.as_ref().map(aligned).transpose();
+    let vector = |x: &Tensor| aligned(&x.to_dtype(DType::F32)?);
+    let some = |x: &Option<Tensor>| x.as_ref().map(vector).transpose();
     let norm = |n: &super::Norm| -> Result<super::Norm> {
-        Ok(super::Norm { weight: aligned(&n.weight)?, bias: some(&n.bias)?, ..n.clone() })
+        Ok(super::Norm { weight: vector(&n.weight)?, bias: some(&n.bias)?, ..n.clone() })
     };
     let product = |p: &super::Product| -> Result<super::Product> {
         Ok(super::Product { weight: aligned(&p.weight)?, bias: some(&p.bias)? })
     };
     let conv = |c: &super::Conv| -> Result<super::Conv> {
-        Ok(super::Conv { weight: aligned(&c.weight)?, bias: some(&c.bias)? })
+        Ok(super::Conv { weight: vector(&c.weight)?, bias: some(&c.bias)? })
     };
     let layer = |layer: &Layer| -> Result<Layer> {
         let mixer = match &layer.mixer {
@@ -245,17 +247,17 @@ fn contiguous(stack: &Stack) -> Result<Stack> {
                     None => None,
                 },
                 dt_proj: aligned(&m.dt_proj)?,
-                dt_bias: aligned(&m.dt_bias)?,
-                a: aligned(&m.a)?,
-                d: aligned(&m.d)?,
+                dt_bias: vector(&m.dt_bias)?,
+                a: vector(&m.a)?,
+                d: vector(&m.d)?,
                 out_proj: product(&m.out_proj)?,
             }),
             Mixer::Mamba2(m) => Mixer::Mamba2(super::Mamba2 {
                 in_proj: product(&m.in_proj)?,
                 conv: conv(&m.conv)?,
-                dt_bias: aligned(&m.dt_bias)?,
-                a: aligned(&m.a)?,
-                d: aligned(&m.d)?,
+                dt_bias: vector(&m.dt_bias)?,
+                a: vector(&m.a)?,
+                d: vector(&m.d)?,
                 norm: m.norm.as_ref().map(norm).transpose()?,
                 out_proj: product(&m.out_proj)?,
                 ..m.clone()

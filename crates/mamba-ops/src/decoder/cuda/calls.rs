@@ -45,12 +45,12 @@ struct ProjectArgs {
     weight: u64,
     x: u64,
     z: u64,
-    norm_weight: Pointer,
-    norm_bias: Pointer,
-    bias: Pointer,
+    norm_weight: u64,
+    norm_bias: u64,
+    bias: u64,
     y: Pointer,
-    conv_weight: Pointer,
-    conv_bias: Pointer,
+    conv_weight: u64,
+    conv_bias: u64,
     window: u64,
     x_stride: i64,
     z_stride: i64,
@@ -68,7 +68,7 @@ struct ProjectArgs {
     conv_silu: i32,
     split: i32,
 }
-const _: () = assert!(size_of::<ProjectArgs>() == 200);
+const _: () = assert!(size_of::<ProjectArgs>() == 160);
 // SAFETY: as `Project` in `decoder.cu`.
 unsafe impl Arguments for ProjectArgs {}
 
@@ -80,10 +80,10 @@ struct Mamba1Args {
     dbc: u64,
     state: u64,
     y: u64,
-    dt_bias: Pointer,
-    a: Pointer,
-    d: Pointer,
-    norms: [Pointer; 3],
+    dt_bias: u64,
+    a: u64,
+    d: u64,
+    norms: [u64; 3],
     xz_stride: i64,
     dbc_stride: i64,
     d_inner: i32,
@@ -93,7 +93,7 @@ struct Mamba1Args {
     eps: f32,
     _end: i32,
 }
-const _: () = assert!(size_of::<Mamba1Args>() == 176);
+const _: () = assert!(size_of::<Mamba1Args>() == 128);
 // SAFETY: as `Mamba1` in `decoder.cu`.
 unsafe impl Arguments for Mamba1Args {}
 
@@ -107,9 +107,9 @@ struct Mamba2Args {
     z: u64,
     state: u64,
     y: u64,
-    dt_bias: Pointer,
-    a: Pointer,
-    d: Pointer,
+    dt_bias: u64,
+    a: u64,
+    d: u64,
     stride: i64,
     nheads: i32,
     headdim: i32,
@@ -120,7 +120,7 @@ struct Mamba2Args {
     high: f32,
     _end: i32,
 }
-const _: () = assert!(size_of::<Mamba2Args>() == 144);
+const _: () = assert!(size_of::<Mamba2Args>() == 120);
 // SAFETY: as `Mamba2` in `decoder.cu`.
 unsafe impl Arguments for Mamba2Args {}
 
@@ -206,7 +206,7 @@ impl Scratch {
         let (vocabulary, width) = stack.embedding.dims2()?;
         let args = EmbedArgs {
             ids,
-            embedding: pointer(Some(&stack.embedding))?,
+            embedding: device::views(OP, [Some(&stack.embedding)], |_, [x]| Ok(x))?,
             out: self.residual.pointer().address,
             vocabulary: int(OP, vocabulary)?,
             width: int(OP, width)?,
@@ -253,19 +253,19 @@ impl Scratch {
         let coefficients = ProjectArgs { x_stride: xz as i64, ..coefficients };
         let (eps, norms) = match &m.dt_bc_norms {
             Some((eps, [dt, b, c])) => {
-                (*eps, [pointer(dt.as_ref())?, pointer(b.as_ref())?, pointer(c.as_ref())?])
+                (*eps, [address(dt.as_ref())?, address(b.as_ref())?, address(c.as_ref())?])
             }
-            None => (0.0, [Pointer::NULL; 3]),
+            None => (0.0, [0; 3]),
         };
         let args = Mamba1Args {
-            dt_proj: pointer(Some(&m.dt_proj))?.address,
+            dt_proj: address(Some(&m.dt_proj))?,
             xz: self.projected.pointer().address,
             dbc: self.dbc.pointer().address,
             state,
             y: self.y.pointer().address,
-            dt_bias: pointer(Some(&m.dt_bias))?,
-            a: pointer(Some(&m.a))?,
-            d: pointer(Some(&m.d))?,
+            dt_bias: address(Some(&m.dt_bias))?,
+            a: address(Some(&m.a))?,
+            d: address(Some(&m.d))?,
             norms,
             xz_stride: xz as i64,
             dbc_stride: dbc as i64,
@@ -312,9 +312,9 @@ impl Scratch {
             dt: projected(2 * d_inner + 2 * bc),
             state,
             y: self.y.pointer().address,
-            dt_bias: pointer(Some(&m.dt_bias))?,
-            a: pointer(Some(&m.a))?,
-            d: pointer(Some(&m.d))?,
+            dt_bias: address(Some(&m.dt_bias))?,
+            a: address(Some(&m.a))?,
+            d: address(Some(&m.d))?,
             stride: row as i64,
             nheads: int(OP, nheads)?,
             headdim: int(OP, m.headdim)?,
@@ -360,15 +360,15 @@ impl Scratch {
 fn project(product: &Product, x: &Buffer, y: Pointer, y_stride: usize, batch: usize) -> Result<ProjectArgs> {
     let (outputs, inputs) = product.weight.dims2()?;
     Ok(ProjectArgs {
-        weight: pointer(Some(&product.weight))?.address,
+        weight: address(Some(&product.weight))?,
         x: x.pointer().address,
         z: 0,
-        norm_weight: Pointer::NULL,
-        norm_bias: Pointer::NULL,
-        bias: pointer(product.bias.as_ref())?,
+        norm_weight: 0,
+        norm_bias: 0,
+        bias: address(product.bias.as_ref())?,
         y,
-        conv_weight: Pointer::NULL,
-        conv_bias: Pointer::NULL,
+        conv_weight: 0,
+        conv_bias: 0,
         window: 0,
         x_stride: inputs as i64,
         z_stride: 0,
@@ -396,8 +396,8 @@ fn before(args: ProjectArgs, norm: Option<&Norm>) -> Result<ProjectArgs> {
             NormKind::Rms => RMS,
             NormKind::Layer => LAYER,
         },
-        norm_weight: pointer(Some(&norm.weight))?,
-        norm_bias: pointer(norm.bias.as_ref())?,
+        norm_weight: address(Some(&norm.weight))?,
+        norm_bias: address(norm.bias.as_ref())?,
         eps: norm.eps as f32,
         ..args
     })
@@ -407,8 +407,8 @@ fn before(args: ProjectArgs, norm: Option<&Norm>) -> Result<ProjectArgs> {
 fn convolved(args: ProjectArgs, conv: &Conv, window: u64, begin: usize) -> Result<ProjectArgs> {
     let (channels, width) = conv.weight.dims2()?;
     Ok(ProjectArgs {
-        conv_weight: pointer(Some(&conv.weight))?,
-        conv_bias: pointer(conv.bias.as_ref())?,
+        conv_weight: address(Some(&conv.weight))?,
+        conv_bias: address(conv.bias.as_ref())?,
         window,
         conv_begin: int(OP, begin)?,
         conv_end: int(OP, begin + channels)?,
@@ -437,10 +437,7 @@ fn call(gpu: &Gpu, product: &Product, args: ProjectArgs) -> Result<Call> {
     Ok(Call { kernel, launch, args: Args::Project(ProjectArgs { split: int(OP, split)?, ..args }) })
 }
 
-/// Where a weight lies.
-fn pointer(x: Option<&Tensor>) -> Result<Pointer> {
-    match x {
-        Some(x) => device::views(OP, [Some(x)], |_, [x]| Ok(x)),
-        None => Ok(Pointer::NULL),
-    }
+/// Where a weight lies; 0 if there is none.
+fn address(x: Option<&Tensor>) -> Result<u64> {
+    x.map_or(Ok(0), |x| device::views(OP, [Some(x)], |_, [x]| Ok(x.address)))
 }
