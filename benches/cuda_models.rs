@@ -16,6 +16,7 @@ use candle_nn::{Init, VarBuilder};
 use clap::Parser;
 use mamba_model::config::{Mamba1Config, Mamba2Config, MixerSpec, ModelConfig};
 use mamba_model::{InferenceCache, Model};
+use mamba_ops::argmax;
 use serde_json::{Value, json};
 
 const PROMPT: usize = 100;
@@ -91,10 +92,10 @@ fn decode(model: &Model, batch: usize, step: Step) -> Result<f64> {
     let mut best = f64::INFINITY;
     for _ in 0..4 {
         let mut cache = model.new_cache(batch)?;
-        let mut next = model.prefill(&prompt, &mut cache)?.argmax(1)?;
+        let mut next = argmax(&model.prefill(&prompt, &mut cache)?)?;
         let mut run = |n: usize| -> Result<()> {
             for _ in 0..n {
-                next = step(model, &next, &mut cache)?.argmax(1)?;
+                next = argmax(&step(model, &next, &mut cache)?)?;
             }
             Ok(())
         };

@@ -227,6 +227,7 @@ impl Gpu {
             DType::F16 => self.storage::<f16>(len),
             DType::BF16 => self.storage::<bf16>(len),
             DType::F64 => self.storage::<f64>(len),
+            DType::U32 => self.storage::<u32>(len),
             other => bail!("no kernel fills a buffer of {}", other.as_str()),
         }?;
         let (address, _) = address(&storage, &self.stream)?;

@@ -5,7 +5,7 @@ mod calls;
 use candle_core::{DType, Result, Tensor, bail};
 
 use self::calls::{Call, Scratch};
-use super::{Layer, MAX_BATCH, Mixer, OP, Stack, State, expect};
+use super::{Layer, MAX_BATCH, MAX_BATCH_F32, Mixer, OP, Stack, State, expect};
 use crate::args::Checker;
 use crate::device::{self, Gpu, Graph};
 
@@ -40,7 +40,8 @@ impl Decoder {
     pub(super) fn new(stack: Stack, batch: usize) -> Result<Option<Self>> {
         let dtype = stack.embedding.dtype();
         let known = matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
-        if !known || !stack.embedding.device().is_cuda() || !(1..=MAX_BATCH).contains(&batch) {
+        let most = if dtype == DType::F32 { MAX_BATCH_F32 } else { MAX_BATCH };
+        if !known || !stack.embedding.device().is_cuda() || !(1..=most).contains(&batch) {
             return Ok(None);
         }
         check(&stack)?;
@@ -74,16 +75,16 @@ impl Decoder {
             let calls = self.stack.layers.iter().zip(states).zip(&addresses);
             let calls = calls.map(|((layer, state), at)| {
                 check_state(layer, state, self.batch)?;
-                self.scratch.layer(&self.gpu, layer, *at, self.batch)
+                self.scratch.layer(&self.gpu, layer, *at)
             });
             self.layers = calls.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
             (self.graph, self.addresses) = (None, addresses);
         }
         let logits = self.gpu.buffer(self.stack.embedding.dtype(), self.batch * self.stack.head.dim(0)?)?;
-        let head = self.scratch.head(&self.gpu, &self.stack, &logits, self.batch)?;
+        let head = self.scratch.head(&self.gpu, &self.stack, &logits)?;
         let ids = ids.contiguous()?;
         device::views(OP, [Some(&ids)], |gpu, [ids]| {
-            self.scratch.embed(&self.stack, ids, self.batch)?.launch(gpu)?;
+            self.scratch.embed(&self.stack, ids)?.launch(gpu)?;
             if settled && self.captures && self.graph.is_none() && !self.layers.is_empty() {
                 self.graph = gpu.capture(|| self.layers.iter().try_for_each(|call| call.launch(gpu)))?;
                 self.captures = self.graph.is_some();
@@ -92,7 +93,7 @@ impl Decoder {
                 Some(graph) => graph.launch()?,
                 None => self.layers.iter().try_for_each(|call| call.launch(gpu))?,
             }
-            head.launch(gpu)
+            head.iter().try_for_each(|call| call.launch(gpu))
         })?;
         // On several streams, others wait for what was changed.
         states.iter().try_for_each(|state| self.addresses_of(state).map(drop))?;
@@ -110,7 +111,7 @@ fn runs(stack: &Stack, batch: usize) -> Result<bool> {
     let gpu = Gpu::of(OP, &[Some(&stack.embedding)])?;
     let product = |weight: &Tensor| -> Result<bool> {
         let inputs = weight.dim(1)?;
-        Ok(inputs % pack == 0 && inputs > 0 && Scratch::fits(&gpu, inputs, batch))
+        Ok(inputs % pack == 0 && inputs > 0 && Scratch::fits(&gpu, inputs, batch, weight.dtype()))
     };
     let mut runs = product(&stack.head)? && !tracked(stack);
     for layer in &stack.layers {

@@ -1,5 +1,5 @@
-//! One token of a whole stack of layers on a GPU, with three (Mamba-2) or four (Mamba-1) launches a layer and nothing to
-//! allocate: [`Decoder`].
+//! One token of a whole stack of layers on a GPU, with three (Mamba-2) or four (Mamba-1) launches a layer, and one or two more
+//! for norms where there are more than two sequences, and nothing to allocate: [`Decoder`].
 //!
 //! Decoding a few sequences is bound by reading the weights once, and, with one kernel an operation, by launching kernels.
 //! So the decoder has kernels for what stands between two matrices too: a norm is computed where the product after it
@@ -20,8 +20,11 @@ use crate::norm::NormKind;
 
 pub(crate) const OP: &str = "decoder";
 
-/// The most sequences that a [`Decoder`] reads a token of at once: with more, products on tensor cores are faster.
-pub const MAX_BATCH: usize = 8;
+/// The most sequences that a [`Decoder`] reads a token of at once.
+pub const MAX_BATCH: usize = 64;
+
+/// The same where weights are `f32`, which tensor cores would round.
+pub const MAX_BATCH_F32: usize = 8;
 
 /// A norm, and what it is learned with.
 #[derive(Debug, Clone)]
@@ -191,7 +194,7 @@ mod imp {
 
 impl Decoder {
     /// A decoder for batches of `batch` sequences, or none where the plain operations are what there is: not on a GPU, built
-    /// without the feature `cuda`, more than [`MAX_BATCH`] sequences, an odd size or dtype, or weights that are trained.
+    /// without the feature `cuda`, more than [`MAX_BATCH`] sequences ([`MAX_BATCH_F32`] if weights are `f32`), an odd size or dtype, or weights that are trained.
     ///
     /// # Errors
     /// If weights do not fit one another, or the GPU is out of memory.

@@ -9,6 +9,7 @@ use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointe
 use crate::norm::NormKind;
 
 static MODULE: Module = module!("decoder");
+static BATCH_MODULE: Module = module!("decoder_batch");
 
 /// As in the kernels: threads of a product and of an update, warps of a product and its outputs for a warp at once, lanes of
 /// a channel, channels of a warp.
@@ -18,6 +19,10 @@ const PAIR: usize = 2;
 const UPDATE_THREADS: usize = 128;
 const LANES: usize = 4;
 const CHANNELS: usize = 4;
+
+/// Outputs of a warp and inputs of a read in products of batches.
+const M: usize = 16;
+const DEPTH: usize = 32;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -52,6 +57,7 @@ struct ProjectArgs {
     conv_weight: u64,
     conv_bias: u64,
     window: u64,
+    rounded: u64,
     x_stride: i64,
     z_stride: i64,
     y_stride: i64,
@@ -68,7 +74,7 @@ struct ProjectArgs {
     conv_silu: i32,
     split: i32,
 }
-const _: () = assert!(size_of::<ProjectArgs>() == 160);
+const _: () = assert!(size_of::<ProjectArgs>() == 168);
 // SAFETY: as `Project` in `decoder.cu`.
 unsafe impl Arguments for ProjectArgs {}
 
@@ -80,6 +86,7 @@ struct Mamba1Args {
     dbc: u64,
     state: u64,
     y: u64,
+    rounded: u64,
     dt_bias: u64,
     a: u64,
     d: u64,
@@ -93,7 +100,7 @@ struct Mamba1Args {
     eps: f32,
     _end: i32,
 }
-const _: () = assert!(size_of::<Mamba1Args>() == 128);
+const _: () = assert!(size_of::<Mamba1Args>() == 136);
 // SAFETY: as `Mamba1` in `decoder.cu`.
 unsafe impl Arguments for Mamba1Args {}
 
@@ -106,7 +113,7 @@ struct Mamba2Args {
     dt: u64,
     z: u64,
     state: u64,
-    y: u64,
+    y: Pointer,
     dt_bias: u64,
     a: u64,
     d: u64,
@@ -120,7 +127,7 @@ struct Mamba2Args {
     high: f32,
     _end: i32,
 }
-const _: () = assert!(size_of::<Mamba2Args>() == 120);
+const _: () = assert!(size_of::<Mamba2Args>() == 128);
 // SAFETY: as `Mamba2` in `decoder.cu`.
 unsafe impl Arguments for Mamba2Args {}
 
@@ -160,6 +167,14 @@ pub(super) struct Scratch {
     projected: Buffer,
     dbc: Buffer,
     y: Buffer,
+    batch: usize,
+    wide: Option<Wide>,
+}
+
+/// Inputs of products, in the dtype of the weights, where those are for batches: of a norm, and of what is between projections.
+struct Wide {
+    normed: Buffer,
+    inner: Buffer,
 }
 
 /// The next multiple of four.
@@ -167,16 +182,29 @@ fn stride(len: usize) -> usize {
     len.next_multiple_of(4)
 }
 
-/// The rows that a kernel of products is for.
-fn rows(batch: usize) -> usize {
-    batch.next_power_of_two()
+/// Whether a batch goes through the products for batches.
+fn is_wide(batch: usize, dtype: DType) -> bool {
+    batch > 2 && dtype != DType::F32
+}
+
+/// The shared memory of a product, for the inputs of all sequences, or of a norm, for those of one.
+fn shared(inputs: usize, batch: usize, dtype: DType) -> usize {
+    let rows = if is_wide(batch, dtype) { 1 } else { batch.next_power_of_two() };
+    rows * inputs * size_of::<f32>()
+}
+
+/// The number of warps that share an output, of which there are `tiles` for the blocks that run at once: that with which the
+/// longest row of reads of a warp is shortest.
+fn split(gpu_blocks: usize, tiles: impl Fn(usize) -> usize, reads: usize, overhead: usize) -> usize {
+    let cost = |split: &usize| tiles(*split).div_ceil(gpu_blocks) * (reads.div_ceil(*split) + overhead);
+    [1, 2, 4, WARPS].into_iter().min_by_key(cost).unwrap_or(1)
 }
 
 impl Scratch {
     /// Whether a block has room for the inputs of a product.
-    pub(super) fn fits(gpu: &Gpu, inputs: usize, batch: usize) -> bool {
+    pub(super) fn fits(gpu: &Gpu, inputs: usize, batch: usize, dtype: DType) -> bool {
         // The kernel has some shared memory of its own.
-        rows(batch) * inputs * size_of::<f32>() + 1024 <= gpu.shared_memory()
+        shared(inputs, batch, dtype) + 1024 <= gpu.shared_memory()
     }
 
     pub(super) fn new(gpu: &Gpu, stack: &Stack, batch: usize) -> Result<Self> {
@@ -192,17 +220,20 @@ impl Scratch {
             projected = projected.max(in_proj.weight.dim(0)?);
             inner = inner.max(out_proj.weight.dim(1)?);
         }
+        let (d_model, dtype) = (stack.embedding.dim(1)?, stack.embedding.dtype());
         let buffer = |len: usize| gpu.buffer(DType::F32, batch * stride(len));
-        Ok(Self {
-            residual: buffer(stack.embedding.dim(1)?)?,
-            projected: buffer(projected)?,
-            dbc: buffer(dbc)?,
-            y: buffer(inner)?,
-        })
+        let rounded = |len: usize| gpu.buffer(dtype, batch * len);
+        let wide = match is_wide(batch, dtype) {
+            true => Some(Wide { normed: rounded(d_model.max(inner))?, inner: rounded(inner)? }),
+            false => None,
+        };
+        let (residual, projected, dbc, y) =
+            (buffer(d_model)?, buffer(projected)?, buffer(dbc)?, buffer(inner)?);
+        Ok(Self { residual, projected, dbc, y, batch, wide })
     }
 
     /// `residual ← embedding[ids]`.
-    pub(super) fn embed(&self, stack: &Stack, ids: Pointer, batch: usize) -> Result<Call> {
+    pub(super) fn embed(&self, stack: &Stack, ids: Pointer) -> Result<Call> {
         let (vocabulary, width) = stack.embedding.dims2()?;
         let args = EmbedArgs {
             ids,
@@ -211,30 +242,35 @@ impl Scratch {
             vocabulary: int(OP, vocabulary)?,
             width: int(OP, width)?,
         };
-        let launch = Launch { blocks: [width.div_ceil(THREADS), batch, 1], threads: [THREADS, 1], shared: 0 };
+        let launch =
+            Launch { blocks: [width.div_ceil(THREADS), self.batch, 1], threads: [THREADS, 1], shared: 0 };
         let kernel = Kernel { module: &MODULE, name: "decoder_embed", dtype: None };
         Ok(Call { kernel, launch, args: Args::Embed(args) })
     }
 
     /// `logits = head · norm_f(residual)`.
-    pub(super) fn head(&self, gpu: &Gpu, stack: &Stack, logits: &Buffer, batch: usize) -> Result<Call> {
+    pub(super) fn head(&self, gpu: &Gpu, stack: &Stack, logits: &Buffer) -> Result<Vec<Call>> {
         let head = Product { weight: stack.head.clone(), bias: None };
-        let args = project(&head, &self.residual, logits.pointer(), stack.head.dim(0)?, batch)?;
-        call(gpu, &head, before(args, Some(&stack.norm_f))?)
+        let args = self.project(&head, self.residual.pointer(), logits.pointer(), stack.head.dim(0)?)?;
+        self.product(gpu, &head, before(args, &stack.norm_f)?)
     }
 
     /// The launches of a layer whose states, window and scan, lie at `states`.
-    pub(super) fn layer(
-        &self,
-        gpu: &Gpu,
-        layer: &Layer,
-        states: [u64; 2],
-        batch: usize,
-    ) -> Result<Vec<Call>> {
-        match &layer.mixer {
-            Mixer::Mamba1(m) => self.mamba1(gpu, &layer.norm, m, states, batch),
-            Mixer::Mamba2(m) => self.mamba2(gpu, &layer.norm, m, states, batch),
-        }
+    pub(super) fn layer(&self, gpu: &Gpu, layer: &Layer, states: [u64; 2]) -> Result<Vec<Call>> {
+        let [into, between, out] = match &layer.mixer {
+            Mixer::Mamba1(m) => self.mamba1(gpu, &layer.norm, m, states)?,
+            Mixer::Mamba2(m) => self.mamba2(gpu, &layer.norm, m, states)?,
+        };
+        Ok([into, between, out].into_iter().flatten().collect())
+    }
+
+    /// Where what is between projections goes to be read by a product: rounded if it is for batches, and if nothing reads it first.
+    fn inner(&self) -> Pointer {
+        self.wide.as_ref().map_or(self.y.pointer(), |wide| wide.inner.pointer())
+    }
+
+    fn rounded(&self) -> u64 {
+        self.wide.as_ref().map_or(0, |wide| wide.inner.pointer().address)
     }
 
     fn mamba1(
@@ -243,14 +279,18 @@ impl Scratch {
         norm: &Norm,
         m: &Mamba1,
         [window, state]: [u64; 2],
-        batch: usize,
-    ) -> Result<Vec<Call>> {
+    ) -> Result<[Vec<Call>; 3]> {
         let ((d_inner, d_state), dt_rank) = (m.a.dims2()?, m.dt_proj.dim(1)?);
         let (xz, dbc) = (stride(2 * d_inner), stride(dt_rank + 2 * d_state));
-        let into = project(&m.in_proj, &self.residual, self.projected.pointer(), xz, batch)?;
-        let into = convolved(before(into, Some(norm))?, &m.conv, window, 0)?;
-        let coefficients = project(&m.x_proj, &self.projected, self.dbc.pointer(), dbc, batch)?;
-        let coefficients = ProjectArgs { x_stride: xz as i64, ..coefficients };
+        let into = self.project(&m.in_proj, self.residual.pointer(), self.projected.pointer(), xz)?;
+        let into = convolved(before(into, norm)?, &m.conv, window, 0)?;
+        let into = ProjectArgs { rounded: self.rounded(), ..into };
+        let (convolved, convolved_stride) = match &self.wide {
+            Some(wide) => (wide.inner.pointer(), d_inner),
+            None => (self.projected.pointer(), xz),
+        };
+        let coefficients = self.project(&m.x_proj, convolved, self.dbc.pointer(), dbc)?;
+        let coefficients = ProjectArgs { x_stride: convolved_stride as i64, ..coefficients };
         let (eps, norms) = match &m.dt_bc_norms {
             Some((eps, [dt, b, c])) => {
                 (*eps, [address(dt.as_ref())?, address(b.as_ref())?, address(c.as_ref())?])
@@ -263,6 +303,7 @@ impl Scratch {
             dbc: self.dbc.pointer().address,
             state,
             y: self.y.pointer().address,
+            rounded: self.rounded(),
             dt_bias: address(Some(&m.dt_bias))?,
             a: address(Some(&m.a))?,
             d: address(Some(&m.d))?,
@@ -277,17 +318,15 @@ impl Scratch {
             _end: 0,
         };
         let launch = Launch {
-            blocks: [d_inner.div_ceil(UPDATE_THREADS / LANES), batch, 1],
+            blocks: [d_inner.div_ceil(UPDATE_THREADS / LANES), self.batch, 1],
             threads: [UPDATE_THREADS, 1],
             shared: (dt_rank + 2 * d_state) * size_of::<f32>(),
         };
         let kernel = Kernel { module: &MODULE, name: "decoder_mamba1", dtype: Some(m.dt_proj.dtype()) };
-        Ok(vec![
-            call(gpu, &m.in_proj, into)?,
-            call(gpu, &m.x_proj, coefficients)?,
-            Call { kernel, launch, args: Args::Mamba1(args) },
-            call(gpu, &m.out_proj, self.out(&m.out_proj, batch)?)?,
-        ])
+        let mut between = self.product(gpu, &m.x_proj, coefficients)?;
+        between.push(Call { kernel, launch, args: Args::Mamba1(args) });
+        let out = self.out(&m.out_proj, self.inner())?;
+        Ok([self.product(gpu, &m.in_proj, into)?, between, self.product(gpu, &m.out_proj, out)?])
     }
 
     fn mamba2(
@@ -296,14 +335,14 @@ impl Scratch {
         norm: &Norm,
         m: &Mamba2,
         [window, state]: [u64; 2],
-        batch: usize,
-    ) -> Result<Vec<Call>> {
+    ) -> Result<[Vec<Call>; 3]> {
         let nheads = m.a.dims1()?;
         let (d_inner, bc) = (nheads * m.headdim, m.ngroups * m.d_state);
         let row = stride(2 * d_inner + 2 * bc + nheads);
-        let into = project(&m.in_proj, &self.residual, self.projected.pointer(), row, batch)?;
-        let into = convolved(before(into, Some(norm))?, &m.conv, window, d_inner)?;
+        let into = self.project(&m.in_proj, self.residual.pointer(), self.projected.pointer(), row)?;
+        let into = convolved(before(into, norm)?, &m.conv, window, d_inner)?;
         let projected = |start: usize| self.projected.pointer().offset(start, DType::F32).address;
+        let y = if m.norm.is_some() { self.y.pointer() } else { self.inner() };
         let args = Mamba2Args {
             z: if m.norm.is_none() { projected(0) } else { 0 },
             x: projected(d_inner),
@@ -311,7 +350,7 @@ impl Scratch {
             c: projected(2 * d_inner + bc),
             dt: projected(2 * d_inner + 2 * bc),
             state,
-            y: self.y.pointer().address,
+            y,
             dt_bias: address(Some(&m.dt_bias))?,
             a: address(Some(&m.a))?,
             d: address(Some(&m.d))?,
@@ -326,71 +365,123 @@ impl Scratch {
             _end: 0,
         };
         let launch = Launch {
-            blocks: [m.headdim.div_ceil(UPDATE_THREADS / 32 * CHANNELS), nheads, batch],
+            blocks: [m.headdim.div_ceil(UPDATE_THREADS / 32 * CHANNELS), nheads, self.batch],
             threads: [UPDATE_THREADS, 1],
             shared: 0,
         };
         let kernel = Kernel { module: &MODULE, name: "decoder_mamba2", dtype: None };
-        let mut out = self.out(&m.out_proj, batch)?;
+        let mut out = self.out(&m.out_proj, y)?;
         if let Some(norm) = &m.norm {
             out = ProjectArgs {
                 before: if m.norm_before_gate { GATED_RMS } else { RMS_OF_GATED },
                 z: self.projected.pointer().address,
                 z_stride: row as i64,
                 norm_groups: int(OP, m.ngroups)?,
-                ..before(out, Some(norm))?
+                ..before(out, norm)?
             };
         }
-        Ok(vec![
-            call(gpu, &m.in_proj, into)?,
-            Call { kernel, launch, args: Args::Mamba2(args) },
-            call(gpu, &m.out_proj, out)?,
-        ])
+        let update = Call { kernel, launch, args: Args::Mamba2(args) };
+        Ok([self.product(gpu, &m.in_proj, into)?, vec![update], self.product(gpu, &m.out_proj, out)?])
     }
 
     /// `residual ← residual + y Wᵀ`.
-    fn out(&self, product: &Product, batch: usize) -> Result<ProjectArgs> {
-        let d_model = product.weight.dim(0)?;
-        let args = project(product, &self.y, self.residual.pointer(), d_model, batch)?;
+    fn out(&self, product: &Product, y: Pointer) -> Result<ProjectArgs> {
+        let args = self.project(product, y, self.residual.pointer(), product.weight.dim(0)?)?;
         Ok(ProjectArgs { add: 1, ..args })
+    }
+
+    /// `y = x Wᵀ + bias`, with rows of `x` one after another and of `y` `y_stride` apart.
+    fn project(&self, product: &Product, x: Pointer, y: Pointer, y_stride: usize) -> Result<ProjectArgs> {
+        let (outputs, inputs) = product.weight.dims2()?;
+        Ok(ProjectArgs {
+            weight: address(Some(&product.weight))?,
+            x: x.address,
+            z: 0,
+            norm_weight: 0,
+            norm_bias: 0,
+            bias: address(product.bias.as_ref())?,
+            y,
+            conv_weight: 0,
+            conv_bias: 0,
+            window: 0,
+            rounded: 0,
+            x_stride: inputs as i64,
+            z_stride: 0,
+            y_stride: y_stride as i64,
+            rows: int(OP, self.batch)?,
+            inputs: int(OP, inputs)?,
+            outputs: int(OP, outputs)?,
+            before: PLAIN,
+            norm_groups: 1,
+            eps: 0.0,
+            add: 0,
+            conv_begin: 0,
+            conv_end: 0,
+            conv_width: 1,
+            conv_silu: 1,
+            split: 1,
+        })
+    }
+
+    /// The launches of a product.
+    fn product(&self, gpu: &Gpu, product: &Product, args: ProjectArgs) -> Result<Vec<Call>> {
+        let ((outputs, inputs), dtype) = (product.weight.dims2()?, product.weight.dtype());
+        let Some(wide) = &self.wide else {
+            let name = match self.batch.next_power_of_two() {
+                1 => "decoder_project_1",
+                2 => "decoder_project_2",
+                4 => "decoder_project_4",
+                _ => "decoder_project_8",
+            };
+            let kernel = Kernel { module: &MODULE, name, dtype: Some(dtype) };
+            let shared = shared(inputs, self.batch, dtype);
+            let blocks = |split: usize| outputs.div_ceil(PAIR * WARPS / split);
+            let reads = (inputs * dtype.size_in_bytes()).div_ceil(16 * 32);
+            return Ok(vec![Self::shared_out(gpu, kernel, shared, args, blocks, (reads, 1))?]);
+        };
+        let (mut args, mut calls) = (args, vec![]);
+        if args.before != PLAIN {
+            let normed = wide.normed.pointer();
+            let norm = ProjectArgs { y: normed, y_stride: inputs as i64, ..args };
+            let kernel = Kernel { module: &BATCH_MODULE, name: "decoder_norm", dtype: Some(dtype) };
+            let shared = shared(inputs, self.batch, dtype);
+            let launch = Launch { blocks: [self.batch, 1, 1], threads: [THREADS, 1], shared };
+            calls.push(Call { kernel, launch, args: Args::Project(norm) });
+            args = ProjectArgs { x: normed.address, x_stride: inputs as i64, before: PLAIN, ..args };
+        }
+        let tiles = self.batch.div_ceil(8).next_power_of_two();
+        let name = match tiles {
+            1 => "decoder_product_1",
+            2 => "decoder_product_2",
+            4 => "decoder_product_4",
+            _ => "decoder_product_8",
+        };
+        let kernel = Kernel { module: &BATCH_MODULE, name, dtype: Some(dtype) };
+        let shared = WARPS * M * (8 * tiles + 1) * size_of::<f32>();
+        let blocks = |split: usize| outputs.div_ceil(M * WARPS / split);
+        calls.push(Self::shared_out(gpu, kernel, shared, args, blocks, (inputs.div_ceil(DEPTH), 4))?);
+        Ok(calls)
+    }
+
+    /// The launch of a product whose outputs need that many blocks if so many warps share one; reads of an output, and what else
+    /// an output costs a warp in reads.
+    fn shared_out(
+        gpu: &Gpu,
+        kernel: Kernel,
+        shared: usize,
+        args: ProjectArgs,
+        blocks: impl Fn(usize) -> usize,
+        (reads, overhead): (usize, usize),
+    ) -> Result<Call> {
+        let at_once = gpu.blocks_at_once(kernel, [THREADS, 1], shared)?;
+        let split = split(at_once, &blocks, reads, overhead);
+        let launch = Launch { blocks: [blocks(split).min(at_once), 1, 1], threads: [THREADS, 1], shared };
+        Ok(Call { kernel, launch, args: Args::Project(ProjectArgs { split: int(OP, split)?, ..args }) })
     }
 }
 
-/// `y = x Wᵀ + bias`, with rows of `x` one after another and of `y` `y_stride` apart.
-fn project(product: &Product, x: &Buffer, y: Pointer, y_stride: usize, batch: usize) -> Result<ProjectArgs> {
-    let (outputs, inputs) = product.weight.dims2()?;
-    Ok(ProjectArgs {
-        weight: address(Some(&product.weight))?,
-        x: x.pointer().address,
-        z: 0,
-        norm_weight: 0,
-        norm_bias: 0,
-        bias: address(product.bias.as_ref())?,
-        y,
-        conv_weight: 0,
-        conv_bias: 0,
-        window: 0,
-        x_stride: inputs as i64,
-        z_stride: 0,
-        y_stride: y_stride as i64,
-        rows: int(OP, batch)?,
-        inputs: int(OP, inputs)?,
-        outputs: int(OP, outputs)?,
-        before: PLAIN,
-        norm_groups: 1,
-        eps: 0.0,
-        add: 0,
-        conv_begin: 0,
-        conv_end: 0,
-        conv_width: 1,
-        conv_silu: 1,
-        split: 1,
-    })
-}
-
 /// The same, of the norm of `x`.
-fn before(args: ProjectArgs, norm: Option<&Norm>) -> Result<ProjectArgs> {
-    let Some(norm) = norm else { return Ok(args) };
+fn before(args: ProjectArgs, norm: &Norm) -> Result<ProjectArgs> {
     Ok(ProjectArgs {
         before: match norm.kind {
             NormKind::Rms => RMS,
@@ -415,26 +506,6 @@ fn convolved(args: ProjectArgs, conv: &Conv, window: u64, begin: usize) -> Resul
         conv_width: int(OP, width)?,
         ..args
     })
-}
-
-/// The launch of a product: with few outputs, several warps share one, so that every multiprocessor has work.
-fn call(gpu: &Gpu, product: &Product, args: ProjectArgs) -> Result<Call> {
-    let (outputs, inputs) = product.weight.dims2()?;
-    let rows = rows(args.rows as usize);
-    let multiprocessors = gpu.multiprocessors();
-    let blocks = |split: usize| outputs.div_ceil(PAIR * WARPS / split);
-    let split = [1, 2, 4, 8].into_iter().find(|&split| blocks(split) >= multiprocessors).unwrap_or(WARPS);
-    let name = match rows {
-        1 => "decoder_project_1",
-        2 => "decoder_project_2",
-        4 => "decoder_project_4",
-        _ => "decoder_project_8",
-    };
-    let kernel = Kernel { module: &MODULE, name, dtype: Some(product.weight.dtype()) };
-    let shared = rows * inputs * size_of::<f32>();
-    let at_once = gpu.blocks_at_once(kernel, [THREADS, 1], shared)?;
-    let launch = Launch { blocks: [blocks(split).min(at_once), 1, 1], threads: [THREADS, 1], shared };
-    Ok(Call { kernel, launch, args: Args::Project(ProjectArgs { split: int(OP, split)?, ..args }) })
 }
 
 /// Where a weight lies; 0 if there is none.
