@@ -3,7 +3,7 @@
 Run: python mamba_ssm_models.py
 
 The models are mamba_ssm's own MambaLMHeadModel, on the CPU: each CUDA or Triton function that the modules call is replaced by
-the reference function that the same package (or causal_conv1d) publishes for it. Parameters, `io.safetensors` and checks are
+the reference function that the same package (or causal_conv1d, or flash_attn) publishes for it. Parameters, `io.safetensors` and checks are
 as in transformers_models.py. Steps are left out, and `step_logits` in the metadata says why, where mamba_ssm's own step is
 not the model's forward.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
+from flash_attn.layers import rotary
 from mamba_ssm.models import mixer_seq_simple
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.modules import block, mamba2, mamba_simple, mha
@@ -36,6 +37,7 @@ import golden_file
 
 MODELS = pathlib.Path(__file__).resolve().parent.parent / "models"
 VERSION = upstream.version("mamba_ssm", "causal_conv1d", "torch")
+ROTARY_VERSION = upstream.version("mamba_ssm", "causal_conv1d", "flash_attn", "torch")
 LENGTH = 23
 LIMIT = 300 * 1024
 
@@ -77,6 +79,15 @@ def chunk_scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_soft
     return (y, state) if return_final_states else y
 
 
+def turned(x, cos, sin, interleaved=False, seqlen_offsets=0, **_):
+    here = slice(seqlen_offsets, seqlen_offsets + x.shape[1])
+    return rotary.apply_rotary_emb_torch(x, cos[here], sin[here], interleaved)
+
+
+def turned_keys(kv, *args, **kwargs):
+    return torch.stack([turned(kv[:, :, 0], *args, **kwargs), kv[:, :, 1]], dim=2)
+
+
 @contextlib.contextmanager
 def references():
     """Within it, the modules of mamba_ssm call nothing but references."""
@@ -86,7 +97,9 @@ def references():
                                 selective_scan_fn=selective_scan_ref, selective_state_update=selective_state_update_ref),
             mock.patch.multiple(mamba2, causal_conv1d_fn=conv, causal_conv1d_update=causal_conv1d_update_ref,
                                 mamba_chunk_scan_combined=chunk_scan, selective_state_update=selective_state_update_ref),
-            mock.patch.multiple(mha, causal_conv1d_fn=conv, causal_conv1d_update=causal_conv1d_update_ref),
+            mock.patch.multiple(mha, causal_conv1d_fn=conv, causal_conv1d_update=causal_conv1d_update_ref,
+                                flash_attn_with_kvcache=None),
+            mock.patch.multiple(rotary, apply_rotary_emb_func=turned, apply_rotary_emb_kv_=turned_keys),
             mock.patch.object(layer_norm, "rms_norm_fn", rms_norm),
             mock.patch.object(layernorm_gated, "rmsnorm_fn", gated_rms_norm),
             mock.patch.object(block, "layer_norm_fn", norm),
@@ -184,7 +197,8 @@ def make(name, prefill, *, steps=None, **config):
     if steps is None:
         tensors["step_logits"] = stepped.astype(np.float32)
     metadata = {
-        "producer": "mamba_ssm MambaLMHeadModel over its reference functions, float64", "producer_version": VERSION,
+        "producer": "mamba_ssm MambaLMHeadModel over its reference functions, float64",
+        "producer_version": ROTARY_VERSION if config.attn_cfg.get("rotary_emb_dim") else VERSION,
         "seed": str(seed), "prefill": str(prefill),
         "step_logits": "after prefill, one id at a time with the cache" if steps is None else steps,
     }
@@ -226,6 +240,15 @@ def main():
     make("ss_mamba1_attention_mlp", 7, n_layer=2, attn_layer_idx=[0], d_model=12, attn_cfg={
         "num_heads": 4, "num_heads_kv": 1, "head_dim": 6, "mlp_dim": 200, "causal": True, "softmax_scale": 0.7},
         ssm_cfg={"d_state": 4, "dt_rank": 2}, tie_embeddings=False, vocab_size=40,
+        steps="left out: without flash_attn, MHA of mamba_ssm lets a step see the first position only")
+    # As the published hybrid, state-spaces/mamba2attn-2.7b, half of each head turns.
+    make("ss_mamba2_rotary", 7, n_layer=3, attn_layer_idx=[1], attn_cfg={
+        "causal": True, "d_conv": 4, "head_dim": 8, "num_heads": 3, "out_proj_bias": False, "qkv_proj_bias": False,
+        "rotary_emb_dim": 4}, ssm_cfg={"layer": "Mamba2", "d_state": 6, "headdim": 6, "chunk_size": 8},
+        steps="left out: as of ss_mamba2_attention")
+    make("ss_mamba1_rotary_interleaved", 7, n_layer=2, attn_layer_idx=[1], d_model=12, attn_cfg={
+        "num_heads": 4, "num_heads_kv": 2, "head_dim": 6, "causal": True, "rotary_emb_dim": 6, "rotary_emb_base": 50.0,
+        "rotary_emb_interleaved": True}, ssm_cfg={"d_state": 4, "dt_rank": 2}, vocab_size=40,
         steps="left out: without flash_attn, MHA of mamba_ssm lets a step see the first position only")
 
 
