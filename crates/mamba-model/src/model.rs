@@ -139,7 +139,7 @@ impl Model {
             return Self::load(config, "its own keys", &checkpoint, names, forms, dtype, device);
         }
         let path = source.require("config.json")?;
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::Io { path: path.clone(), source: e })?;
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
         let (config, family) = families::parse(&text, Some(&path))?;
         let described = path.display().to_string();
         Self::load(config, &described, &checkpoint, family.names, Box::new(|_| Form::Same), dtype, device)

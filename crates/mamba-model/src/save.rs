@@ -43,7 +43,7 @@ impl Model {
             field: "layers".into(),
             message: "is a combination that no format of checkpoints has words for".into(),
         })?;
-        std::fs::create_dir_all(folder).map_err(|source| Error::Io { path: folder.into(), source })?;
+        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
         let tensors: Vec<(String, Tensor)> = self
             .parameters()
             .iter()
@@ -62,10 +62,8 @@ impl Model {
         let notes = [("format".to_owned(), "pt".to_owned())].into(); // what transformers asks for
         write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?;
         let path = folder.join("config.json");
-        let text = serde_json::to_string_pretty(&config)
-            .map_err(|source| Error::Io { path: path.clone(), source: source.into() })?
-            + "\n";
-        write_atomically(&path, text.as_bytes()).map_err(|source| Error::Io { path, source })
+        let text = serde_json::to_string_pretty(&config).map_err(|e| Error::io(&path, e.into()))? + "\n";
+        write_atomically(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))
     }
 
     /// Formats of whole models have no place for adapters.

@@ -10,8 +10,12 @@ mod rope;
 mod router;
 mod short_conv;
 
+<<<<<<< HEAD
 use candle_core::Tensor;
 use mamba_ops::decoder;
+=======
+use candle_core::{DType, Tensor};
+>>>>>>> main
 
 use crate::Result;
 use crate::batch::Sequences;
@@ -74,7 +78,15 @@ impl NegativeExp {
     }
 }
 
+/// `x` for arithmetic that rounds once at its end: 16 bits are widened. Candle rounds after every operation, and scalars too.
+pub(crate) fn wide(x: &Tensor) -> Result<Tensor> {
+    Ok(match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32)?,
+        _ => x.clone(),
+    })
+}
+
 /// `x · scale`, and nothing at all for 1.
 pub(crate) fn scaled(x: Tensor, scale: f64) -> Result<Tensor> {
-    if scale == 1.0 { Ok(x) } else { Ok((x * scale)?) }
+    if scale == 1.0 { Ok(x) } else { Ok((wide(&x)? * scale)?.to_dtype(x.dtype())?) }
 }
