@@ -10,12 +10,8 @@ mod rope;
 mod router;
 mod short_conv;
 
-<<<<<<< HEAD
-use candle_core::Tensor;
-use mamba_ops::decoder;
-=======
 use candle_core::{DType, Tensor};
->>>>>>> main
+use mamba_ops::decoder;
 
 use crate::Result;
 use crate::batch::Sequences;
