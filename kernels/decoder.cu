@@ -40,21 +40,23 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
     const int tile = WARPS / p.split * PAIR;  // outputs of a block at once
 
     Pack<T, V> w[PAIR][UNROLL];
-    // Asks for pack `at` of each of a pair of outputs.
-    const auto fetch = [&](int u, int output, int at) {
+    const auto fetch = [&](int output, int i) {
 #pragma unroll
         for (int j = 0; j < PAIR; j++) {
-            if (at < vectors && output + j < p.outputs) {
-                const int4 bits =
-                    __ldcs(reinterpret_cast<const int4*>(weight + static_cast<int64_t>(output + j) * p.inputs) + at);
-                w[j][u] = *reinterpret_cast<const Pack<T, V>*>(&bits);
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) {
+                const int at = i + u * step;
+                if (at < vectors && output + j < p.outputs) {
+                    const int4 bits =
+                        __ldcs(reinterpret_cast<const int4*>(weight + static_cast<int64_t>(output + j) * p.inputs) + at);
+                    w[j][u] = *reinterpret_cast<const Pack<T, V>*>(&bits);
+                }
             }
         }
     };
 
     int output = blockIdx.x * tile + warp / p.split * PAIR;
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) fetch(u, output, first + u * step);
+    fetch(output, first);
     NormAhead norm;
     norm.load(p, p.inputs / p.norm_groups / 4);
     let_next_begin();
@@ -67,39 +69,37 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
     const bool leads = lane % (32 / SUMS) == 0 && warp % p.split == 0 && row < p.rows;
     for (int begin = blockIdx.x * tile; begin < p.outputs; begin += gridDim.x * tile) {
         const int mine = output + which / ROWS, channel = mine - p.conv_begin;
-        const int next = output + gridDim.x * tile;
         const bool convolves = leads && p.conv_begin <= mine && mine < p.conv_end;
         Taps taps;
         if (convolves) taps.load(p, row, channel);
         float sums[SUMS] = {};
-        for (int i = first; i - lane < vectors; i += UNROLL * step) {
-            const bool last = i - lane + UNROLL * step >= vectors;
+        for (int i = first; i - lane < vectors;) {
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
                 const int at = i + u * step;
-                if (at < vectors) {
+                if (at >= vectors) continue;
 #pragma unroll
-                    for (int h = 0; h < V / 4; h++) {
+                for (int h = 0; h < V / 4; h++) {
 #pragma unroll
-                        for (int r = 0; r < ROWS; r++) {
-                            const float4 values = shared[r * (p.inputs / 4) + h * vectors + at];
+                    for (int r = 0; r < ROWS; r++) {
+                        const float4 values = shared[r * (p.inputs / 4) + h * vectors + at];
 #pragma unroll
-                            for (int j = 0; j < PAIR; j++) {
-                                const T* four = w[j][u].values + 4 * h;
-                                float& sum = sums[j * ROWS + r];
-                                sum = fmaf(to_float(four[0]), values.x, sum);
-                                sum = fmaf(to_float(four[1]), values.y, sum);
-                                sum = fmaf(to_float(four[2]), values.z, sum);
-                                sum = fmaf(to_float(four[3]), values.w, sum);
-                            }
+                        for (int j = 0; j < PAIR; j++) {
+                            const T* four = w[j][u].values + 4 * h;
+                            float& sum = sums[j * ROWS + r];
+                            sum = fmaf(to_float(four[0]), values.x, sum);
+                            sum = fmaf(to_float(four[1]), values.y, sum);
+                            sum = fmaf(to_float(four[2]), values.z, sum);
+                            sum = fmaf(to_float(four[3]), values.w, sum);
                         }
                     }
                 }
-                // What was used makes room for what comes: of these outputs or, at their end, of the next.
-                fetch(u, last ? next : output, last ? first + u * step : at + UNROLL * step);
             }
+            i += UNROLL * step;
+            if (i - lane < vectors) fetch(output, i);
         }
-        output = next;
+        output += gridDim.x * tile;
+        fetch(output, first);  // of the next tile, while this one is summed up
 
         reduce_scatter<SUMS, 32, 1>(sums, lane);
         float sum = sums[0];

@@ -1,5 +1,5 @@
-// The products of the decoder for 3 to 64 sequences, with 16-bit weights, on tensor cores. A norm has a kernel of its own here,
-// since every block would compute it for all sequences; what it gives is rounded, as are all inputs of products.
+// The products of the decoder for 3 to 64 sequences, with 16-bit weights, on tensor cores. Norms and the convolution have kernels
+// of their own here, since a block would compute them for all sequences; inputs of products are rounded.
 
 #include "decoder.cuh"
 
@@ -33,6 +33,30 @@ template <typename T> __device__ void normed(Project p) {
     }
 NORMED(f16, f16)
 NORMED(bf16, bf16)
+
+// ---- The convolution --------------------------------------------------------------------------------------------------------
+
+// A step of the convolution of some columns of y, in place; see `Project`.
+template <typename T> __device__ void convolve(const Project& p) {
+    const int channel = blockIdx.x * THREADS + threadIdx.x, row = blockIdx.y, channels = p.conv_end - p.conv_begin;
+    const bool there = channel < channels;
+    Taps taps;
+    if (there) taps.load(p, row, channel);
+    let_next_begin();
+    wait_for_previous();
+    if (!there) return;
+    float* y = static_cast<float*>(p.y.data) + row * p.y_stride + p.conv_begin + channel;
+    const float sum = taps.step(p, row, channel, *y);
+    *y = sum;
+    if (p.rounded) static_cast<T*>(p.rounded)[static_cast<int64_t>(row) * channels + channel] = from_float<T>(sum);
+}
+
+#define CONVOLVE(T, name)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) decoder_conv_##name(const __grid_constant__ Project args) {      \
+        convolve<T>(args);                                                                                                  \
+    }
+CONVOLVE(f16, f16)
+CONVOLVE(bf16, bf16)
 
 // ---- Products ---------------------------------------------------------------------------------------------------------------
 
@@ -120,6 +144,7 @@ template <typename T, int TILES> __device__ void product(const Project& p) {
             for (int i = 0; i < 4; i++) mine[(group + i / 2 * 8) * PITCH + tile * 8 + quarter * 2 + i % 2] = c[tile][i];
         }
         __syncthreads();
+#pragma unroll 4
         for (int i = threadIdx.x; i < outputs * 8 * TILES; i += THREADS) {
             const int output = i % outputs, row = i / outputs, of = begin + output;
             if (of >= p.outputs || row >= p.rows) continue;
@@ -127,15 +152,6 @@ template <typename T, int TILES> __device__ void product(const Project& p) {
             float sum = 0.0f;
             for (int other = 0; other < p.split; other++) sum += parts[other * M * PITCH];
             if (p.bias) sum += p.bias[of];
-            const int channel = of - p.conv_begin;
-            if (p.conv_begin <= of && of < p.conv_end) {
-                Taps taps;
-                taps.load(p, row, channel);
-                sum = taps.step(p, row, channel, sum);
-                if (p.rounded)
-                    static_cast<T*>(p.rounded)[static_cast<int64_t>(row) * (p.conv_end - p.conv_begin) + channel] =
-                        from_float<T>(sum);
-            }
             const int64_t at = row * p.y_stride + of;
             p.y.set(at, p.add ? p.y.get(at) + sum : sum);
         }

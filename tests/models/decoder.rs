@@ -131,7 +131,10 @@ fn equals_whole_passes(device: &Device) -> Result<usize> {
             (DType::F16, 8),
             (DType::BF16, 2),
             (DType::BF16, 4),
-            (DType::F32, MAX_BATCH + 1),
+            (DType::F16, MAX_BATCH),
+            (DType::BF16, 13),
+            (DType::BF16, 33),
+            (DType::F32, MAX_BATCH_F32 + 1),
         ] {
             let rounded = weights.iter().map(|(name, x)| {
                 let kept = ["A_log", ".D", "dt_bias"].iter().any(|end| name.ends_with(end));

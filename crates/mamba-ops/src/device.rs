@@ -13,6 +13,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::cublas::result::gemm_ex;
+use candle_core::cuda_backend::cudarc::cublas::sys as cublas;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
 };
@@ -78,6 +80,29 @@ pub(crate) struct Launch {
     pub(crate) blocks: [usize; 3],
     pub(crate) threads: [usize; 2],
     pub(crate) shared: usize,
+}
+
+impl Launch {
+    /// Of what chooses its own.
+    pub(crate) const NONE: Self = Self { blocks: [0; 3], threads: [0; 2], shared: 0 };
+}
+
+/// `y = x Wᵀ`, or added to `y`: a product of cuBLAS whose sums are f32, where `y` is f32 or as the factors.
+#[derive(Clone, Copy)]
+pub(crate) struct Gemm {
+    /// `(outputs, inputs)`, in `dtype`.
+    pub(crate) weight: u64,
+    /// `(rows, inputs)`, in `dtype`, rows `x_stride` apart.
+    pub(crate) x: u64,
+    /// `(rows, outputs)`, rows `y_stride` apart.
+    pub(crate) y: Pointer,
+    pub(crate) rows: usize,
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    pub(crate) x_stride: usize,
+    pub(crate) y_stride: usize,
+    pub(crate) dtype: DType,
+    pub(crate) add: bool,
 }
 
 /// The arguments of a kernel, passed by value.
@@ -355,6 +380,48 @@ impl Gpu {
             Ok(()) => Ok(()),
             Err(e) => kernel.does_not_launch(launch, e),
         }
+    }
+
+    /// Enqueues a product of cuBLAS.
+    ///
+    /// # Safety
+    /// The addresses are of matrices of those sizes.
+    pub(crate) unsafe fn gemm(&self, gemm: Gemm) -> Result<()> {
+        let Gemm { weight, x, y, rows, inputs, outputs, x_stride, y_stride, dtype, add } = gemm;
+        let factors = match dtype {
+            DType::F16 => cublas::cudaDataType::CUDA_R_16F,
+            DType::BF16 => cublas::cudaDataType::CUDA_R_16BF,
+            other => bail!("no product of {}", other.as_str()),
+        };
+        let sums = if y.dtype == 0 { cublas::cudaDataType::CUDA_R_32F } else { factors };
+        let size = |n: usize| int("a product", n);
+        let (alpha, beta) = (1f32, if add { 1f32 } else { 0f32 });
+        // Column by column, as cuBLAS has it, yᵀ = W xᵀ.
+        // SAFETY: by the contract of this function; alpha and beta are read before this returns.
+        unsafe {
+            gemm_ex(
+                *self.device.cublas_handle().handle(),
+                cublas::cublasOperation_t::CUBLAS_OP_T,
+                cublas::cublasOperation_t::CUBLAS_OP_N,
+                size(outputs)?,
+                size(rows)?,
+                size(inputs)?,
+                (&raw const alpha).cast(),
+                weight as *const c_void,
+                factors,
+                size(inputs)?,
+                x as *const c_void,
+                factors,
+                size(x_stride)?,
+                (&raw const beta).cast(),
+                y.address as *mut c_void,
+                sums,
+                size(y_stride)?,
+                cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .w()
     }
 
     /// Whether kernels can begin while those before them end: the GPU has compute capability 9.0, and so has the code that

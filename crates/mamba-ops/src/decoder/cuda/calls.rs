@@ -5,7 +5,7 @@ use std::mem::size_of;
 use candle_core::{DType, Result, Tensor};
 
 use crate::decoder::{Conv, Layer, Mamba1, Mamba2, Mixer, Norm, OP, Product, Stack};
-use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::device::{self, Arguments, Buffer, Gemm, Gpu, Kernel, Launch, Module, Pointer, int, module};
 use crate::norm::NormKind;
 
 static MODULE: Module = module!("decoder");
@@ -20,9 +20,9 @@ const UPDATE_THREADS: usize = 128;
 const LANES: usize = 4;
 const CHANNELS: usize = 4;
 
-/// Outputs of a warp and inputs of a read in products of batches.
+/// Outputs of a warp in products of batches, and the most eights of sequences that these are faster for than cuBLAS.
 const M: usize = 16;
-const DEPTH: usize = 32;
+const MOST_TILES: usize = 2;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -145,6 +145,7 @@ enum Args {
     Project(ProjectArgs),
     Mamba1(Mamba1Args),
     Mamba2(Mamba2Args),
+    Gemm(Gemm),
 }
 
 impl Call {
@@ -156,6 +157,7 @@ impl Call {
                 Args::Project(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
                 Args::Mamba1(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
                 Args::Mamba2(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
+                Args::Gemm(gemm) => gpu.gemm(gemm),
             }
         }
     }
@@ -191,13 +193,6 @@ fn is_wide(batch: usize, dtype: DType) -> bool {
 fn shared(inputs: usize, batch: usize, dtype: DType) -> usize {
     let rows = if is_wide(batch, dtype) { 1 } else { batch.next_power_of_two() };
     rows * inputs * size_of::<f32>()
-}
-
-/// The number of warps that share an output, of which there are `tiles` for the blocks that run at once: that with which the
-/// longest row of reads of a warp is shortest.
-fn split(gpu_blocks: usize, tiles: impl Fn(usize) -> usize, reads: usize, overhead: usize) -> usize {
-    let cost = |split: &usize| tiles(*split).div_ceil(gpu_blocks) * (reads.div_ceil(*split) + overhead);
-    [1, 2, 4, WARPS].into_iter().min_by_key(cost).unwrap_or(1)
 }
 
 impl Scratch {
@@ -425,59 +420,97 @@ impl Scratch {
 
     /// The launches of a product.
     fn product(&self, gpu: &Gpu, product: &Product, args: ProjectArgs) -> Result<Vec<Call>> {
+        match &self.wide {
+            None => Ok(vec![self.narrow_product(gpu, product, args)?]),
+            Some(wide) => self.wide_product(gpu, wide, product, args),
+        }
+    }
+
+    /// A product with all that surrounds it.
+    fn narrow_product(&self, gpu: &Gpu, product: &Product, args: ProjectArgs) -> Result<Call> {
         let ((outputs, inputs), dtype) = (product.weight.dims2()?, product.weight.dtype());
-        let Some(wide) = &self.wide else {
-            let name = match self.batch.next_power_of_two() {
-                1 => "decoder_project_1",
-                2 => "decoder_project_2",
-                4 => "decoder_project_4",
-                _ => "decoder_project_8",
-            };
-            let kernel = Kernel { module: &MODULE, name, dtype: Some(dtype) };
-            let shared = shared(inputs, self.batch, dtype);
-            let blocks = |split: usize| outputs.div_ceil(PAIR * WARPS / split);
-            let reads = (inputs * dtype.size_in_bytes()).div_ceil(16 * 32);
-            return Ok(vec![Self::shared_out(gpu, kernel, shared, args, blocks, (reads, 1))?]);
+        let name = match self.batch.next_power_of_two() {
+            1 => "decoder_project_1",
+            2 => "decoder_project_2",
+            4 => "decoder_project_4",
+            _ => "decoder_project_8",
         };
-        let (mut args, mut calls) = (args, vec![]);
+        let kernel = Kernel { module: &MODULE, name, dtype: Some(dtype) };
+        let shared = shared(inputs, self.batch, dtype);
+        on_all_multiprocessors(gpu, kernel, shared, args, |split| outputs.div_ceil(PAIR * WARPS / split))
+    }
+
+    /// A norm, a product, a convolution, each as far as there is one.
+    fn wide_product(
+        &self,
+        gpu: &Gpu,
+        wide: &Wide,
+        product: &Product,
+        mut args: ProjectArgs,
+    ) -> Result<Vec<Call>> {
+        let ((outputs, inputs), dtype) = (product.weight.dims2()?, product.weight.dtype());
+        let kernel = |name: &'static str| Kernel { module: &BATCH_MODULE, name, dtype: Some(dtype) };
+        let mut calls = vec![];
         if args.before != PLAIN {
             let normed = wide.normed.pointer();
             let norm = ProjectArgs { y: normed, y_stride: inputs as i64, ..args };
-            let kernel = Kernel { module: &BATCH_MODULE, name: "decoder_norm", dtype: Some(dtype) };
             let shared = shared(inputs, self.batch, dtype);
             let launch = Launch { blocks: [self.batch, 1, 1], threads: [THREADS, 1], shared };
-            calls.push(Call { kernel, launch, args: Args::Project(norm) });
+            calls.push(Call { kernel: kernel("decoder_norm"), launch, args: Args::Project(norm) });
             args = ProjectArgs { x: normed.address, x_stride: inputs as i64, before: PLAIN, ..args };
         }
-        let tiles = self.batch.div_ceil(8).next_power_of_two();
-        let name = match tiles {
-            1 => "decoder_product_1",
-            2 => "decoder_product_2",
-            4 => "decoder_product_4",
-            _ => "decoder_product_8",
-        };
-        let kernel = Kernel { module: &BATCH_MODULE, name, dtype: Some(dtype) };
-        let shared = WARPS * M * (8 * tiles + 1) * size_of::<f32>();
-        let blocks = |split: usize| outputs.div_ceil(M * WARPS / split);
-        calls.push(Self::shared_out(gpu, kernel, shared, args, blocks, (inputs.div_ceil(DEPTH), 4))?);
+        if self.batch > MOST_TILES * 8 && args.bias == 0 {
+            let gemm = Gemm {
+                weight: args.weight,
+                x: args.x,
+                y: args.y,
+                rows: self.batch,
+                inputs,
+                outputs,
+                x_stride: args.x_stride as usize,
+                y_stride: args.y_stride as usize,
+                dtype,
+                add: args.add != 0,
+            };
+            calls.push(Call { kernel: kernel("cublas"), launch: Launch::NONE, args: Args::Gemm(gemm) });
+        } else {
+            let tiles = self.batch.div_ceil(8).next_power_of_two();
+            let name = match tiles {
+                1 => "decoder_product_1",
+                2 => "decoder_product_2",
+                4 => "decoder_product_4",
+                _ => "decoder_product_8",
+            };
+            let shared = WARPS * M * (8 * tiles + 1) * size_of::<f32>();
+            let blocks = |split: usize| outputs.div_ceil(M * WARPS / split);
+            calls.push(on_all_multiprocessors(gpu, kernel(name), shared, args, blocks)?);
+        }
+        if args.window != 0 {
+            let channels = (args.conv_end - args.conv_begin) as usize;
+            let launch = Launch {
+                blocks: [channels.div_ceil(THREADS), self.batch, 1],
+                threads: [THREADS, 1],
+                shared: 0,
+            };
+            calls.push(Call { kernel: kernel("decoder_conv"), launch, args: Args::Project(args) });
+        }
         Ok(calls)
     }
+}
 
-    /// The launch of a product whose outputs need that many blocks if so many warps share one; reads of an output, and what else
-    /// an output costs a warp in reads.
-    fn shared_out(
-        gpu: &Gpu,
-        kernel: Kernel,
-        shared: usize,
-        args: ProjectArgs,
-        blocks: impl Fn(usize) -> usize,
-        (reads, overhead): (usize, usize),
-    ) -> Result<Call> {
-        let at_once = gpu.blocks_at_once(kernel, [THREADS, 1], shared)?;
-        let split = split(at_once, &blocks, reads, overhead);
-        let launch = Launch { blocks: [blocks(split).min(at_once), 1, 1], threads: [THREADS, 1], shared };
-        Ok(Call { kernel, launch, args: Args::Project(ProjectArgs { split: int(OP, split)?, ..args }) })
-    }
+/// The launch of a product whose outputs need so many blocks if so many warps share one: as few as give every multiprocessor work.
+fn on_all_multiprocessors(
+    gpu: &Gpu,
+    kernel: Kernel,
+    shared: usize,
+    args: ProjectArgs,
+    blocks: impl Fn(usize) -> usize,
+) -> Result<Call> {
+    let multiprocessors = gpu.multiprocessors();
+    let split = [1, 2, 4].into_iter().find(|&split| blocks(split) >= multiprocessors).unwrap_or(WARPS);
+    let at_once = gpu.blocks_at_once(kernel, [THREADS, 1], shared)?;
+    let launch = Launch { blocks: [blocks(split).min(at_once), 1, 1], threads: [THREADS, 1], shared };
+    Ok(Call { kernel, launch, args: Args::Project(ProjectArgs { split: int(OP, split)?, ..args }) })
 }
 
 /// The same, of the norm of `x`.
