@@ -40,6 +40,16 @@ pub struct Family {
 }
 
 impl Family {
+    /// What it goes by: its `model_type`, or `state-spaces`.
+    pub fn name(&self) -> &'static str {
+        self.model_type.unwrap_or("state-spaces")
+    }
+
+    /// The family that goes by a name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        FAMILIES.into_iter().find(|family| family.name() == name)
+    }
+
     /// The configuration in the words of this family, if reading them gives the same model again.
     pub(crate) fn words(&self, config: &ModelConfig) -> Option<Value> {
         let written = (self.write)(config)?;
