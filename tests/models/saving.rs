@@ -33,8 +33,9 @@ fn layouts_are_chosen() {
         let model = open(name, DType::F32);
         model.save_pretrained_as(named("state-spaces"), there.path(), DType::F32).unwrap();
         let text = std::fs::read_to_string(there.path().join("config.json")).unwrap();
-        assert!(text.contains("ssm_cfg") && !text.contains("model_type"), "{name}");
+        assert!(text.contains("ssm_cfg") && !text.contains("model_type") && !text.contains("eos"), "{name}");
         let moved = load(there.path()).unwrap();
+        assert_eq!(moved.config(), model.config(), "{name}");
         moved.save_pretrained_as(named(other), back.path(), DType::F32).unwrap();
         let again = load(back.path()).unwrap();
         let want = model.forward(&input, None).unwrap();

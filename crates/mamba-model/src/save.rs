@@ -6,11 +6,16 @@ use std::path::Path;
 use candle_core::DType;
 use candle_core::Tensor;
 
+use crate::checkpoint::pickle;
 use crate::families::{self, Family};
-use crate::{Error, Model, Result, write_atomically};
+use crate::{AtomicFile, Error, Model, Result, write_atomically};
+
+/// Where the tokens at which texts end stand beside a configuration that has no place for them.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
 impl Model {
-    /// Writes `config.json` and `model.safetensors` into a folder, which is made if need be.
+    /// Writes `config.json` and `model.safetensors` into a folder, which is made if need be; in the layout of state-spaces,
+    /// which knows no other, `pytorch_model.bin`.
     ///
     /// The configuration is that of the first of [`FAMILIES`](families::FAMILIES) that has words for it: transformers' `mamba`, `mamba2` or
     /// `falcon_mamba` where possible, else that of state-spaces, else one of the hybrids of transformers. Weights are
@@ -90,10 +95,31 @@ impl Model {
             })
             .collect::<Result<_>>()?;
         let notes = [("format".to_owned(), "pt".to_owned())].into(); // what transformers asks for
-        write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?;
+        match family.model_type {
+            Some(_) => write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?,
+            None => self.write_torch(folder, family, tensors)?,
+        }
         let path = folder.join("config.json");
         let text = serde_json::to_string_pretty(&config).map_err(|e| Error::io(&path, e.into()))? + "\n";
         write_atomically(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))
+    }
+
+    /// As mamba_ssm wants it: a torch file, in which a tied head is there again.
+    fn write_torch(&self, folder: &Path, family: &Family, mut tensors: Vec<(String, Tensor)>) -> Result<()> {
+        let embedding = family.names.candidates("embedding.weight").into_iter().next();
+        let tied =
+            tensors.iter().find(|(name, _)| self.config().tie_embeddings && Some(name) == embedding.as_ref());
+        if let Some((_, embedding)) = tied.cloned() {
+            tensors.push(("lm_head.weight".into(), embedding));
+        }
+        let path = folder.join("pytorch_model.bin");
+        pickle::write(AtomicFile::create(&path).map_err(|e| Error::io(&path, e))?, &tensors)?;
+        let (ends, path) = (&self.config().eos_token_ids, folder.join(GENERATION_CONFIG));
+        if !ends.is_empty() {
+            let text = serde_json::json!({ "eos_token_id": ends }).to_string();
+            write_atomically(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))?;
+        }
+        Ok(())
     }
 
     /// Formats of whole models have no place for adapters.

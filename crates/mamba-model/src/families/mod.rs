@@ -60,6 +60,9 @@ impl Family {
             // Most families cannot say that some ids exist for alignment only.
             (again.vocab_size, again.padded_vocab_size) = (config.vocab_size, config.padded_vocab_size);
         }
+        if self.model_type.is_none() {
+            again.eos_token_ids.clone_from(&config.eos_token_ids); // they stand in a file of their own
+        }
         (again == *config).then_some(written)
     }
 }
