@@ -12,6 +12,7 @@ use mamba_generate::{tokenizer_config_to_gguf, tokenizer_to_gguf};
 use mamba_model::Model;
 use mamba_model::checkpoint::gguf::{GgmlType, Metadata, TensorSpec, Value};
 use mamba_model::checkpoint::{Checkpoint, LocalDir, ModelSource};
+use mamba_model::families::{FAMILIES, Family};
 use tokenizers::Tokenizer;
 
 /// What belongs to a model beside its weights.
@@ -26,7 +27,8 @@ const BESIDE: [&str; 5] = [
 /// Reads a checkpoint of any format and writes it in another one, with its tokenizer and chat template, and reports every tensor.
 ///
 /// A name that ends in .gguf is written as one GGUF file, in the layout of llama.cpp, plain or quantized. Any other name is
-/// a folder with safetensors, in the layout of Hugging Face if that has words for the model, else in that of state-spaces.
+/// a folder with safetensors, in the layout of Hugging Face if that has words for the model, else in that of state-spaces, or as
+/// `--layout` says.
 #[derive(Debug, Parser)]
 struct Args {
     #[command(flatten)]
@@ -37,6 +39,9 @@ struct Args {
     /// The type to write: f32, f16 or bf16, and in GGUF also q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, q3_k, q2_k.
     #[arg(long, default_value = "f16")]
     save_as: GgmlType,
+    /// The layout of a folder: state-spaces, or a model_type of transformers, such as mamba2.
+    #[arg(long)]
+    layout: Option<String>,
     /// Say nothing about single tensors.
     #[arg(long, short)]
     quiet: bool,
@@ -56,9 +61,18 @@ fn main() -> Result<()> {
         kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", "),
         if to_gguf { "GGUF" } else { "safetensors" }
     );
+    let layout = args.layout.as_deref().map(|name| {
+        ensure!(!to_gguf, "--layout {name}: a GGUF file has a layout of its own");
+        let known = || FAMILIES.map(Family::name).join(", ");
+        Family::named(name).with_context(|| format!("--layout {name}: expected one of {}", known()))
+    });
+    let layout = layout.transpose()?;
     let (model, source) = cli::load(&args.model)?;
-    let written =
-        if to_gguf { gguf(&args, &model, source.as_ref())? } else { folder(&args, &model, source.as_ref())? };
+    let written = if to_gguf {
+        gguf(&args, &model, source.as_ref())?
+    } else {
+        folder(&args, &model, layout, source.as_ref())?
+    };
     let (mut elements, mut bytes) = (0, 0);
     for tensor in &written {
         let size = tensor.bytes().unwrap_or(0);
@@ -118,10 +132,18 @@ fn gguf(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<Tens
 }
 
 /// Writes a folder with safetensors; files of the tokenizer are copied, or made from a GGUF file.
-fn folder(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<TensorSpec>> {
+fn folder(
+    args: &Args,
+    model: &Model,
+    layout: Option<&Family>,
+    source: &dyn ModelSource,
+) -> Result<Vec<TensorSpec>> {
     let dtype = args.save_as.dtype().unwrap_or(DType::F32); // `main` lets no other pass
     let spinner = cli::spinner(format!("writing {}", args.to.display()));
-    model.save_pretrained(&args.to, dtype)?;
+    match layout {
+        Some(family) => model.save_pretrained_as(family, &args.to, dtype)?,
+        None => model.save_pretrained(&args.to, dtype)?,
+    }
     // Files that stand beside a GGUF file may belong to another model.
     if !cli::has_gguf_tokenizer(source) {
         for name in BESIDE {

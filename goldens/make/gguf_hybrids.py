@@ -256,6 +256,7 @@ def falcon_h1(name):
 def nemotron(name):
     def keys(writer, config):
         common(writer, config)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
         kinds = config.layers_block_type
         heads(writer, config, kinds)
         mamba2(writer, config.mamba_num_heads * config.mamba_head_dim, config.ssm_state_size, config.conv_kernel, config.mamba_num_heads,

@@ -3,7 +3,7 @@
 Run: python mamba_ssm_models.py
 
 The models are mamba_ssm's own MambaLMHeadModel, on the CPU: each CUDA or Triton function that the modules call is replaced by
-the reference function that the same package (or causal_conv1d) publishes for it. Parameters, `io.safetensors` and checks are
+the reference function that the same package (or causal_conv1d, or flash_attn) publishes for it. Parameters, `io.safetensors` and checks are
 as in transformers_models.py. Steps are left out, and `step_logits` in the metadata says why, where mamba_ssm's own step is
 not the model's forward.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
+from flash_attn.layers import rotary
 from mamba_ssm.models import mixer_seq_simple
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.modules import block, mamba2, mamba_simple, mha
@@ -31,10 +32,12 @@ from mamba_ssm.ops.triton import layer_norm, layernorm_gated
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update_ref
 from mamba_ssm.utils.generation import InferenceParams
 
+import bfloat16
 import golden_file
 
 MODELS = pathlib.Path(__file__).resolve().parent.parent / "models"
 VERSION = upstream.version("mamba_ssm", "causal_conv1d", "torch")
+ROTARY_VERSION = upstream.version("mamba_ssm", "causal_conv1d", "flash_attn", "torch")
 LENGTH = 23
 LIMIT = 300 * 1024
 
@@ -43,10 +46,11 @@ LIMIT = 300 * 1024
 
 
 def norm(x, weight, bias, residual=None, eps=1e-6, prenorm=False, residual_in_fp32=False, is_rms_norm=False, **rest):
-    # The references keep the residual in the dtype of x; in float32 models that is what residual_in_fp32 asks for.
+    # As the kernels: computed in float32, whatever x is, and so is the residual if asked for.
     assert all(value is None or value is False or value == 0 for value in rest.values()), rest
     reference = layer_norm.rms_norm_ref if is_rms_norm else layer_norm.layer_norm_ref
-    return reference(x, weight, bias, residual=residual, eps=eps, prenorm=prenorm)
+    y, total = reference(x, weight, bias, residual=residual, eps=eps, prenorm=True, upcast=True)
+    return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y
 
 
 def rms_norm(*args, **kwargs):
@@ -65,13 +69,23 @@ def chunk_scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_soft
                dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False):
     # The listing of the paper, with bias, softplus, limit, groups, D and z around it, as ops.py checks it against the kernel.
     assert dt_softplus and seq_idx is None and cu_seqlens is None and not return_varlen_states
+    dtype, (x, dt, A, B, C) = x.dtype, (m.float() for m in (x, dt, A, B, C))  # as the kernels, which round once
     dt = F.softplus(dt if dt_bias is None else dt + dt_bias).clamp(*dt_limit)
     B, C = (m.repeat_interleave(x.shape[2] // m.shape[2], dim=2) for m in (B, C))
     length = chunk_size if x.shape[1] % chunk_size == 0 else x.shape[1]
     y, state = ssd_minimal_discrete(x * dt[..., None], A * dt, B, C, length)
     y = y if D is None else y + x * (D[:, None] if D.dim() == 1 else D)
-    y = y if z is None else y * F.silu(z)
+    y = (y if z is None else y * F.silu(z.float())).to(dtype)
     return (y, state) if return_final_states else y
+
+
+def turned(x, cos, sin, interleaved=False, seqlen_offsets=0, **_):
+    here = slice(seqlen_offsets, seqlen_offsets + x.shape[1])
+    return rotary.apply_rotary_emb_torch(x, cos[here], sin[here], interleaved)
+
+
+def turned_keys(kv, *args, **kwargs):
+    return torch.stack([turned(kv[:, :, 0], *args, **kwargs), kv[:, :, 1]], dim=2)
 
 
 @contextlib.contextmanager
@@ -83,7 +97,9 @@ def references():
                                 selective_scan_fn=selective_scan_ref, selective_state_update=selective_state_update_ref),
             mock.patch.multiple(mamba2, causal_conv1d_fn=conv, causal_conv1d_update=causal_conv1d_update_ref,
                                 mamba_chunk_scan_combined=chunk_scan, selective_state_update=selective_state_update_ref),
-            mock.patch.multiple(mha, causal_conv1d_fn=conv, causal_conv1d_update=causal_conv1d_update_ref),
+            mock.patch.multiple(mha, causal_conv1d_fn=conv, causal_conv1d_update=causal_conv1d_update_ref,
+                                flash_attn_with_kvcache=None),
+            mock.patch.multiple(rotary, apply_rotary_emb_func=turned, apply_rotary_emb_kv_=turned_keys),
             mock.patch.object(layer_norm, "rms_norm_fn", rms_norm),
             mock.patch.object(layernorm_gated, "rmsnorm_fn", gated_rms_norm),
             mock.patch.object(block, "layer_norm_fn", norm),
@@ -123,7 +139,7 @@ def randomize(model, rng):
 @torch.no_grad()
 def answers(model, ids, prefill):
     """Logits of one forward; of the prefill; of the steps, or why there are none."""
-    logits = model(ids).logits.numpy()
+    logits = bfloat16.numpy(model(ids).logits)
     params = InferenceParams(max_seqlen=ids.shape[1], max_batch_size=ids.shape[0])
     first = model(ids[:, :prefill], inference_params=params).logits
     params.seqlen_offset = prefill
@@ -132,23 +148,28 @@ def answers(model, ids, prefill):
         try:
             stepped.append(model(ids[:, position : position + 1], inference_params=params).logits)
         except AssertionError as error:
-            return logits, first.numpy(), error
+            return logits, bfloat16.numpy(first), error
         params.seqlen_offset += 1
-    return logits, first.numpy(), torch.cat(stepped, dim=1).numpy()
+    return logits, bfloat16.numpy(first), bfloat16.numpy(torch.cat(stepped, dim=1))
 
 
 def relative(got, want):
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
+def build(config, dtype):
+    model = mixer_seq_simple.MambaLMHeadModel(config, device="cpu", dtype=dtype).eval()
+    for layer in model.backbone.layers:  # the fused paths of the two mixers have no reference with all options
+        layer.mixer.use_mem_eff_path = layer.mixer.use_fast_path = False
+    return model
+
+
 def make(name, prefill, *, steps=None, **config):
     seed = zlib.crc32(f"models/{name}".encode())
     rng = np.random.Generator(np.random.PCG64(seed))
     config = MambaConfig(**(dict(d_model=24, n_layer=2, vocab_size=61) | config))
-    model = mixer_seq_simple.MambaLMHeadModel(config, device="cpu", dtype=torch.float32).eval()
+    model = build(config, torch.float32)
     randomize(model, rng)
-    for layer in model.backbone.layers:  # the fused paths of the two mixers have no reference with all options
-        layer.mixer.use_mem_eff_path = layer.mixer.use_fast_path = False
     ids = torch.tensor(rng.integers(0, config.vocab_size, (2, LENGTH)))
     weights = {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -175,14 +196,20 @@ def make(name, prefill, *, steps=None, **config):
     tensors = {"input_ids": ids.numpy(), "logits": logits.astype(np.float32)}
     if steps is None:
         tensors["step_logits"] = stepped.astype(np.float32)
-    golden_file.write(folder / "io.safetensors", tensors, {
-        "producer": "mamba_ssm MambaLMHeadModel over its reference functions, float64", "producer_version": VERSION,
+    metadata = {
+        "producer": "mamba_ssm MambaLMHeadModel over its reference functions, float64",
+        "producer_version": ROTARY_VERSION if config.attn_cfg.get("rotary_emb_dim") else VERSION,
         "seed": str(seed), "prefill": str(prefill),
         "step_logits": "after prefill, one id at a time with the cache" if steps is None else steps,
-    })
+    }
+    golden_file.write(folder / "io.safetensors", tensors, metadata)
+    half = build(config, torch.bfloat16)
+    half.load_state_dict(weights)
+    with references():
+        rounding = bfloat16.record(folder, model, half, lambda *ask: answers(*ask)[::2], metadata, stepped=steps is None)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size <= LIMIT, (name, size)
-    print(f"{name}: {size} bytes, float32 off by {relative(single[0], logits):.1e}, largest logit {np.abs(logits).max():.1f}, "
+    print(f"{name}: {size} bytes, {rounding}, float32 off by {relative(single[0], logits):.1e}, largest logit {np.abs(logits).max():.1f}, "
           f"logits {logits.shape}")
 
 
@@ -213,6 +240,15 @@ def main():
     make("ss_mamba1_attention_mlp", 7, n_layer=2, attn_layer_idx=[0], d_model=12, attn_cfg={
         "num_heads": 4, "num_heads_kv": 1, "head_dim": 6, "mlp_dim": 200, "causal": True, "softmax_scale": 0.7},
         ssm_cfg={"d_state": 4, "dt_rank": 2}, tie_embeddings=False, vocab_size=40,
+        steps="left out: without flash_attn, MHA of mamba_ssm lets a step see the first position only")
+    # As the published hybrid, state-spaces/mamba2attn-2.7b, half of each head turns.
+    make("ss_mamba2_rotary", 7, n_layer=3, attn_layer_idx=[1], attn_cfg={
+        "causal": True, "d_conv": 4, "head_dim": 8, "num_heads": 3, "out_proj_bias": False, "qkv_proj_bias": False,
+        "rotary_emb_dim": 4}, ssm_cfg={"layer": "Mamba2", "d_state": 6, "headdim": 6, "chunk_size": 8},
+        steps="left out: as of ss_mamba2_attention")
+    make("ss_mamba1_rotary_interleaved", 7, n_layer=2, attn_layer_idx=[1], d_model=12, attn_cfg={
+        "num_heads": 4, "num_heads_kv": 2, "head_dim": 6, "causal": True, "rotary_emb_dim": 6, "rotary_emb_base": 50.0,
+        "rotary_emb_interleaved": True}, ssm_cfg={"d_state": 4, "dt_rank": 2}, vocab_size=40,
         steps="left out: without flash_attn, MHA of mamba_ssm lets a step see the first position only")
 
 

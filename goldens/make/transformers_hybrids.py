@@ -19,6 +19,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+import bfloat16
 import golden_file
 import upstream
 
@@ -50,6 +51,11 @@ def answers(model, ids, prefill):
     return logits.double().numpy(), torch.cat(steps, dim=1).double().numpy()
 
 
+def load(folder, dtype):
+    kinds = dict(attn_implementation="eager", experts_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kinds).eval()
+
+
 def make(name, config, prefill=7, *, steps=None):
     if sys.argv[1:] and name not in sys.argv[1:]:
         return
@@ -76,18 +82,20 @@ def make(name, config, prefill=7, *, steps=None):
     tensors = {"input_ids": ids.numpy(), "logits": logits.astype(np.float32)}
     if steps is None:
         tensors["step_logits"] = stepped.astype(np.float32)
-    golden_file.write(folder / "io.safetensors", tensors, {
+    metadata = {
         "producer": f"transformers {type(model).__name__}, PyTorch path, float64", "producer_version": base.VERSION,
         "seed": str(seed), "prefill": str(prefill),
         "step_logits": "after prefill, one id at a time with the cache" if steps is None else steps,
-    })
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager").eval()
+    }
+    golden_file.write(folder / "io.safetensors", tensors, metadata)
+    again, half = load(folder, torch.float32), load(folder, torch.bfloat16)
     with torch.no_grad():
         gap = base.relative(again(ids, use_cache=False).logits.numpy(), logits)
     assert gap < 1e-4, (name, gap)
+    rounding = bfloat16.record(folder, again, half, answers, metadata, first_id=3, stepped=steps is None)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size <= base.LIMIT // 2, (name, size)
-    print(f"{name}: {size} bytes, float32 off by {base.relative(single[0], logits):.1e}, steps by {off:.1e}, "
+    print(f"{name}: {size} bytes, {rounding}, float32 off by {base.relative(single[0], logits):.1e}, steps by {off:.1e}, "
           f"largest logit {np.abs(logits).max():.1f}", flush=True)
 
 

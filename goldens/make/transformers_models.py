@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM  # noqa: E402
 
+import bfloat16  # noqa: E402
 import golden_file  # noqa: E402
 
 MODELS = pathlib.Path(__file__).resolve().parent.parent / "models"
@@ -77,7 +78,7 @@ def answers(model, ids, prefill):
         out = model(ids[:, position : position + 1], cache_params=cache, use_cache=True)
         cache = out.cache_params
         steps.append(out.logits)
-    return logits.numpy(), first.logits.numpy(), torch.cat(steps, dim=1).numpy()
+    return tuple(bfloat16.numpy(values) for values in (logits, first.logits, torch.cat(steps, dim=1)))
 
 
 def relative(got, want):
@@ -112,17 +113,20 @@ def make(name, config, prefill, save, *, steps=None):
     tensors = {"input_ids": ids.numpy(), "logits": logits.astype(np.float32)}
     if steps is None:
         tensors["step_logits"] = stepped.astype(np.float32)
-    golden_file.write(folder / "io.safetensors", tensors, {
+    metadata = {
         "producer": f"transformers {kind.__name__}, PyTorch path, float64", "producer_version": VERSION, "seed": str(seed),
         "prefill": str(prefill), "step_logits": "after prefill, one id at a time with the cache" if steps is None else steps,
-    })
+    }
+    golden_file.write(folder / "io.safetensors", tensors, metadata)
 
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     want, got = model.state_dict(), again.state_dict()
     assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want), name
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    rounding = bfloat16.record(folder, again, half, lambda *ask: answers(*ask)[::2], metadata, stepped=steps is None)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size <= LIMIT, (name, size)
-    print(f"{name}: {size} bytes, float32 off by {relative(single[0], logits):.1e}, steps by {off:.1e}, "
+    print(f"{name}: {size} bytes, {rounding}, float32 off by {relative(single[0], logits):.1e}, steps by {off:.1e}, "
           f"largest logit {np.abs(logits).max():.1f}, files {sorted(path.name for path in folder.iterdir())}")
 
 

@@ -1,6 +1,6 @@
 """Makes the published packages importable, and runnable in float64, on a machine without a GPU.
 
-`mamba_ssm` and `causal_conv1d` import compiled CUDA extensions when they are loaded. Empty modules stand in for these;
+`mamba_ssm`, `causal_conv1d` and `flash_attn` import compiled CUDA extensions when they are loaded. Empty modules stand in for these;
 the reference functions, which are plain PyTorch, never touch them. Triton runs in its interpreter, so that the published
 Triton kernels too can run on the CPU (in float32 and slowly), which we use to check what the references cannot say.
 """
@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", message="Deterministic mode")
 warnings.filterwarnings("ignore", message=".*NumPy array is not writable.*")
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
-for name in ("selective_scan_cuda", "causal_conv1d_cuda"):
+for name in ("selective_scan_cuda", "causal_conv1d_cuda", "flash_attn_2_cuda"):
     sys.modules[name] = types.ModuleType(name)
 
 

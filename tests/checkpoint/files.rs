@@ -178,3 +178,22 @@ fn what_is_not_committed_changes_nothing() {
     assert!(mamba_model::write_atomically(&taken, b"new").is_err());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
 }
+
+/// The cause of an error with a file is a part of its message: who prints the chain, as `{:#}` of anyhow does, prints it once.
+#[test]
+fn errors_of_files_print_their_cause_once() {
+    use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("missing/file");
+    let cause = std::fs::read(&missing).unwrap_err().to_string();
+    let config = ModelConfig::uniform(5, 4, 1, MixerSpec::Mamba1(Mamba1Config::new(4)));
+    let model = mamba_model::Model::random(&config, 0, &Device::Cpu).unwrap();
+    let errors = [
+        anyhow::Error::from(mamba_model::InferenceCache::load(&missing, &config, &Device::Cpu).unwrap_err()),
+        mamba_generate::GenerationState::load(&model, &missing).unwrap_err().into(),
+        mamba_train::data::TokenWriter::create(&missing).err().unwrap().into(),
+    ];
+    for error in errors {
+        assert_eq!(format!("{error:#}"), format!("{}: {cause}", missing.display()));
+    }
+}

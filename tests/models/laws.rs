@@ -14,7 +14,7 @@ use crate::support::tolerance::max_error;
 use crate::{in_pieces, open};
 
 /// One checkpoint of each family, and of each kind of mixer and option.
-pub const MODELS: [&str; 22] = [
+pub const MODELS: [&str; 23] = [
     "mamba_tied",
     "mamba_untied_bias",
     "mamba2_g8",
@@ -24,6 +24,7 @@ pub const MODELS: [&str; 22] = [
     "ss_mamba2_d_has_hdim",
     "ss_mamba2_attention",
     "ss_mamba1_attention_mlp",
+    "ss_mamba2_rotary",
     "falcon_mamba_untied_bias",
     "jamba",
     "bamba_options",

@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bfloat16;
 mod gguf;
 mod gradients;
 mod heads;

@@ -137,3 +137,15 @@ fn learnable_init_states() {
     cache.reset().unwrap();
     assert!(max_error(&learned.forward(&input, Some(&mut cache)).unwrap(), &got) < 1e-6);
 }
+
+/// A builder that has whatever it is asked for makes a model too, without adapters.
+#[test]
+fn a_builder_of_zeros() {
+    for name in ["mamba_tied", "ss_mamba2_attention", "jamba", "zamba2"] {
+        let config = crate::open(name, DType::F32).config().clone();
+        let model = Model::new(&config, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
+        assert!(!model.has_adapters(), "{name}");
+        let logits = model.forward(&ids(5), None).unwrap();
+        assert_eq!(max_error(&logits, &logits.zeros_like().unwrap()), 0.0, "{name}");
+    }
+}

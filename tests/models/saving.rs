@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use mamba_model::families::Family;
 use mamba_model::{Model, checkpoint::LocalDir};
 
 use crate::open;
@@ -18,6 +19,33 @@ fn copy(name: &str, to: &Path) {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
+}
+
+/// Between the layouts of state-spaces and transformers there and back, where both have words.
+#[test]
+fn layouts_are_chosen() {
+    let input = Tensor::new(&[[3u32, 1, 4, 1, 5, 9, 2, 6]], &Device::Cpu).unwrap();
+    let named = |name: &str| Family::named(name).unwrap();
+    for (name, other) in
+        [("mamba_tied", "mamba"), ("mamba2_g1_untied", "mamba2"), ("mamba2_g2_tied_bias", "mamba2")]
+    {
+        let (there, back) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let model = open(name, DType::F32);
+        model.save_pretrained_as(named("state-spaces"), there.path(), DType::F32).unwrap();
+        let text = std::fs::read_to_string(there.path().join("config.json")).unwrap();
+        assert!(text.contains("ssm_cfg") && !text.contains("model_type") && !text.contains("eos"), "{name}");
+        let moved = load(there.path()).unwrap();
+        assert_eq!(moved.config(), model.config(), "{name}");
+        moved.save_pretrained_as(named(other), back.path(), DType::F32).unwrap();
+        let again = load(back.path()).unwrap();
+        let want = model.forward(&input, None).unwrap();
+        for model in [moved, again] {
+            assert_eq!(max_error(&model.forward(&input, None).unwrap(), &want), 0.0, "{name}");
+        }
+    }
+    let error = open("jamba", DType::F32).save_pretrained_as(named("zamba"), "nowhere", DType::F32);
+    let message = "config: `layers` is a combination that the layout of zamba has no words for";
+    assert_eq!(error.unwrap_err().to_string(), message);
 }
 
 #[test]

@@ -97,12 +97,13 @@ pub enum Error {
         message: String,
     },
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Io {
         /// The file.
         path: std::path::PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
+        /// What the operating system said: a part of the message, so no [`source`](std::error::Error::source), which those
+        /// who print a chain of errors would print again.
+        cause: std::io::Error,
     },
     /// A saved generation cannot be used.
     #[error("saved generation: {0}")]

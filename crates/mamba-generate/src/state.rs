@@ -126,7 +126,7 @@ impl<C> GenerationState<C> {
     pub fn save<M: StateLm<Cache = C> + ?Sized>(&self, model: &M, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         mamba_model::write_atomically(path, &self.to_bytes(model)?)
-            .map_err(|source| Error::Io { path: path.into(), source })
+            .map_err(|cause| Error::Io { path: path.into(), cause })
     }
 
     /// Reads what [`save`](Self::save) wrote.
@@ -135,7 +135,7 @@ impl<C> GenerationState<C> {
     /// If the file cannot be read, is damaged or cut short, is of another version, or belongs to another model.
     pub fn load<M: StateLm<Cache = C> + ?Sized>(model: &M, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        let bytes = std::fs::read(path).map_err(|cause| Error::Io { path: path.into(), cause })?;
         Self::from_bytes(model, &bytes).map_err(|error| match error {
             Error::State(message) => Error::State(format!("{}: {message}", path.display())),
             other => other,

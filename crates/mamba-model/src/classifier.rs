@@ -128,7 +128,7 @@ impl SequenceClassifier {
         let path = source
             .file("config.json")?
             .ok_or_else(|| Error::NoSuchFile { name: "config.json".into(), origin: source.describe() })?;
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::Io { path: path.clone(), source: e })?;
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
         let (config, family) = families::parse(&text, Some(&path))?;
         let checkpoint = Arc::new(Checkpoint::open(source)?);
         let name = family.names.resolve("score.weight", |name| checkpoint.contains(name));

@@ -12,12 +12,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be opened, read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
+        /// What the operating system said: a part of the message, so no [`source`](std::error::Error::source), which those
+        /// who print a chain of errors would print again.
+        cause: std::io::Error,
     },
 
     /// A model lacks a file that is needed.
@@ -111,8 +112,8 @@ fn in_file(file: &Option<PathBuf>) -> String {
 }
 
 impl Error {
-    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io { path: path.to_path_buf(), source }
+    pub(crate) fn io(path: &Path, cause: std::io::Error) -> Self {
+        Self::Io { path: path.to_path_buf(), cause }
     }
 
     pub(crate) fn checkpoint(file: &Path, message: impl Into<String>) -> Self {

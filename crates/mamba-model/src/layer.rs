@@ -12,7 +12,7 @@ use crate::batch::Sequences;
 use crate::cache::MixerState;
 use crate::config::{BranchSpec, LayerSpec, ModelConfig};
 use crate::linear::Linear;
-use crate::mixers::{Mixer, build, scaled};
+use crate::mixers::{Mixer, build, scaled, wide};
 use crate::params::Params;
 use crate::shared_block::SharedBlock;
 
@@ -223,14 +223,18 @@ impl Branch {
     fn mix<'c>(&self, x: &Tensor, sequences: &Sequences, states: States<'_, 'c>) -> Result<Tensor> {
         let mut update: Option<Tensor> = None;
         for (scale, mixer) in &self.mixers {
-            let y = scaled(mixer.forward(x, sequences, states.next())?, *scale)?;
+            let mut y = mixer.forward(x, sequences, states.next())?;
+            if self.mixers.len() > 1 {
+                y = wide(&y)?; // the sum is rounded, not its parts
+            }
+            y = scaled(y, *scale)?;
             update = Some(match update {
                 Some(sum) => (sum + y)?,
                 None => y,
             });
         }
         match update {
-            Some(update) => Ok(update),
+            Some(update) => Ok(update.to_dtype(x.dtype())?),
             None => Ok(x.zeros_like()?),
         }
     }

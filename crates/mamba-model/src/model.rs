@@ -10,12 +10,13 @@ use crate::adapter::LowRank;
 use crate::batch::{Batch, Sequences};
 use crate::cache::{self, InferenceCache};
 use crate::checkpoint::{Checkpoint, Form, Forms, ModelSource, NameMap};
-use crate::config::ModelConfig;
+use crate::config::{Fields, ModelConfig};
 use crate::init::Initializer;
 use crate::layer::{Layer, Recompute, Stream, StreamNorm};
 use crate::linear::Linear;
 use crate::mixers::scaled;
 use crate::params::Params;
+use crate::save::GENERATION_CONFIG;
 use crate::{Error, Result, families};
 
 /// A language model with its weights.
@@ -135,8 +136,15 @@ impl Model {
             return Self::load(config, "its own keys", &checkpoint, names, forms, dtype, device);
         }
         let path = source.require("config.json")?;
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::Io { path: path.clone(), source: e })?;
-        let (config, family) = families::parse(&text, Some(&path))?;
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        let (mut config, family) = families::parse(&text, Some(&path))?;
+        if family.model_type.is_none()
+            && config.eos_token_ids.is_empty()
+            && let Some(path) = source.file(GENERATION_CONFIG)?
+        {
+            let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+            config.eos_token_ids = Fields::parse(&text, Some(&path))?.ids("eos_token_id")?;
+        }
         let described = path.display().to_string();
         Self::load(config, &described, &checkpoint, family.names, Box::new(|_| Form::Same), dtype, device)
     }

@@ -48,7 +48,9 @@ impl<'a> Params<'a> {
 
     /// An extent of the parameter `name`, if there is such a parameter.
     pub(crate) fn extent_if_present(&self, name: &str, axis: usize) -> Result<Option<usize>> {
-        match self.weights.contains_tensor(name) {
+        // `VarBuilder::zeros` says that it has whatever it is asked for, and knows the shape of nothing.
+        let has_anything = self.weights.contains_tensor("a name that no parameter has");
+        match self.weights.contains_tensor(name) && !has_anything {
             true => Ok(Some(self.weights.get_unchecked(name)?.dim(axis)?)),
             false => Ok(None),
         }

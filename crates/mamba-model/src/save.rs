@@ -6,13 +6,18 @@ use std::path::Path;
 use candle_core::DType;
 use candle_core::Tensor;
 
-use crate::families::FAMILIES;
-use crate::{Error, Model, Result, write_atomically};
+use crate::checkpoint::pickle;
+use crate::families::{self, Family};
+use crate::{AtomicFile, Error, Model, Result, write_atomically};
+
+/// Where the tokens at which texts end stand beside a configuration that has no place for them.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
 impl Model {
-    /// Writes `config.json` and `model.safetensors` into a folder, which is made if need be.
+    /// Writes `config.json` and `model.safetensors` into a folder, which is made if need be; in the layout of state-spaces,
+    /// which knows no other, `pytorch_model.bin`.
     ///
-    /// The configuration is that of the first of [`FAMILIES`] that has words for it: transformers' `mamba`, `mamba2` or
+    /// The configuration is that of the first of [`FAMILIES`](families::FAMILIES) that has words for it: transformers' `mamba`, `mamba2` or
     /// `falcon_mamba` where possible, else that of state-spaces, else one of the hybrids of transformers. Weights are
     /// written in the dtype `dtype`, but those that are `f32` in any model (`A_log`, `D`, `dt_bias`) as `f32` unless
     /// `dtype` holds their values exactly. Each file is complete under its name or not there.
@@ -35,15 +40,45 @@ impl Model {
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
     pub fn save_pretrained(&self, folder: impl AsRef<Path>, dtype: DType) -> Result<()> {
-        self.require_no_adapters()?;
-        let folder = folder.as_ref();
-        let written = FAMILIES.iter().find_map(|family| Some((family, family.words(self.config())?)));
-        let (family, config) = written.ok_or_else(|| Error::Config {
+        let family = families::of(self.config()).ok_or_else(|| Error::Config {
             file: None,
             field: "layers".into(),
             message: "is a combination that no format of checkpoints has words for".into(),
         })?;
-        std::fs::create_dir_all(folder).map_err(|source| Error::Io { path: folder.into(), source })?;
+        self.save_pretrained_as(family, folder, dtype)
+    }
+
+    /// The same in the layout of one of [`FAMILIES`](families::FAMILIES), such as that of state-spaces for a Mamba-2 that came from
+    /// transformers.
+    ///
+    /// # Errors
+    /// If the family cannot express the configuration; otherwise as [`save_pretrained`](Self::save_pretrained).
+    ///
+    /// # Example
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use mamba_model::Model;
+    /// use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
+    /// use mamba_model::families::Family;
+    ///
+    /// let config = ModelConfig::uniform(50, 16, 2, MixerSpec::Mamba1(Mamba1Config::new(16)));
+    /// let model = Model::random(&config, 0, &Device::Cpu)?;
+    /// let folder = tempfile::tempdir()?;
+    /// let family = Family::named("state-spaces").ok_or("no such family")?;
+    /// model.save_pretrained_as(family, folder.path(), DType::F32)?;
+    /// let text = std::fs::read_to_string(folder.path().join("config.json"))?;
+    /// assert!(text.contains("ssm_cfg"));
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn save_pretrained_as(&self, family: &Family, folder: impl AsRef<Path>, dtype: DType) -> Result<()> {
+        self.require_no_adapters()?;
+        let folder = folder.as_ref();
+        let config = family.words(self.config()).ok_or_else(|| Error::Config {
+            file: None,
+            field: "layers".into(),
+            message: format!("is a combination that the layout of {} has no words for", family.name()),
+        })?;
+        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
         let tensors: Vec<(String, Tensor)> = self
             .parameters()
             .iter()
@@ -60,12 +95,31 @@ impl Model {
             })
             .collect::<Result<_>>()?;
         let notes = [("format".to_owned(), "pt".to_owned())].into(); // what transformers asks for
-        write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?;
+        match family.model_type {
+            Some(_) => write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?,
+            None => self.write_torch(folder, family, tensors)?,
+        }
         let path = folder.join("config.json");
-        let text = serde_json::to_string_pretty(&config)
-            .map_err(|source| Error::Io { path: path.clone(), source: source.into() })?
-            + "\n";
-        write_atomically(&path, text.as_bytes()).map_err(|source| Error::Io { path, source })
+        let text = serde_json::to_string_pretty(&config).map_err(|e| Error::io(&path, e.into()))? + "\n";
+        write_atomically(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))
+    }
+
+    /// As mamba_ssm wants it: a torch file, in which a tied head is there again.
+    fn write_torch(&self, folder: &Path, family: &Family, mut tensors: Vec<(String, Tensor)>) -> Result<()> {
+        let embedding = family.names.candidates("embedding.weight").into_iter().next();
+        let tied =
+            tensors.iter().find(|(name, _)| self.config().tie_embeddings && Some(name) == embedding.as_ref());
+        if let Some((_, embedding)) = tied.cloned() {
+            tensors.push(("lm_head.weight".into(), embedding));
+        }
+        let path = folder.join("pytorch_model.bin");
+        pickle::write(AtomicFile::create(&path).map_err(|e| Error::io(&path, e))?, &tensors)?;
+        let (ends, path) = (&self.config().eos_token_ids, folder.join(GENERATION_CONFIG));
+        if !ends.is_empty() {
+            let text = serde_json::json!({ "eos_token_id": ends }).to_string();
+            write_atomically(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))?;
+        }
+        Ok(())
     }
 
     /// Formats of whole models have no place for adapters.

@@ -17,7 +17,7 @@ pub mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
 mod names;
-mod pickle;
+pub(crate) mod pickle;
 pub(crate) mod safetensors;
 mod shards;
 mod source;

@@ -40,6 +40,16 @@ pub struct Family {
 }
 
 impl Family {
+    /// What it goes by: its `model_type`, or `state-spaces`.
+    pub fn name(&self) -> &'static str {
+        self.model_type.unwrap_or("state-spaces")
+    }
+
+    /// The family that goes by a name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        FAMILIES.into_iter().find(|family| family.name() == name)
+    }
+
     /// The configuration in the words of this family, if reading them gives the same model again.
     pub(crate) fn words(&self, config: &ModelConfig) -> Option<Value> {
         let written = (self.write)(config)?;
@@ -49,6 +59,9 @@ impl Family {
         if again.vocab_size == config.padded_vocab_size {
             // Most families cannot say that some ids exist for alignment only.
             (again.vocab_size, again.padded_vocab_size) = (config.vocab_size, config.padded_vocab_size);
+        }
+        if self.model_type.is_none() {
+            again.eos_token_ids.clone_from(&config.eos_token_ids); // they stand in a file of their own
         }
         (again == *config).then_some(written)
     }

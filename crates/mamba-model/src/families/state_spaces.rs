@@ -160,13 +160,14 @@ fn write(config: &ModelConfig) -> Option<Value> {
     // The multiple is not kept: any that leads from one size to the other does.
     let (vocab, padded) = (config.vocab_size, config.padded_vocab_size);
     let multiple = (1..=padded).find(|&m| vocab.next_multiple_of(m) == padded)?;
+    // The tokens at which texts end have no place here: mamba_ssm refuses fields that it does not know.
     Some(json!({
             "d_model": config.d_model, "d_intermediate": d_intermediate,
             "n_layer": config.layers.len(), "vocab_size": vocab, "pad_vocab_size_multiple": multiple,
             "ssm_cfg": ssm_cfg, "attn_layer_idx": parts::layers_of(&types, LayerType::Attention),
             "attn_cfg": attn_cfg, "rms_norm": config.norm == NormKind::Rms,
             "residual_in_fp32": config.residual_in_f32, "fused_add_norm": true,
-            "tie_embeddings": config.tie_embeddings, "eos_token_id": config.eos_token_ids,
+            "tie_embeddings": config.tie_embeddings,
     }))
 }
 
@@ -176,12 +177,15 @@ fn mamba2_cfg(c: &Mamba2Config, d_model: usize) -> Value {
         "layer": "Mamba2", "expand": c.d_inner / d_model, "d_ssm": c.d_ssm, "d_state": c.d_state, "d_conv": c.d_conv,
         "headdim": c.headdim, "ngroups": c.ngroups, "conv_bias": c.conv_bias, "bias": c.in_bias,
         "rmsnorm": c.norm.is_some(), "norm_before_gate": c.norm.is_some_and(|n| n.before_gate),
-        "D_has_hdim": c.d_has_headdim,
-        "dt_limit": [low, if high.is_finite() { json!(high) } else { json!("Infinity") }],
-        "chunk_size": c.chunk_size,
+        "D_has_hdim": c.d_has_headdim, "chunk_size": c.chunk_size,
     });
+    let Some(fields) = cfg.as_object_mut() else { return cfg };
+    if (low, high) != (0.0, f64::INFINITY) {
+        let high = if high.is_finite() { json!(high) } else { json!("Infinity") };
+        fields.insert("dt_limit".into(), json!([low, high]));
+    }
     // Upstream knows it in the class Mamba2Simple alone.
-    if let (true, Some(fields)) = (c.learnable_init_states, cfg.as_object_mut()) {
+    if c.learnable_init_states {
         fields.insert("learnable_init_states".into(), json!(true));
     }
     cfg

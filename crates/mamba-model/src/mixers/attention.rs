@@ -5,7 +5,7 @@ use mamba_ops::{Activation, Norm, norm};
 
 use super::conv::CausalConv;
 use super::rope::Rotary;
-use super::{Mixer, scaled};
+use super::{Mixer, scaled, wide};
 use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
@@ -96,8 +96,9 @@ impl Attention {
             sequences.each(&qkv, state, |qkv, sequences, state| self.attend(qkv, sequences, state))?;
         if let Some(mlp) = mlp {
             let half = mlp.dim(2)? / 2;
-            let gated = (mlp.narrow(2, 0, half)? * mlp.narrow(2, half, half)?.silu()?)?;
-            y = Tensor::cat(&[y, gated], 2)?;
+            let part = |i: usize| wide(&mlp.narrow(2, i * half, half)?);
+            let gated = (part(0)? * part(1)?.silu()?)?;
+            y = Tensor::cat(&[&y, &gated.to_dtype(y.dtype())?], 2)?;
         }
         self.o_proj.forward(&y)
     }

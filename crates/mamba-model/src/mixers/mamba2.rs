@@ -1,13 +1,13 @@
 //! The block of Mamba-2: one projection for everything, convolution over x, B and C, chunk scan, gated norm.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use mamba_ops::{
     Activation, Norm, Packing, SelectiveStateUpdate, SsdChunkScan, norm, selective_state_update,
     ssd_chunk_scan,
 };
 
 use super::conv::CausalConv;
-use super::{Mixer, NegativeExp, scaled};
+use super::{Mixer, NegativeExp, scaled, wide};
 use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
@@ -162,8 +162,9 @@ impl Mamba2 {
             .y;
         }
         if bypass > 0 {
-            let gate = projected.narrow(2, 0, bypass)?.silu()?;
-            y = Tensor::cat(&[(gate * projected.narrow(2, bypass, bypass)?)?, y], 2)?;
+            let part = |i: usize| wide(&projected.narrow(2, i * bypass, bypass)?);
+            let gated = (part(0)?.silu()? * part(1)?)?;
+            y = Tensor::cat(&[&gated.to_dtype(y.dtype())?, &y], 2)?;
         }
         Ok(y)
     }
@@ -181,14 +182,15 @@ fn scales(config: &Mamba2Config, params: &Params) -> Result<Option<Tensor>> {
         values.extend(std::iter::repeat_n(*scale as f32, width));
     }
     let width = values.len();
-    Ok(Some(Tensor::from_vec(values, width, params.device())?.to_dtype(params.dtype())?))
+    let dtype = if params.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    Ok(Some(Tensor::from_vec(values, width, params.device())?.to_dtype(dtype)?))
 }
 
 impl Mixer for Mamba2 {
     fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
         let mut projected = self.in_proj.forward(&scaled(x.clone(), self.config.input_scale)?)?;
         if let Some(scales) = &self.scales {
-            projected = projected.broadcast_mul(scales)?;
+            projected = wide(&projected)?.broadcast_mul(scales)?.to_dtype(projected.dtype())?;
         }
         self.out_proj.forward(&self.core(&projected, sequences, state)?)
     }

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{Mixer, scaled};
+use super::{Mixer, scaled, wide};
 use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
@@ -61,7 +61,7 @@ impl Mlp {
         let d_hidden = self.config.d_hidden;
         let (gate, up) = match &self.first {
             First::Plain(up) => {
-                return self.down_proj.forward(&activate(&up.forward(x)?, self.config.activation)?);
+                return self.down_proj.forward(&activate(&wide(&up.forward(x)?)?, self.config.activation)?);
             }
             First::Gated(gate, up) => (gate.forward(x)?, up.forward(x)?),
             First::Packed(both) => {
@@ -75,8 +75,8 @@ impl Mlp {
                 if self.config.layout == MlpLayout::UpGate { (second, first) } else { (first, second) }
             }
         };
-        let gate = activate(&scaled(gate, self.config.gate_scale)?, self.config.activation)?;
-        self.down_proj.forward(&(gate * up)?)
+        let gate = activate(&scaled(wide(&gate)?, self.config.gate_scale)?, self.config.activation)?;
+        self.down_proj.forward(&(gate * wide(&up)?)?)
     }
 }
 

@@ -10,7 +10,7 @@ mod rope;
 mod router;
 mod short_conv;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::Result;
 use crate::batch::Sequences;
@@ -63,7 +63,15 @@ impl NegativeExp {
     }
 }
 
+/// `x` for arithmetic that rounds once at its end: 16 bits are widened. Candle rounds after every operation, and scalars too.
+pub(crate) fn wide(x: &Tensor) -> Result<Tensor> {
+    Ok(match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32)?,
+        _ => x.clone(),
+    })
+}
+
 /// `x · scale`, and nothing at all for 1.
 pub(crate) fn scaled(x: Tensor, scale: f64) -> Result<Tensor> {
-    if scale == 1.0 { Ok(x) } else { Ok((x * scale)?) }
+    if scale == 1.0 { Ok(x) } else { Ok((wide(&x)? * scale)?.to_dtype(x.dtype())?) }
 }

@@ -2,9 +2,9 @@
 
 use candle_core::Tensor;
 
-use super::Mixer;
 use super::mlp::Mlp;
 use super::router::{Choices, Router};
+use super::{Mixer, wide};
 use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
@@ -41,17 +41,17 @@ impl Moe {
         Ok(Self { router, experts, shared: shared.transpose()?, latent })
     }
 
-    /// What the experts make of `(tokens, d_expert)`.
+    /// What the experts make of `(tokens, d_expert)`, not rounded yet.
     fn experts(&self, x: &Tensor, choices: &Choices) -> Result<Tensor> {
-        let mut y = x.zeros_like()?;
+        let mut y = wide(&x.zeros_like()?)?;
         for (expert, (tokens, places)) in self.experts.iter().zip(&choices.by_expert) {
             if tokens.is_empty() {
                 continue;
             }
             let index = |indices: &[u32]| Tensor::from_slice(indices, indices.len(), x.device());
             let (tokens, places) = (index(tokens)?, index(places)?);
-            let weights = choices.weights.index_select(&places, 0)?.to_dtype(x.dtype())?.unsqueeze(1)?;
-            let output = expert.apply(&x.index_select(&tokens, 0)?)?.broadcast_mul(&weights)?;
+            let weights = choices.weights.index_select(&places, 0)?.to_dtype(y.dtype())?.unsqueeze(1)?;
+            let output = wide(&expert.apply(&x.index_select(&tokens, 0)?)?)?.broadcast_mul(&weights)?;
             y = y.index_add(&tokens, &output, 0)?;
         }
         Ok(y)
@@ -89,9 +89,9 @@ impl Mixer for Moe {
             None => self.experts(&tokens, &choices)?,
         };
         let y = match &self.shared {
-            Some(shared) => (y + shared.apply(&tokens)?)?,
+            Some(shared) => (wide(&y)? + wide(&shared.apply(&tokens)?)?)?,
             None => y,
         };
-        Ok(y.reshape((batch, seqlen, d_model))?)
+        Ok(y.to_dtype(x.dtype())?.reshape((batch, seqlen, d_model))?)
     }
 }

@@ -10,12 +10,14 @@ mod stack;
 #[cfg(test)]
 mod tests;
 mod value;
+mod writer;
 
 use std::collections::HashSet;
 use std::path::Path;
 
 use self::archive::Archive;
 use self::value::{Pickle, Storage, TensorView, Value};
+pub(crate) use self::writer::write;
 use super::stored::{Encoding, Stored, elem_count, is_contiguous, span};
 use crate::{Error, Result};
 

@@ -96,7 +96,11 @@ fn write(config: &ModelConfig) -> Option<Keys> {
     };
     let widths = config.layers.iter().map(d_hidden).collect::<Option<Vec<_>>>()?;
     let mamba = Parts::of(config).mamba2?;
-    let mut own = vec![("feed_forward_length", keys::counts(widths.into_iter())?)];
+    let mut own = vec![
+        ("feed_forward_length", keys::counts(widths.into_iter())?),
+        // llama.cpp wants it beside that of RMS norms, and uses it nowhere.
+        ("attention.layer_norm_epsilon", keys::number(config.norm_eps)),
+    ];
     if mamba.dt_limit.0 > 0.0 {
         own.push((LEAST_STEP, keys::number(mamba.dt_limit.0)));
     }
