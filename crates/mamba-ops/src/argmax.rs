@@ -32,6 +32,9 @@ pub fn argmax(x: &Tensor) -> Result<Tensor> {
     {
         return cuda::argmax(x, rows, len);
     }
+    if x.elem_count() == 0 {
+        return Tensor::zeros(rows, DType::U32, x.device());
+    }
     let values = x.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
     let place = |row: &[f64]| {
         let larger =
