@@ -87,9 +87,37 @@ impl InferenceCache {
         &self.positions
     }
 
-    /// Memory of the states, in bytes; blocks that a fork shares count for both.
+    /// Memory of the states, in bytes, as if they were alone: keys and values that forks share count in each of them. What
+    /// several caches take together follows from [`shared_blocks`](Self::shared_blocks).
     pub fn bytes(&self) -> usize {
         self.states.iter().map(MixerState::bytes).sum()
+    }
+
+    /// What of its memory a cache may share with its forks: blocks of keys and values, each by a number that no other block
+    /// has as long as this cache holds it, and its bytes.
+    ///
+    /// # Example
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use mamba_model::{Model, config::{AttentionConfig, MixerSpec, ModelConfig}};
+    ///
+    /// let attention = MixerSpec::Attention(AttentionConfig::new(2, 1, 8));
+    /// let model = Model::random(&ModelConfig::uniform(50, 16, 1, attention), 0, &Device::Cpu)?;
+    /// let mut cache = model.new_cache(1)?;
+    /// model.prefill(&Tensor::new(&[[3u32, 1, 4]], &Device::Cpu)?, &mut cache)?;
+    /// let mut fork = cache.fork()?;
+    /// assert_eq!(cache.shared_blocks(), fork.shared_blocks());
+    /// assert_eq!(cache.shared_blocks()[0].1, cache.bytes());
+    /// // The first to go on writes behind what both see, the other one into a copy.
+    /// for cache in [&mut cache, &mut fork] {
+    ///     model.step(&Tensor::new(&[5u32], &Device::Cpu)?, cache)?;
+    /// }
+    /// assert_ne!(cache.shared_blocks(), fork.shared_blocks());
+    /// # Ok::<_, mamba_model::Error>(())
+    /// ```
+    pub fn shared_blocks(&self) -> Vec<(usize, usize)> {
+        let rows = self.states.iter().flat_map(|state| state.kv.iter().flatten());
+        rows.flat_map(KvCache::shared_blocks).collect()
     }
 
     /// Forgets every token, keeping the memory of what does not grow.
