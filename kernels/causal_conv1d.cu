@@ -506,6 +506,11 @@ __device__ void update(const ConvUpdate& args) {
         else                                                                                       \
             body<T, taps, packs, false>(args);                                                     \
     }
+// Of one width, or of narrower filters.
+#define WIDTH_KERNEL(symbol, bound, Args, body, T, taps, packs, all)                               \
+    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { \
+        body<T, taps, packs, all>(args);                                                           \
+    }
 #define UPDATE_KERNEL(symbol, T, taps)                                                                \
     extern "C" __global__ void __launch_bounds__(128) symbol(const __grid_constant__ ConvUpdate args) { \
         update<T, taps>(args);                                                                        \
@@ -517,7 +522,8 @@ __device__ void update(const ConvUpdate& args) {
     SEQUENCE_KERNEL(causal_conv1d_bwd_first4v_##name, (128), ConvBackward, backward_first, T, 4, true)                    \
     SEQUENCE_KERNEL(causal_conv1d_bwd_first4_##name, (128), ConvBackward, backward_first, T, 4, false)                    \
     SEQUENCE_KERNEL(causal_conv1d_bwd_first8_##name, (128), ConvBackward, backward_first, T, 8, false)                    \
-    SEQUENCE_KERNEL(causal_conv1d_fwd_last4v_##name, (128, 7), ConvForward, forward_last, T, 4, 4)                         \
+    WIDTH_KERNEL(causal_conv1d_fwd_last4v_##name, (128), ConvForward, forward_last, T, 4, 4, true)                        \
+    WIDTH_KERNEL(causal_conv1d_fwd_last3v_##name, (128), ConvForward, forward_last, T, 4, 4, false)                       \
     SEQUENCE_KERNEL(causal_conv1d_fwd_last4_##name, (128), ConvForward, forward_last, T, 4, 1)                            \
     SEQUENCE_KERNEL(causal_conv1d_fwd_last8_##name, (128), ConvForward, forward_last, T, 8, 1)                            \
     SEQUENCE_KERNEL(causal_conv1d_bwd_last4v_##name, (256, 2), ConvBackward, backward_last, T, 4, 4)                      \

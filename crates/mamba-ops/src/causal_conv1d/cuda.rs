@@ -145,12 +145,13 @@ impl Shape {
 }
 
 /// The symbol of a kernel for sequences.
-fn symbol(backward: bool, layout: SequenceLayout, shape: Shape) -> &'static str {
+fn symbol(backward: bool, layout: SequenceLayout, width: usize, shape: Shape) -> &'static str {
     match (backward, layout, shape.taps, shape.packs) {
         (false, ChannelsFirst, 4, true) => "causal_conv1d_fwd_first4v",
         (false, ChannelsFirst, 4, false) => "causal_conv1d_fwd_first4",
         (false, ChannelsFirst, ..) => "causal_conv1d_fwd_first8",
-        (false, ChannelsLast, 4, true) => "causal_conv1d_fwd_last4v",
+        (false, ChannelsLast, 4, true) if width == 4 => "causal_conv1d_fwd_last4v",
+        (false, ChannelsLast, 4, true) => "causal_conv1d_fwd_last3v",
         (false, ChannelsLast, 4, false) => "causal_conv1d_fwd_last4",
         (false, ChannelsLast, ..) => "causal_conv1d_fwd_last8",
         (true, ChannelsFirst, 4, true) => "causal_conv1d_bwd_first4v",
@@ -263,7 +264,11 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<F
         let final_state = gpu.buffer(DType::F32, sequences * dim * window)?;
         let segments = segments(node);
         let shape = Shape::new(node, &segments, dtype, &[pointers[X], y.pointer()]);
-        let kernel = Kernel { module: &MODULE, name: symbol(false, node.layout, shape), dtype: Some(dtype) };
+        let kernel = Kernel {
+            module: &MODULE,
+            name: symbol(false, node.layout, node.sizes.width, shape),
+            dtype: Some(dtype),
+        };
         for segment in &segments {
             let (launch, run) = forward_grid(gpu, node.layout, segment.sizes, shape);
             let args = ConvForward {
@@ -297,7 +302,11 @@ pub(super) fn backward(
 
         let segments = segments(node);
         let shape = Shape::new(node, &segments, dtype, &[px, grad_y, pdx]);
-        let kernel = Kernel { module: &MODULE, name: symbol(true, node.layout, shape), dtype: Some(dtype) };
+        let kernel = Kernel {
+            module: &MODULE,
+            name: symbol(true, node.layout, node.sizes.width, shape),
+            dtype: Some(dtype),
+        };
         let grid = |segment: &Segment| backward_grid(gpu, node.layout, segment.sizes, shape);
         let grids = segments.iter().map(grid).collect::<Result<Vec<_>>>()?;
         // Each block sums over some of the tokens of a channel; one alone writes what is wanted.
