@@ -305,17 +305,15 @@ impl Splits {
 /// Blocks of a wide shape that a multiprocessor computes at once.
 const BLOCKS_AT_ONCE: usize = 2;
 
-/// How to fill the GPU: with splits where wide blocks take at most one multiprocessor in `share`; else, where even so channels are
-/// too few, with a narrower shape.
-fn divide(gpu: &Gpu, sizes: Sizes, share: usize) -> (Shape, Splits) {
+/// How to fill the GPU: with splits where there would be at least so many; else, where channels are too few, with a narrower shape.
+fn divide(gpu: &Gpu, sizes: Sizes, least: usize) -> (Shape, Splits) {
     const WARPS_TO_FILL: usize = 8;
     let wide = Shape::wide(sizes);
     let splits = Splits::fill(gpu, wide, sizes);
-    let blocks = sizes.batch * wide.blocks(sizes);
-    if splits.count > 1 && blocks * share <= gpu.multiprocessors() {
+    if splits.count >= least {
         return (wide, splits);
     }
-    let few = blocks * wide.warps < gpu.multiprocessors() * WARPS_TO_FILL;
+    let few = sizes.batch * wide.blocks(sizes) * wide.warps < gpu.multiprocessors() * WARPS_TO_FILL;
     (if few && sizes.d_state <= 16 { NARROW_16 } else { wide }, Splits::none(sizes))
 }
 
@@ -403,8 +401,8 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS], tracked: bo
     let u = host::slot(OP, &inputs, U)?;
     let Sizes { batch, dim, seqlen, d_state, .. } = node.sizes;
     device::views(OP, inputs.each_ref().map(Option::as_ref), |gpu, pointers| {
-        // Narrow blocks do better than a pass more, unless they are very few.
-        let (shape, splits) = divide(gpu, node.sizes, 3);
+        // The pass before takes half as long as the scan itself: fewer splits do not make up for it.
+        let (shape, splits) = divide(gpu, node.sizes, 6);
         let y = gpu.buffer(u.dtype(), u.elem_count())?;
         let final_state = gpu.buffer(DType::F32, batch * dim * d_state)?;
         let checkpoints = match tracked {
@@ -445,7 +443,7 @@ pub(super) fn backward(
     let tensors =
         [u_, delta, a, b, c, d, z, bias, state, saved.first(), grads[0].as_ref(), grad_state.as_ref()];
     device::views(OP, tensors, |gpu, pointers| {
-        let (shape, splits) = divide(gpu, node.sizes, 1);
+        let (shape, splits) = divide(gpu, node.sizes, 2);
         let blocks = shape.blocks(node.sizes);
         let rows = |len: usize| gpu.buffer(DType::F32, batch * len);
         let row_count = batch * splits.count;
