@@ -35,8 +35,6 @@ struct Scale {
         factor = __int_as_float((2 * 127 + 13 - exponent) << 23), inverse = __int_as_float((exponent - 13) << 23);
     }
     __device__ static Scale none() { return Scale(1.0f, 1.0f); }
-    // To at most 1, for what meets numbers of the whole range.
-    __device__ Scale shrunk() const { return Scale(factor * 0x1p-14f, inverse * 0x1p14f); }
 
   private:
     __device__ Scale(float factor, float inverse) : factor(factor), inverse(inverse) {}

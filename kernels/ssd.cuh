@@ -172,16 +172,14 @@ struct Steps {
         if (threadIdx.x < q) next.own = from[threadIdx.x], next.last = from[q - 1];
         return next;
     }
-    // Returns by how much the input of this thread's token is weighted in the state after the chunk.
-    __device__ __forceinline__ float put(const Next& next, int q) const {
+    __device__ __forceinline__ void put(const Next& next, int q) const {
         const int i = threadIdx.x;
-        if (i >= q) return 0.0f;
+        if (i >= q) return;
         exponent[i] = make_float2(next.own.high, next.own.low);
         dt[i] = next.own.dt;
         to_end[i] = decay(next.last.high - next.own.high, next.last.low - next.own.low);
-        return dt[i] * to_end[i];
     }
-    __device__ __forceinline__ float load(const Step* from, int q) const { return put(fetch(from, q), q); }
+    __device__ __forceinline__ void load(const Step* from, int q) const { put(fetch(from, q), q); }
     __device__ __forceinline__ float from_start(int i) const { return decay(exponent[i].x, exponent[i].y); }
 };
 

@@ -131,17 +131,17 @@ struct State {
     }
 };
 
-// The scales of what a chunk is worked out with: the largest of what is scaled, as bits, for even and odd chunks, and a scale
+// The scales of what a chunk is worked out with: the largest input and state, as bits, for even and odd chunks, and a scale
 // for each tile of scores. They are where rows of a matrix are padded, 16 bytes each: with room of their own a multiprocessor
 // would hold one block less.
 struct Scales {
-    unsigned *weights, *states;
+    unsigned *inputs, *states;
     float2* scores;
     int row;  // from 16 rows of scores to the next
 
     template <int TERMS, typename Term>
     __device__ Scales(const Matrix<TERMS, Term>& padded, int columns)
-        : weights(reinterpret_cast<unsigned*>(padded.start + columns)), states(weights + 2),
+        : inputs(reinterpret_cast<unsigned*>(padded.start + columns)), states(inputs + 2),
           scores(reinterpret_cast<float2*>(padded.start + padded.row + columns)), row(padded.row * sizeof(Term) / sizeof(float2)) {}
     // Of a tile of 16 rows and 32 columns, and its inverse.
     __device__ __forceinline__ float2& of_scores(int row0, int column0) const { return scores[row0 / 16 * row + column0 / 32]; }
@@ -289,14 +289,13 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
     State state;
     state.begin(args, at, args.initial_state);
     if (SCALED) {
-        if (threadIdx.x < 2) scales.weights[threadIdx.x] = scales.states[threadIdx.x] = 0;
+        if (threadIdx.x < 2) scales.inputs[threadIdx.x] = scales.states[threadIdx.x] = 0;
         __syncthreads();
         Scales::join(scales.states[0], state.largest(at));
     }
     if (args.chunks > 0) {
         load_b(0), load_c(0), load_x(0);
-        const float weight = steps.load(steps_of(args, at.batch, at.head, 0), q);
-        if (SCALED) Scales::join(scales.weights[0], weight);
+        steps.load(steps_of(args, at.batch, at.head, 0), q);
     }
     for (int chunk = 0; chunk < args.chunks; chunk++) {
         const int64_t first = int64_t(chunk) * q;
@@ -314,7 +313,18 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
         state.each_pair(at, [&](int row, int column, float x, float y) {
             operand.set2(row, column, SCALED ? x * of_state.factor : x, SCALED ? y * of_state.factor : y);
         });
-        if (SCALED && threadIdx.x == 0) scales.states[1 - even] = scales.weights[1 - even] = 0;
+        if constexpr (SCALED) {
+            if (threadIdx.x == 0) scales.states[1 - even] = scales.inputs[1 - even] = 0;
+            float largest = 0.0f;
+            of_p.each(q, p, [&](int token, int column) {
+                float values[8];
+                x.at8(token, column, values);
+                const float weight = steps.dt[token] * steps.to_end[token];
+#pragma unroll
+                for (int k = 0; k < 8; k++) largest = fmaxf(largest, fabsf(weight * values[k]));
+            });
+            Scales::join(scales.inputs[even], largest);
+        }
         {
             const int columns = (q + 31) / 32;
             for (int i = warp; i < q / 16 * columns; i += WARPS) {
@@ -360,8 +370,7 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
         }
         __syncthreads();
         if (more) load_c(chunk + 1);
-        // By the weights alone: inputs are f16 already.
-        const Scale of_inputs = SCALED ? Scales::of(scales.weights[even]).shrunk() : Scale::none();
+        const Scale of_inputs = SCALED ? Scales::of(scales.inputs[even]) : Scale::none();
         of_p.each(q, p, [&](int token, int column) {
             float values[8];
             x.at8(token, column, values);
@@ -373,11 +382,7 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
         });
         const ChunkDecay total(steps.exponent[q - 1]);
         __syncthreads();
-        if (more) {
-            load_x(chunk + 1);
-            const float weight = steps.put(next_steps, q);
-            if (SCALED) Scales::join(scales.weights[1 - even], weight);
-        }
+        if (more) load_x(chunk + 1), steps.put(next_steps, q);
         state.advance(at, inputs, b, total, q, of_inputs);
         if (SCALED && more) Scales::join(scales.states[1 - even], state.largest(at));
     }
