@@ -6,6 +6,7 @@
 
 #include "elem.cuh"
 #include "reduce.cuh"
+#include "scalar.cuh"
 
 #include <type_traits>
 
@@ -101,21 +102,36 @@ __device__ inline void load_times(float* x, const Conv& conv, const T* row_x, in
 
 template <typename T, int TAPS, bool VECTOR, bool ALL>
 __device__ void forward_first(const ConvForward& args) {
+    constexpr int BEFORE = TAPS;
     const Conv& conv = args.conv;
     const int64_t row = blockIdx.x;
     const int c = row % conv.dim;
     const T* x = static_cast<const T*>(conv.x) + row * conv.row_stride;
     T* y = static_cast<T*>(args.y) + row * conv.row_stride;
+
+    // The next times are on their way while these are computed.
+    const int stride = gridDim.y * blockDim.x * STEPS;
+    int t0 = (blockIdx.y * blockDim.x + threadIdx.x) * STEPS;
+    Raw<T, BEFORE> next_before;
+    Raw<T, STEPS> next;
+    const auto fetch_times = [&](int t) {
+        if (t >= conv.seqlen) return;
+        if (t > 0) next_before.template fetch<VECTOR>(x + t - BEFORE);
+        next.template fetch<VECTOR>(x + t, conv.seqlen - t);
+    };
+    fetch_times(t0);
     float w[TAPS];
 #pragma unroll
     for (int m = 0; m < TAPS; m++) w[m] = tap(conv, c, m);
     const float bias = conv.bias ? conv.bias.get(c) : 0.0f;
 
-    constexpr int BEFORE = TAPS;
-    const int stride = gridDim.y * blockDim.x * STEPS;
-    for (int t0 = (blockIdx.y * blockDim.x + threadIdx.x) * STEPS; t0 < conv.seqlen; t0 += stride) {
+    for (; t0 < conv.seqlen; t0 += stride) {
         float window[BEFORE + STEPS], out[STEPS];
-        load_times<BEFORE, VECTOR>(window, conv, x, row, t0);
+#pragma unroll
+        for (int i = 0; i < BEFORE; i++) window[i] = t0 > 0 ? next_before.get(i) : before(conv, row, BEFORE - i);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) window[BEFORE + i] = next.get(i);
+        fetch_times(t0 + stride);
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
             out[i] = activate(sum_taps<TAPS, ALL>(w, bias, window + BEFORE + i, conv.width), conv.silu);
@@ -259,6 +275,18 @@ __device__ void forward_last(const ConvForward& args) {
     const int end = min(start + conv.run, conv.seqlen);
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (c >= conv.dim) return;
+    const int64_t first = (static_cast<int64_t>(b) * conv.seqlen + start) * conv.dim + c;
+    // The next tokens are on their way while these are computed.
+    Raw<T, V> next[UNROLL];
+    const auto fetch_tokens = [&](int t) {
+        if (t >= end) return;
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            const int64_t token = min(t + i, end - 1) - start;
+            next[i].load(static_cast<const T*>(conv.x) + first + token * conv.dim);
+        }
+    };
+    fetch_tokens(start);
     float w[V][TAPS], bias[V];
     load_taps<V, TAPS, ALL>(w, bias, conv, c);
 
@@ -271,22 +299,19 @@ __device__ void forward_last(const ConvForward& args) {
 #pragma unroll
         for (int v = 0; v < V; v++) x[v][i] = token[v];
     }
-    const int64_t first = (static_cast<int64_t>(b) * conv.seqlen + start) * conv.dim + c;
-    const T* next = static_cast<const T*>(conv.x) + first;
     T* out = static_cast<T*>(args.y) + first;
     for (int t = start; t < end; t += UNROLL) {
-        float tokens[UNROLL][V];
         const int left = end - t;
+        Raw<T, V> tokens[UNROLL];
 #pragma unroll
-        for (int i = 0; i < UNROLL; i++)
-            load<V, true>(tokens[i], next + static_cast<int64_t>(i < left ? i : 0) * conv.dim);
-        next += static_cast<int64_t>(UNROLL) * conv.dim;
+        for (int i = 0; i < UNROLL; i++) tokens[i] = next[i];
+        fetch_tokens(t + UNROLL);
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
             float y[V];
 #pragma unroll
             for (int v = 0; v < V; v++) {
-                x[v][TAPS - 1 + i] = tokens[i][v];
+                x[v][TAPS - 1 + i] = tokens[i].get(v);
                 y[v] = activate(sum_taps<TAPS, ALL>(w[v], bias[v], x[v] + TAPS - 1 + i, conv.width), conv.silu);
             }
             if (i < left) store<V, true>(out, y);
@@ -481,18 +506,24 @@ __device__ void update(const ConvUpdate& args) {
         else                                                                                       \
             body<T, taps, packs, false>(args);                                                     \
     }
+// Of one width, or of narrower filters.
+#define WIDTH_KERNEL(symbol, bound, Args, body, T, taps, packs, all)                               \
+    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { \
+        body<T, taps, packs, all>(args);                                                           \
+    }
 #define UPDATE_KERNEL(symbol, T, taps)                                                                \
     extern "C" __global__ void __launch_bounds__(128) symbol(const __grid_constant__ ConvUpdate args) { \
         update<T, taps>(args);                                                                        \
     }
 #define INSTANTIATE(T, name)                                                                                              \
-    SEQUENCE_KERNEL(causal_conv1d_fwd_first4v_##name, (128), ConvForward, forward_first, T, 4, true)                      \
+    SEQUENCE_KERNEL(causal_conv1d_fwd_first4v_##name, (128, 16), ConvForward, forward_first, T, 4, true)                      \
     SEQUENCE_KERNEL(causal_conv1d_fwd_first4_##name, (128), ConvForward, forward_first, T, 4, false)                      \
     SEQUENCE_KERNEL(causal_conv1d_fwd_first8_##name, (128), ConvForward, forward_first, T, 8, false)                      \
     SEQUENCE_KERNEL(causal_conv1d_bwd_first4v_##name, (128), ConvBackward, backward_first, T, 4, true)                    \
     SEQUENCE_KERNEL(causal_conv1d_bwd_first4_##name, (128), ConvBackward, backward_first, T, 4, false)                    \
     SEQUENCE_KERNEL(causal_conv1d_bwd_first8_##name, (128), ConvBackward, backward_first, T, 8, false)                    \
-    SEQUENCE_KERNEL(causal_conv1d_fwd_last4v_##name, (128), ConvForward, forward_last, T, 4, (sizeof(T) == 4 ? 4 : 8))    \
+    WIDTH_KERNEL(causal_conv1d_fwd_last4v_##name, (128), ConvForward, forward_last, T, 4, 4, true)                        \
+    WIDTH_KERNEL(causal_conv1d_fwd_last3v_##name, (128), ConvForward, forward_last, T, 4, 4, false)                       \
     SEQUENCE_KERNEL(causal_conv1d_fwd_last4_##name, (128), ConvForward, forward_last, T, 4, 1)                            \
     SEQUENCE_KERNEL(causal_conv1d_fwd_last8_##name, (128), ConvForward, forward_last, T, 8, 1)                            \
     SEQUENCE_KERNEL(causal_conv1d_bwd_last4v_##name, (256, 2), ConvBackward, backward_last, T, 4, 4)                      \

@@ -11,6 +11,7 @@ using bf16 = __nv_bfloat16;
 
 // Expands M(type, name) for each type of activations; kernels are called `op_name`.
 #define FOR_EACH_DTYPE(M) M(float, f32) M(f16, f16) M(bf16, bf16)
+#define FOR_EACH_16_BIT(M) M(f16, f16) M(bf16, bf16)
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(double x) { return static_cast<float>(x); }

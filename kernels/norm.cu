@@ -10,6 +10,7 @@
 
 #include "elem.cuh"
 #include "reduce.cuh"
+#include "scalar.cuh"
 
 enum Gate : int { WITHOUT = 0, BEFORE = 1, AFTER = 2 };
 
@@ -37,13 +38,13 @@ struct NormBackward {
     Norm norm;
     const void* grad_y;  // or null
     Any grad_sum;
-    Any dx, dresidual;
-    void* dz;
+    Any dresidual;
+    void *dx, *dz;
     float *dweight, *dbias;  // (gridDim.x · blockDim.y, dim): the sums over some of the rows; null if not asked for
 };
-static_assert(sizeof(NormBackward) == 176, "as in cuda.rs");
+static_assert(sizeof(NormBackward) == 168, "as in cuda.rs");
 
-constexpr int V = 8;
+constexpr int V = 8, THREADS = 512;
 
 // The place of one thread in its group.
 template <int PACKS>
@@ -61,6 +62,28 @@ struct Place {
 template <int N>
 __device__ inline void sum_group(float (&sums)[N], float* scratch) {
     block_sum(sums, scratch, threadIdx.x / 32, blockDim.x / 32);
+}
+
+// Takes the mean of a group away from it.
+template <int PACKS>
+__device__ void subtract_mean(float (&u)[PACKS][V], const Place<PACKS>& at, float* scratch) {
+    // The second time takes away what rounding left of a mean that is large beside the spread.
+    for (int time = 0; time < 2; time++) {
+        float sum[1] = {0.0f};
+#pragma unroll
+        for (int k = 0; k < PACKS; k++)
+#pragma unroll
+            for (int v = 0; v < V; v++) sum[0] += u[k][v];
+        sum_group(sum, scratch);
+        const float mean = sum[0] / static_cast<float>(at.size);
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) {
+            const int count = at.count(k);
+#pragma unroll
+            for (int v = 0; v < V; v++)
+                if (v < count) u[k][v] -= mean;
+        }
+    }
 }
 
 // GATE as in `Gate`, or any: then it is what `norm.gate` says.
@@ -107,25 +130,7 @@ struct Group {
 #pragma unroll
             for (int v = 0; v < V; v++) u[k][v] = gate(norm) == BEFORE ? r[k][v] * silu(z[k][v]) : r[k][v];
         const float inverse = 1.0f / static_cast<float>(at.size);
-        if (norm.layer) {
-            // The second time takes away what rounding left of a mean that is large beside the spread.
-            for (int time = 0; time < 2; time++) {
-                float sum[1] = {0.0f};
-#pragma unroll
-                for (int k = 0; k < PACKS; k++)
-#pragma unroll
-                    for (int v = 0; v < V; v++) sum[0] += u[k][v];
-                sum_group(sum, scratch);
-                const float mean = sum[0] * inverse;
-#pragma unroll
-                for (int k = 0; k < PACKS; k++) {
-                    const int count = at.count(k);
-#pragma unroll
-                    for (int v = 0; v < V; v++)
-                        if (v < count) u[k][v] -= mean;
-                }
-            }
-        }
+        if (norm.layer) subtract_mean(u, at, scratch);
         float square[1] = {0.0f};
 #pragma unroll
         for (int k = 0; k < PACKS; k++)
@@ -183,89 +188,131 @@ __device__ void forward(const NormForward& args) {
     }
 }
 
-template <typename T, int PACKS, bool VECTOR, int GATE>
+// The gradients of one group after another, each thread with the sums over them for its columns. What a group is read from
+// stays as it came, and the next group is on its way meanwhile; weights wait in shared memory. PLAIN: without mean and bias, so
+// that one sum over the group is enough, that of u² beside that of g·w·u, and with a gate without a residual stream.
+template <typename T, int PACKS, bool VECTOR, int GATE, bool PLAIN>
 __device__ void backward(const NormBackward& args) {
-    __shared__ float scratch[64];
+    __shared__ float scratch[3 * 32];
+    extern __shared__ float4 weights[];  // of each thread its own
     const Norm& norm = args.norm;
+    const int gate = GATE == ANY_GATE ? norm.gate : GATE;
+    const bool stream = !PLAIN || GATE == WITHOUT;
     const int column = blockIdx.y * norm.group_size;
-    float dw[PACKS][V] = {}, db[PACKS][V] = {};
     const int64_t part = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-    for (int64_t row = part; row < norm.rows; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+    const float inverse = 1.0f / static_cast<float>(norm.group_size);
+    Raw<T, V> next_x[PACKS], next_z[PACKS], next_g[PACKS];
+    const auto fetch_group = [&](int64_t row) {
         const Place<PACKS> at{row * norm.dim + column, column, norm.group_size};
-        Group<T, PACKS, VECTOR, GATE> group;
-    const int gate = group.gate(norm);
-        group.load_sum(norm, at);
-        float g[PACKS][V];  // the gradient of û, then of r; that of z takes the place of z
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
-#pragma unroll
-            for (int v = 0; v < V; v++) g[k][v] = 0.0f;
-            if (args.grad_y)
-                load<V, VECTOR>(g[k], static_cast<const T*>(args.grad_y) + at.element(k), at.count(k));
-            if (at.count(k) == 0) {
-#pragma unroll
-                for (int v = 0; v < V; v++) g[k][v] = 0.0f;
-            }
+            next_x[k].template fetch<VECTOR>(static_cast<const T*>(norm.x) + at.element(k), at.count(k));
+            if (gate != WITHOUT) next_z[k].template fetch<VECTOR>(static_cast<const T*>(norm.z) + at.element(k), at.count(k));
+            if (args.grad_y) next_g[k].template fetch<VECTOR>(static_cast<const T*>(args.grad_y) + at.element(k), at.count(k));
         }
-        if (args.grad_y) {
-            group.normalise(norm, at, scratch);
-            float sums[2] = {};  // of g·w·û and of g·w
+    };
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    const auto weight = [&](int k, float (&w)[V]) {
 #pragma unroll
-            for (int k = 0; k < PACKS; k++) {
-                const int count = at.count(k);
-                float w[V], b[V];
-                parameter<VECTOR>(w, norm.weight, column + at.offset(k), count, 1.0f);
-                if (gate == AFTER) parameter<VECTOR>(b, norm.bias, column + at.offset(k), count, 0.0f);
+        for (int i = 0; i < V / 4; i++) {
+            const float4 four = weights[(k * (V / 4) + i) * blockDim.y * blockDim.x + thread];
+            w[4 * i] = four.x, w[4 * i + 1] = four.y, w[4 * i + 2] = four.z, w[4 * i + 3] = four.w;
+        }
+    };
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        const Place<PACKS> at{0, column, norm.group_size};
+        float w[V];
+        parameter<VECTOR>(w, norm.weight, column + at.offset(k), at.count(k), 1.0f);
+#pragma unroll
+        for (int i = 0; i < V / 4; i++) {
+            weights[(k * (V / 4) + i) * blockDim.y * blockDim.x + thread] =
+                make_float4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+        }
+    }
+    float dw[PACKS][V] = {}, db[PACKS][V] = {};
+    if (part < norm.rows) fetch_group(part);
+    for (int64_t row = part; row < norm.rows; row += step) {
+        const Place<PACKS> at{row * norm.dim + column, column, norm.group_size};
+        float r[PACKS][V], u[PACKS][V];  // x + residual; u, then less the mean
+        Raw<T, V> x[PACKS], z[PACKS], g[PACKS];
+        const auto unpack = [&](int k) {
+            const bool inside = at.count(k) > 0;
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                r[k][v] = inside ? x[k].get(v) : 0.0f;
+                u[k][v] = gate == BEFORE ? r[k][v] * silu(z[k].get(v)) : r[k][v];
+            }
+        };
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) {
+            const bool inside = at.count(k) > 0;
+            x[k] = next_x[k], z[k] = next_z[k], g[k] = next_g[k];
+            if (gate == WITHOUT) z[k].clear();
+            if (!args.grad_y || !inside) g[k].clear();
+            unpack(k);
+            if (stream && norm.residual) {
+                float residual[V];
+                norm.residual.get<V, VECTOR>(residual, at.element(k), at.count(k));
 #pragma unroll
                 for (int v = 0; v < V; v++) {
-                    const float u = group.u[k][v];
-                    if (gate == AFTER) {
-                        const float z = group.z[k][v];
-                        group.z[k][v] = g[k][v] * fmaf(u, w[v], b[v]) * silu_slope(z);
-                        g[k][v] *= silu(z);
-                    }
-                    db[k][v] += g[k][v];
-                    dw[k][v] = fmaf(g[k][v], u, dw[k][v]);
-                    g[k][v] *= w[v];
-                    sums[0] = fmaf(g[k][v], u, sums[0]);
-                    sums[1] += g[k][v];
+                    if (inside) r[k][v] += residual[v];
+                    u[k][v] = gate == BEFORE ? r[k][v] * silu(z[k].get(v)) : r[k][v];
                 }
             }
-            sum_group(sums, scratch);
-            const float inverse = 1.0f / static_cast<float>(at.size);
-            const float along = -sums[0] * inverse, mean = norm.layer ? sums[1] * inverse : 0.0f;
-#pragma unroll
-            for (int k = 0; k < PACKS; k++)
-#pragma unroll
-                for (int v = 0; v < V; v++) {
-                    const float du = group.rho * fmaf(along, group.u[k][v], g[k][v] - mean);
-                    g[k][v] = du;
-                    if (gate == BEFORE) {
-                        const float z = group.z[k][v];
-                        group.z[k][v] = du * group.r[k][v] * silu_slope(z);
-                        g[k][v] = du * silu(z);
-                    }
-                }
-        } else {
-#pragma unroll
-            for (int k = 0; k < PACKS; k++)
-#pragma unroll
-                for (int v = 0; v < V; v++) group.z[k][v] = 0.0f;
         }
+        if (row + step < norm.rows) fetch_group(row + step);
+        if (!PLAIN && norm.layer) subtract_mean(u, at, scratch);
+
+        float sums[3] = {};  // of u², of g·w·u and of g·w, with g the gradient of û·w + b
+        const auto of_normed = [&](int k, int v) { return g[k].get(v) * (gate == AFTER ? silu(z[k].get(v)) : 1.0f); };
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) {
+            float w[V];
+            weight(k, w);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                const float weighted = of_normed(k, v) * w[v];
+                sums[0] = fmaf(u[k][v], u[k][v], sums[0]);
+                sums[1] = fmaf(weighted, u[k][v], sums[1]);
+                if (!PLAIN) sums[2] += weighted;
+            }
+        }
+        sum_group(sums, scratch);
+        const float rho = rsqrtf(fmaf(sums[0], inverse, norm.eps));
+        const float along = -sums[1] * rho * inverse, mean = !PLAIN && norm.layer ? sums[2] * inverse : 0.0f;
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             const int count = at.count(k);
-            const int64_t i = at.start + at.offset(k);
             if (count == 0) continue;
-            if (args.grad_sum) {
+            const int64_t i = at.start + at.offset(k);
+            if (!stream) {  // registers for what is computed twice would be too many
+                x[k].forget(), z[k].forget(), g[k].forget();
+                unpack(k);
+            }
+            float w[V], b[V] = {}, of_r[V], of_z[V];
+            weight(k, w);
+            if (!PLAIN && gate == AFTER) parameter<VECTOR>(b, norm.bias, column + at.offset(k), count, 0.0f);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                const float normed = u[k][v] * rho, gradient = of_normed(k, v), before = z[k].get(v);
+                dw[k][v] = fmaf(gradient, normed, dw[k][v]);
+                if (!PLAIN) db[k][v] += gradient;
+                const float of_u = rho * fmaf(along, normed, fmaf(gradient, w[v], -mean));
+                of_r[v] = gate == BEFORE ? of_u * silu(before) : of_u;
+                of_z[v] = gate == BEFORE ? of_u * r[k][v] * silu_slope(before)
+                                         : g[k].get(v) * fmaf(normed, w[v], b[v]) * silu_slope(before);
+            }
+            if (stream && args.grad_sum) {
                 float more[V];
                 args.grad_sum.get<V, VECTOR>(more, i, count);
 #pragma unroll
-                for (int v = 0; v < V; v++) g[k][v] += more[v];
+                for (int v = 0; v < V; v++) of_r[v] += more[v];
             }
-            if (args.dx) args.dx.set<V, VECTOR>(i, g[k], count);
-            if (args.dresidual) args.dresidual.set<V, VECTOR>(i, g[k], count);
-            if (args.dz) store<V, VECTOR>(static_cast<T*>(args.dz) + i, group.z[k], count);
+            if (args.dx) store<V, VECTOR>(static_cast<T*>(args.dx) + i, of_r, count);
+            if (stream && args.dresidual) args.dresidual.set<V, VECTOR>(i, of_r, count);
+            if (args.dz) store<V, VECTOR>(static_cast<T*>(args.dz) + i, of_z, count);
         }
     }
 #pragma unroll
@@ -279,30 +326,27 @@ __device__ void backward(const NormBackward& args) {
     }
 }
 
-constexpr int THREADS = 512;
-
-#define KERNEL(symbol, bound, Args, function)                                                      \
-    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { \
-        function(args);                                                                            \
-    }
+#define KERNEL(symbol, bound, Args, ...) \
+    extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Args args) { __VA_ARGS__ }
 // What is in registers depends on the gate: bodies of their own within one bound.
-#define BY_GATE(symbol, bound, Args, function, T, packs)                            \
-    extern "C" __global__ void bound symbol(const __grid_constant__ Args args) {    \
-        switch (args.norm.gate) {                                                   \
-            case WITHOUT: return function<T, packs, true, WITHOUT>(args);           \
-            case BEFORE: return function<T, packs, true, BEFORE>(args);             \
-            default: return function<T, packs, true, AFTER>(args);                  \
-        }                                                                           \
-    }
-#define COMMA ,
-#define INSTANTIATE(T, name)                                                                                  \
-    BY_GATE(norm_fwd_1v_##name, __launch_bounds__(THREADS), NormForward, forward, T, 1)                       \
-    BY_GATE(norm_fwd_2v_##name, __launch_bounds__(THREADS COMMA 2), NormForward, forward, T, 2)               \
-    KERNEL(norm_fwd_4v_##name, (THREADS), NormForward, (forward<T COMMA 4 COMMA true COMMA ANY_GATE>))        \
-    KERNEL(norm_fwd_4_##name, (THREADS), NormForward, (forward<T COMMA 4 COMMA false COMMA ANY_GATE>))        \
-    BY_GATE(norm_bwd_1v_##name, __launch_bounds__(THREADS COMMA 2), NormBackward, backward, T, 1)             \
-    BY_GATE(norm_bwd_2v_##name, __launch_bounds__(THREADS), NormBackward, backward, T, 2)                     \
-    KERNEL(norm_bwd_4v_##name, (THREADS), NormBackward, (backward<T COMMA 4 COMMA true COMMA ANY_GATE>))      \
-    KERNEL(norm_bwd_4_##name, (THREADS), NormBackward, (backward<T COMMA 4 COMMA false COMMA ANY_GATE>))
+#define BY_GATE(symbol, bound, Args, function, T, packs, ...)                              \
+    KERNEL(symbol, bound, Args, switch (args.norm.gate) {                                  \
+        case WITHOUT: return function<T, packs, true, WITHOUT, ##__VA_ARGS__>(args);       \
+        case BEFORE: return function<T, packs, true, BEFORE, ##__VA_ARGS__>(args);         \
+        default: return function<T, packs, true, AFTER, ##__VA_ARGS__>(args);              \
+    })
+#define ANY(symbol, Args, function, T, packs, vector, ...) \
+    KERNEL(symbol, (THREADS), Args, function<T, packs, vector, ANY_GATE, ##__VA_ARGS__>(args);)
+#define INSTANTIATE(T, name)                                                               \
+    BY_GATE(norm_fwd_1v_##name, (THREADS), NormForward, forward, T, 1)                     \
+    BY_GATE(norm_fwd_2v_##name, (THREADS, 2), NormForward, forward, T, 2)                  \
+    ANY(norm_fwd_4v_##name, NormForward, forward, T, 4, true)                              \
+    ANY(norm_fwd_4_##name, NormForward, forward, T, 4, false)                              \
+    BY_GATE(norm_bwd_plain1v_##name, (THREADS, 2), NormBackward, backward, T, 1, true)     \
+    BY_GATE(norm_bwd_plain2v_##name, (THREADS), NormBackward, backward, T, 2, true)             \
+    ANY(norm_bwd_1v_##name, NormBackward, backward, T, 1, true, false)                     \
+    ANY(norm_bwd_2v_##name, NormBackward, backward, T, 2, true, false)                     \
+    ANY(norm_bwd_4v_##name, NormBackward, backward, T, 4, true, false)                     \
+    ANY(norm_bwd_4_##name, NormBackward, backward, T, 4, false, false)
 
 FOR_EACH_DTYPE(INSTANTIATE)

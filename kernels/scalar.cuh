@@ -47,6 +47,22 @@ template <typename T, int N> struct Raw {
 #pragma unroll
         for (uint32_t& word : words) word = 0;
     }
+    // With VECTOR, `from` is aligned to a pack; else only the first `count` are there.
+    template <bool VECTOR> __device__ __forceinline__ void fetch(const T* from, int count = N) {
+        if constexpr (VECTOR) {
+            load(from);
+        } else {
+            clear();
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (i < count) set(i, from[i]);
+        }
+    }
+    // Has what was unpacked so far unpacked again where it is used from here on, instead of kept in registers.
+    __device__ __forceinline__ void forget() {
+#pragma unroll
+        for (uint32_t& word : words) asm volatile("" : "+r"(word));
+    }
     // Of a cleared one.
     __device__ __forceinline__ void set(int k, T x) {
         if constexpr (sizeof(T) == 4) {

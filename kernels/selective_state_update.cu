@@ -1,10 +1,12 @@
 // One decoding step, the state changed in place: h ← exp(Δ·A) h + Δ·x ⊗ B, y = h C + D·x, gated by silu(z).
 //
-// A row is a channel, its state d_state neighbours in memory. LANES lanes share a row, each with V neighbouring states (then
-// the next V·LANES, …), and a thread has ROWS rows whose states are on their way at once.
+// A row is a channel of a batch element, its state d_state neighbours in memory. LANES lanes share a row, each with V neighbouring
+// states (then the next V·LANES, …), and a thread has ROWS rows whose states are on their way at once: neighbouring channels
+// where a decays by head, and where it has a row for each channel, that channel of several batch elements, which share it.
 
 #include "elem.cuh"
 #include "reduce.cuh"
+#include "scalar.cuh"
 
 struct Update {
     float* state;  // (b, h, p, n)
@@ -21,8 +23,16 @@ static_assert(sizeof(Update) == 152, "as in cuda.rs");
 
 constexpr int THREADS = 128;
 
-template <typename T, int LANES, int V, int ROWS, bool A_PER_HEAD, bool SHARED>
-__device__ void update(const Update& args) {
+// Δ of a row, after bias, softplus and bounds.
+__device__ inline float bounded_step(const Update& args, float dt) {
+    if (args.dt_softplus) dt = softplus(dt);
+    if (dt < args.low) dt = args.low;  // NaN stays NaN
+    if (dt > args.high) dt = args.high;
+    return dt;
+}
+
+template <typename T, int LANES, int V, int ROWS, bool SHARED>
+__device__ void update_heads(const Update& args) {
     constexpr int GROUPS = 32 / LANES;  // rows that a warp reads at once
     const int lane = threadIdx.x % LANES;
     const int warp = (blockIdx.x * THREADS + threadIdx.x) / 32;
@@ -35,7 +45,7 @@ __device__ void update(const Update& args) {
     // B and C: with SHARED, all rows of a warp read the same.
     constexpr int GROUP_ROWS = SHARED ? 1 : ROWS;
     int64_t group[GROUP_ROWS];
-    float h[ROWS][V], b[GROUP_ROWS][V], c[GROUP_ROWS][V], a[ROWS][V];
+    float h[ROWS][V], b[GROUP_ROWS][V], c[GROUP_ROWS][V];
     float dt[ROWS], x[ROWS], z[ROWS], d[ROWS], bias[ROWS], decay[ROWS], sum[ROWS];
     const auto load_states = [&](int r, int i) {
         if (i < n) {
@@ -44,7 +54,6 @@ __device__ void update(const Update& args) {
                 load<V, true>(b[r], static_cast<const T*>(args.b) + group[r] + i);
                 load<V, true>(c[r], static_cast<const T*>(args.c) + group[r] + i);
             }
-            if (!A_PER_HEAD) args.a.get<V, true>(a[r], static_cast<int64_t>(channel[r]) * n + i);
         }
     };
 #pragma unroll
@@ -65,16 +74,12 @@ __device__ void update(const Update& args) {
     for (int r = 0; r < ROWS; r++) {
         bias[r] = args.dt_bias ? args.dt_bias.get(args.bias_per_head ? head[r] : channel[r]) : 0.0f;
         d[r] = args.d ? args.d.get(args.d_per_head ? head[r] : channel[r]) : 0.0f;
-        decay[r] = A_PER_HEAD ? args.a.get(head[r]) : 1.0f;
+        decay[r] = args.a.get(head[r]);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        dt[r] += bias[r];
-        if (args.dt_softplus) dt[r] = softplus(dt[r]);
-        if (dt[r] < args.low) dt[r] = args.low;  // NaN stays NaN
-        if (dt[r] > args.high) dt[r] = args.high;
-        decay[r] *= dt[r] * LOG2_E;
-        if (A_PER_HEAD) decay[r] = fast_exp2(decay[r]);
+        dt[r] = bounded_step(args, dt[r] + bias[r]);
+        decay[r] = fast_exp2(decay[r] * (dt[r] * LOG2_E));
     }
     for (int i = lane * V; i < n; i += LANES * V) {
 #pragma unroll
@@ -82,8 +87,7 @@ __device__ void update(const Update& args) {
             const float input = dt[r] * x[r];
 #pragma unroll
             for (int v = 0; v < V; v++) {
-                const float factor = A_PER_HEAD ? decay[r] : fast_exp2(decay[r] * a[r][v]);
-                h[r][v] = fmaf(factor, h[r][v], input * b[SHARED ? 0 : r][v]);
+                h[r][v] = fmaf(decay[r], h[r][v], input * b[SHARED ? 0 : r][v]);
                 sum[r] = fmaf(h[r][v], c[SHARED ? 0 : r][v], sum[r]);
             }
             if (first + r * GROUPS < args.rows)
@@ -102,6 +106,74 @@ __device__ void update(const Update& args) {
     }
 }
 
+// As `update_heads`, with a row of a for each channel; rows of a thread are of one channel.
+template <typename T, int LANES, int V, int ROWS>
+__device__ void update_channels(const Update& args) {
+    constexpr int CHANNELS = THREADS / LANES;
+    const int lane = threadIdx.x % LANES;
+    const int channels = args.nheads * args.headdim, n = args.d_state;
+    const int batch_size = args.rows / channels;
+    const int64_t blocks = (channels + CHANNELS - 1) / CHANNELS;
+    const int place = blockIdx.x % blocks * CHANNELS + threadIdx.x / LANES;
+    const int channel = min(place, channels - 1);  // some twice, written once
+    const int first = blockIdx.x / blocks * ROWS;
+    const int head = channel / args.headdim, group = head / (args.nheads / args.ngroups);
+
+    // What there is one of in a row is the work of one lane of it: lanes [i·LANES/ROWS, …) have row i.
+    const int own = lane / (LANES / ROWS), own_batch = min(first + own, batch_size - 1);
+    const int64_t own_row = static_cast<int64_t>(own_batch) * channels + channel;
+    float h[ROWS][V], a[V];
+    Raw<T, V> b[ROWS], c[ROWS];
+    const auto load_states = [&](int i) {
+        if (i >= n) return;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const int batch = min(first + r, batch_size - 1);
+            load<V, true>(h[r], args.state + (static_cast<int64_t>(batch) * channels + channel) * n + i);
+            const int64_t coefficients = (static_cast<int64_t>(batch) * args.ngroups + group) * n + i;
+            b[r].load(static_cast<const T*>(args.b) + coefficients);
+            c[r].load(static_cast<const T*>(args.c) + coefficients);
+        }
+        args.a.get<V, true>(a, static_cast<int64_t>(channel) * n + i);
+    };
+    load_states(lane * V);
+    const float raw = to_float(static_cast<const T*>(
+        args.dt)[args.dt_per_head ? static_cast<int64_t>(own_batch) * args.nheads + head : own_row]);
+    const float x = to_float(static_cast<const T*>(args.x)[own_row]);
+    const float z = args.z ? to_float(static_cast<const T*>(args.z)[own_row]) : 0.0f;
+    const float bias = args.dt_bias ? args.dt_bias.get(args.bias_per_head ? head : channel) : 0.0f;
+    const float d = args.d ? args.d.get(args.d_per_head ? head : channel) : 0.0f;
+
+    const float dt = bounded_step(args, raw + bias);
+    float exponent[ROWS], input[ROWS], sum[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const int from = threadIdx.x % 32 / LANES * LANES + r * (LANES / ROWS);
+        exponent[r] = __shfl_sync(ALL_LANES, dt * LOG2_E, from);
+        input[r] = __shfl_sync(ALL_LANES, dt * x, from);
+        sum[r] = 0.0f;
+    }
+    for (int i = lane * V; i < n; i += LANES * V) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                h[r][v] = fmaf(fast_exp2(exponent[r] * a[v]), h[r][v], input[r] * b[r].get(v));
+                sum[r] = fmaf(h[r][v], c[r].get(v), sum[r]);
+            }
+            if (first + r < batch_size && place < channels)
+                store<V, true>(args.state + (static_cast<int64_t>(first + r) * channels + channel) * n + i, h[r]);
+        }
+        load_states(i + LANES * V);
+    }
+    reduce_scatter<ROWS, LANES, 1>(sum, threadIdx.x);
+    if (lane % (LANES / ROWS) == 0 && first + own < batch_size && place < channels) {
+        float y = fmaf(d, x, sum[0]);
+        if (args.z) y *= silu(z);
+        static_cast<T*>(args.y)[own_row] = from_float<T>(y);
+    }
+}
+
 // Whether the rows of each warp are all of one group of one batch element.
 template <int LANES, int ROWS>
 __device__ inline bool shares_group(const Update& args) {
@@ -109,27 +181,28 @@ __device__ inline bool shares_group(const Update& args) {
 }
 
 // The registers are bounded for what models have: rows that share their group.
-#define KERNEL(symbol, bound, T, lanes, v, rows)                                                     \
+#define HEADS(symbol, bound, T, lanes, v, rows)                                                      \
     extern "C" __global__ void __launch_bounds__ bound symbol(const __grid_constant__ Update args) { \
-        const bool shared = shares_group<lanes, rows>(args);                                         \
-        if (args.a_per_head && shared)                                                               \
-            update<T, lanes, v, rows, true, true>(args);                                             \
-        else if (args.a_per_head)                                                                    \
-            update<T, lanes, v, rows, true, false>(args);                                            \
-        else if (shared)                                                                             \
-            update<T, lanes, v, rows, false, true>(args);                                            \
+        if (shares_group<lanes, rows>(args))                                                         \
+            update_heads<T, lanes, v, rows, true>(args);                                             \
         else                                                                                         \
-            update<T, lanes, v, rows, false, false>(args);                                           \
+            update_heads<T, lanes, v, rows, false>(args);                                            \
     }
-#define INSTANTIATE(T, name)                                                \
-    KERNEL(selective_state_update_4v1_##name, (THREADS), T, 4, 4, 1)        \
-    KERNEL(selective_state_update_4v4_##name, (THREADS, 5), T, 4, 4, 4)     \
-    KERNEL(selective_state_update_8v1_##name, (THREADS), T, 8, 4, 1)        \
-    KERNEL(selective_state_update_8v4_##name, (THREADS, 5), T, 8, 4, 4)     \
-    KERNEL(selective_state_update_16v1_##name, (THREADS), T, 16, 4, 1)      \
-    KERNEL(selective_state_update_16v4_##name, (THREADS, 6), T, 16, 4, 4)   \
-    KERNEL(selective_state_update_32v1_##name, (THREADS), T, 32, 4, 1)      \
-    KERNEL(selective_state_update_32v4_##name, (THREADS, 6), T, 32, 4, 4)   \
-    KERNEL(selective_state_update_32_##name, (THREADS), T, 32, 1, 1)
+#define CHANNELS(symbol, T, lanes, v, rows)                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) symbol(const __grid_constant__ Update args) {    \
+        update_channels<T, lanes, v, rows>(args);                                                          \
+    }
+#define LANES_OF_ROW(lanes, blocks, T, name)                                                               \
+    HEADS(selective_state_update_heads_##lanes##v1_##name, (THREADS), T, lanes, 4, 1)                      \
+    HEADS(selective_state_update_heads_##lanes##v4_##name, (THREADS, blocks), T, lanes, 4, 4)              \
+    CHANNELS(selective_state_update_channels_##lanes##v1_##name, T, lanes, 4, 1)                           \
+    CHANNELS(selective_state_update_channels_##lanes##v4_##name, T, lanes, 4, 4)
+#define INSTANTIATE(T, name)                                                                               \
+    LANES_OF_ROW(4, 5, T, name)                                                                            \
+    LANES_OF_ROW(8, 5, T, name)                                                                            \
+    LANES_OF_ROW(16, 6, T, name)                                                                           \
+    LANES_OF_ROW(32, 6, T, name)                                                                           \
+    HEADS(selective_state_update_heads_32_##name, (THREADS), T, 32, 1, 1)                                  \
+    CHANNELS(selective_state_update_channels_32_##name, T, 32, 1, 1)
 
 FOR_EACH_DTYPE(INSTANTIATE)

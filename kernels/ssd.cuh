@@ -40,12 +40,35 @@ static_assert(sizeof(Ssd) == 416, "as in cuda.rs");
 
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-
 __device__ __forceinline__ int padded(int x) { return (x + 15) / 16 * 16; }
+
+// The arguments, of which with USUAL the compiler knows what most models have: chunks of 64 tokens, 64 channels and 128 states
+// of a head, rows that are aligned. What follows from these are then numbers in the code.
+template <bool USUAL> __device__ __forceinline__ decltype(auto) known(const Ssd& args) {
+    if constexpr (USUAL) {
+        Ssd p = args;
+        p.q = 64, p.headdim = p.p_tile = 64, p.d_state = 128, p.aligned = 1;
+        return p;
+    } else {
+        return (args);
+    }
+}
 
 // 2^(high + low): exponents are sums and differences of many, so they come in two parts.
 __device__ __forceinline__ float decay(float high, float low) { return fast_exp2(high + low); }
+
+// The decay over a chunk, and what it lacks to 1: a state that hardly decays is moved on by as many factors as there are chunks,
+// whose roundings would add up.
+struct ChunkDecay {
+    float factor, less_one;
+
+    __device__ explicit ChunkDecay(float2 exponent)
+        : factor(decay(exponent.x, exponent.y)), less_one(expm1f(fmaf(LN_2, exponent.x, LN_2 * exponent.y))) {}
+    // decay · x + y
+    __device__ __forceinline__ float advance(float x, float y) const {
+        return less_one > -0.5f ? x + fmaf(less_one, x, y) : fmaf(factor, x, y);
+    }
+};
 
 // How the threads of a block spread over the pieces, of eight neighbouring columns, of matrices of one width: each row has a
 // power of two of threads, so that no thread divides.
@@ -55,7 +78,7 @@ struct Pieces {
     __device__ explicit Pieces(int padded_columns) {
         int log = 0;
         while (8 << log < padded_columns) log++;
-        row = threadIdx.x >> log, column = (threadIdx.x & ((1 << log) - 1)) * 8, rows = THREADS >> log;
+        row = threadIdx.x >> log, column = (threadIdx.x & ((1 << log) - 1)) * 8, rows = blockDim.x >> log;
     }
     // f(row, column) for each piece of a matrix.
     template <typename F> __device__ __forceinline__ void each(int padded_rows, int padded_columns, F f) const {
@@ -91,21 +114,21 @@ __device__ __forceinline__ void fetch_piece(Raw<T, 8>& to, const T* from, int co
     }
 }
 
-__device__ __forceinline__ void copy_piece(const bf16* to, const void* from, bool exists) {
+__device__ __forceinline__ void copy_piece(const void* to, const void* from, bool exists) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(exists ? 16 : 0) : "memory");
 }
 
 // Rows [0, rows) and columns [0, columns) of a matrix in memory, the rest zeros.
-template <typename T, int TERMS>
-__device__ __forceinline__ void load_rows(const Matrix<TERMS>& to, const Pieces& pieces, const T* from, int64_t stride,
+template <typename T, int TERMS, typename Term>
+__device__ __forceinline__ void load_rows(const Matrix<TERMS, Term>& to, const Pieces& pieces, const T* from, int64_t stride,
                                           int rows, int columns, int padded_rows, int padded_columns, bool aligned) {
     if constexpr (TERMS == 1) {  // as it is
         if (aligned && columns % 8 == 0) {
             if (pieces.column >= padded_columns) return;
             const bool column_exists = pieces.column < columns;
             const T* at = from + (column_exists ? pieces.row * stride + pieces.column : 0);
-            const bf16* place = to.start + pieces.row * to.row + pieces.column;
+            const Term* place = to.start + pieces.row * to.row + pieces.column;
             const int64_t at_step = column_exists ? pieces.rows * stride : 0;
 #pragma unroll 4
             for (int row = pieces.row; row < padded_rows; row += pieces.rows) {
@@ -125,6 +148,10 @@ __device__ __forceinline__ void load_rows(const Matrix<TERMS>& to, const Pieces&
 
 // Before the barrier after which what `load_rows` brought is read.
 __device__ __forceinline__ void loads_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The same of all but the loads since the last mark.
+__device__ __forceinline__ void mark_loads() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void loads_before_mark_arrive() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 // The steps of a chunk of a head in shared memory, and the decays that follow from them. `Next` holds those of another chunk
 // until there is room.
@@ -159,14 +186,15 @@ struct Steps {
 // From after token j to after token i.
 __device__ __forceinline__ float between(float2 i, float high_j, float low_j) { return decay(i.x - high_j, i.y - low_j); }
 
-// Scores with decays: each(row, column, k, half, first and second decay of a pair of columns), 0 above the diagonal.
-template <typename F>
+// Scores with decays, of N · 8 columns: each(row, column, k, half, first and second decay of a pair of columns), 0 above the
+// diagonal.
+template <int N, typename F>
 __device__ __forceinline__ void each_decay(const Steps& steps, int row0, int column0, int q, F f) {
-    const int i[2] = {row0 + Tile<4>::row(0), row0 + Tile<4>::row(1)};
+    const int i[2] = {row0 + Tile<N>::row(0), row0 + Tile<N>::row(1)};
     const float2 at[2] = {steps.exponent[i[0]], steps.exponent[i[1]]};
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int j = column0 + 8 * k + Tile<4>::column();
+    for (int k = 0; k < N; k++) {
+        const int j = column0 + 8 * k + Tile<N>::column();
         if (j >= q) break;
         const float4 columns = *reinterpret_cast<const float4*>(steps.exponent + j);
 #pragma unroll

@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+
 // One warp for each chunk of each head.
 template <typename T> __device__ __forceinline__ void steps(const Ssd& p) {
     const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
@@ -98,14 +100,23 @@ struct State {
             if (column + 1 < args.d_state) to[int64_t(row) * args.d_state + column + 1] = y;
         });
     }
-    // state = decay · state + Σ_j inputs[j] ⊗ b[j]. Tensor cores do not round their sums but cut them off, which adds up over a
+    // The largest number of the warp.
+    __device__ __forceinline__ float largest(const Walk& at) {
+        float largest = 0.0f;
+        each_pair(at, [&](int, int, float x, float y) { largest = fmaxf(largest, fmaxf(fabsf(x), fabsf(y))); });
+        return warp_max(largest);
+    }
+    // state = decay · state + Σ_j inputs[j] ⊗ b[j], where inputs are scaled. Tensor cores do not round their sums but cut them off, which adds up over a
     // long sequence: in f32 each chunk has a sum of its own.
-    template <int TI, int TC>
-    __device__ __forceinline__ void advance(const Walk& at, const Matrix<TC>& inputs, const Matrix<TI>& b, float decay, int q) {
+    template <int TI, int TC, typename Term>
+    __device__ __forceinline__ void advance(const Walk& at, const Matrix<TC, Term>& inputs, const Matrix<TI, Term>& b,
+                                            ChunkDecay decay, int q, [[maybe_unused]] Scale scale = Scale::none()) {
         each(at, [&](Tile<4>& tile, int row0, int column0) {
             if constexpr (TI < 3) {
-                tile.scale(decay);
+                constexpr bool SCALED = std::is_same_v<Term, f16>;
+                tile.scale(SCALED ? decay.factor * scale.factor : decay.factor);
                 multiply<TRANSPOSED, AS_STORED>(tile, inputs, row0, b, column0, at.n, 0, q);
+                if (SCALED) tile.scale(scale.inverse);
             } else {
                 Tile<4> sum;
                 sum.clear();
@@ -113,18 +124,42 @@ struct State {
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) tile.v[k][i] = fmaf(decay, tile.v[k][i], sum.v[k][i]);
+                    for (int i = 0; i < 4; i++) tile.v[k][i] = decay.advance(tile.v[k][i], sum.v[k][i]);
                 }
             }
         });
     }
 };
 
+// The scales of what a chunk is worked out with: the largest input and state, as bits, for even and odd chunks, and a scale
+// for each tile of scores. They are where rows of a matrix are padded, 16 bytes each: with room of their own a multiprocessor
+// would hold one block less.
+struct Scales {
+    unsigned *inputs, *states;
+    float2* scores;
+    int row;  // from 16 rows of scores to the next
+
+    template <int TERMS, typename Term>
+    __device__ Scales(const Matrix<TERMS, Term>& padded, int columns)
+        : inputs(reinterpret_cast<unsigned*>(padded.start + columns)), states(inputs + 2),
+          scores(reinterpret_cast<float2*>(padded.start + padded.row + columns)), row(padded.row * sizeof(Term) / sizeof(float2)) {}
+    // Of a tile of 16 rows and 32 columns, and its inverse.
+    __device__ __forceinline__ float2& of_scores(int row0, int column0) const { return scores[row0 / 16 * row + column0 / 32]; }
+    // Takes part in the largest of all warps.
+    __device__ __forceinline__ static void join(unsigned& largest, float x) {
+        x = warp_max(x);
+        if (threadIdx.x % 32 == 0) atomicMax(&largest, __float_as_uint(x));
+    }
+    __device__ __forceinline__ static Scale of(unsigned largest) { return Scale(__uint_as_float(largest)); }
+};
+
 // One tile of outputs: rows row0.., columns column0.. of y before skip and gate, then those.
-template <int N, typename T, int TI, int TC>
-__device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const Steps& steps, const Matrix<TI>& c,
-                                        const Matrix<TI>& x, const Matrix<TC>& state, const Matrix<TC>& scores, int row0,
-                                        int column0, bool has_state, int64_t first, int tokens) {
+template <int N, typename T, int TI, int TC, typename Term>
+__device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const Steps& steps, const Matrix<TI, Term>& c,
+                                        const Matrix<TI, Term>& x, const Matrix<TC, Term>& state, float state_scale,
+                                        const Matrix<TC, Term>& scores, const Scales& scales, int row0, int column0,
+                                        bool has_state, int64_t first, int tokens) {
+    constexpr bool SCALED = std::is_same_v<Term, f16>;
     const bool gated = args.z && !args.y_ungated;
     Pack<T, 2> gates[N][2];
     if (gated) {
@@ -144,9 +179,21 @@ __device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const S
     tile.clear();
     if (has_state) {
         multiply<AS_STORED, TRANSPOSED>(tile, c, row0, state, column0, at.p, 0, at.n);
-        tile.scale_rows(steps.from_start(row0 + tile.row(0)), steps.from_start(row0 + tile.row(1)));
+        const float scale = SCALED ? state_scale : 1.0f;
+        tile.scale_rows(scale * steps.from_start(row0 + tile.row(0)), scale * steps.from_start(row0 + tile.row(1)));
     }
-    multiply<AS_STORED, AS_STORED>(tile, scores, row0, x, column0, at.p, 0, row0 + 16);
+    if constexpr (SCALED) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            if (32 * k >= row0 + 16) break;
+            const float2 scale = scales.of_scores(row0, 32 * k);
+            tile.scale(scale.x);
+            multiply<AS_STORED, AS_STORED>(tile, scores, row0, x, column0, at.p, 32 * k, min(32 * k + 32, row0 + 16));
+            tile.scale(scale.y);
+        }
+    } else {
+        multiply<AS_STORED, AS_STORED>(tile, scores, row0, x, column0, at.p, 0, row0 + 16);
+    }
     if (args.d) {
         const float* const d = args.d + (args.d_per_channel ? int64_t(at.head) * args.headdim + at.first : at.head);
 #pragma unroll
@@ -208,23 +255,27 @@ __device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const S
 }
 
 template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
-    constexpr int TI = Terms<T>::INPUT, TC = Terms<T>::COMPUTED;
+    using Operands = ScaledTerms<T>;
+    using Term = typename Operands::Term;
+    constexpr int TI = Operands::INPUT, TC = Operands::COMPUTED;
+    constexpr bool SCALED = std::is_same_v<Term, f16>;
     extern __shared__ __align__(16) unsigned char shared[];
     const Walk at(args);
     const int q = args.q, p = at.p, n = at.n, warp = threadIdx.x / 32;
     const Pieces of_n(n), of_p(p);
 
     bf16* room = reinterpret_cast<bf16*>(shared);
-    const Matrix<TI> c(room, q, n), x(room, q, p), even_b(room, q, n), odd_b(room, q, n);
-    const Matrix<TC> operand(room, p, n);
+    const Matrix<TI, Term> c(room, q, n), x(room, q, p), both_b(room, 2 * q, n);
+    const Matrix<TC, Term> operand(room, p, n);
     // First scores, then what the state receives.
-    const Matrix<TC> scores(room, q, q, 0), inputs(room, q, p, 0);
+    const Matrix<TC, Term> scores(room, q, q, 0), inputs(room, q, p, 0);
     float* numbers = reinterpret_cast<float*>(room + TC * q * padded_row(max(q, p)));
     const Steps steps(numbers, q);
+    const Scales scales(x, p);
 
     const auto tokens_of = [&](int chunk) { return min(q, args.seqlen - chunk * q); };
     const auto load_b = [&](int chunk) {
-        load_rows(chunk % 2 ? odd_b : even_b, of_n, row_of<T>(args.b, args.b_stride, at.batch, int64_t(chunk) * q, at.group),
+        load_rows(both_b.rows_from(chunk % 2 * q), of_n, row_of<T>(args.b, args.b_stride, at.batch, int64_t(chunk) * q, at.group),
                   args.b_stride[1], tokens_of(chunk), args.d_state, q, n, args.aligned);
     };
     const auto load_c = [&](int chunk) {
@@ -237,17 +288,18 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
     };
     State state;
     state.begin(args, at, args.initial_state);
-    const auto show_state = [&] {
-        state.each_pair(at, [&](int row, int column, float x, float y) { operand.set2(row, column, x, y); });
-    };
-    show_state();
+    if (SCALED) {
+        if (threadIdx.x < 2) scales.inputs[threadIdx.x] = scales.states[threadIdx.x] = 0;
+        __syncthreads();
+        Scales::join(scales.states[0], state.largest(at));
+    }
     if (args.chunks > 0) {
         load_b(0), load_c(0), load_x(0);
         steps.load(steps_of(args, at.batch, at.head, 0), q);
     }
     for (int chunk = 0; chunk < args.chunks; chunk++) {
         const int64_t first = int64_t(chunk) * q;
-        const Matrix<TI>& b = chunk % 2 ? odd_b : even_b;
+        const Matrix<TI, Term> b = both_b.rows_from(chunk % 2 * q);
         const bool more = chunk + 1 < args.chunks;
         loads_arrive();
         __syncthreads();
@@ -255,6 +307,23 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
         if (more) {
             load_b(chunk + 1);
             next_steps = Steps::fetch(steps_of(args, at.batch, at.head, chunk + 1), q);
+        }
+        const int even = chunk % 2;
+        const Scale of_state = SCALED ? Scales::of(scales.states[even]) : Scale::none();
+        state.each_pair(at, [&](int row, int column, float x, float y) {
+            operand.set2(row, column, SCALED ? x * of_state.factor : x, SCALED ? y * of_state.factor : y);
+        });
+        if constexpr (SCALED) {
+            if (threadIdx.x == 0) scales.states[1 - even] = scales.inputs[1 - even] = 0;
+            float largest = 0.0f;
+            of_p.each(q, p, [&](int token, int column) {
+                float values[8];
+                x.at8(token, column, values);
+                const float weight = steps.dt[token] * steps.to_end[token];
+#pragma unroll
+                for (int k = 0; k < 8; k++) largest = fmaxf(largest, fabsf(weight * values[k]));
+            });
+            Scales::join(scales.inputs[even], largest);
         }
         {
             const int columns = (q + 31) / 32;
@@ -264,10 +333,24 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
                 Tile<4> tile;
                 tile.clear();
                 multiply<AS_STORED, TRANSPOSED>(tile, c, row0, b, column0, min(q, row0 + 16), 0, n);
-                each_decay(steps, row0, column0, q, [&](int i, int j, int k, int half, float first, float second) {
+                float largest = 0.0f;
+                each_decay<4>(steps, row0, column0, q, [&](int i, int j, int k, int half, float first, float second) {
                     const float2 dt = *reinterpret_cast<const float2*>(steps.dt + j);
-                    scores.set2(i, j, tile.v[k][2 * half] * first * dt.x, tile.v[k][2 * half + 1] * second * dt.y);
+                    const float x = tile.v[k][2 * half] * first * dt.x, y = tile.v[k][2 * half + 1] * second * dt.y;
+                    if (SCALED) {
+                        tile.v[k][2 * half] = x, tile.v[k][2 * half + 1] = y;
+                        largest = fmaxf(largest, fmaxf(fabsf(x), fabsf(y)));
+                    } else {
+                        scores.set2(i, j, x, y);
+                    }
                 });
+                if constexpr (SCALED) {
+                    const Scale scale(warp_max(largest));
+                    tile.each([&](int, int, int row, int column, float x, float y) {
+                        if (column0 + column < q) scores.set2(row0 + row, column0 + column, x * scale.factor, y * scale.factor);
+                    });
+                    if (threadIdx.x % 32 == 0) scales.of_scores(row0, column0) = {scale.factor, scale.inverse};
+                }
             }
         }
         __syncthreads();
@@ -275,31 +358,33 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
         if (p > 32) {
             const int columns = (p + 31) / 32;
             for (int i = warp; i < q / 16 * columns; i += WARPS) {
-                outputs<4, T>(args, at, steps, c, x, operand, scores, i / columns * 16, i % columns * 32, has_state, first,
+                outputs<4, T>(args, at, steps, c, x, operand, of_state.inverse, scores, scales, i / columns * 16, i % columns * 32, has_state, first,
                               tokens_of(chunk));
             }
         } else {
             const int columns = p / 16;
             for (int i = warp; i < q / 16 * columns; i += WARPS) {
-                outputs<2, T>(args, at, steps, c, x, operand, scores, i / columns * 16, i % columns * 16, has_state, first,
+                outputs<2, T>(args, at, steps, c, x, operand, of_state.inverse, scores, scales, i / columns * 16, i % columns * 16, has_state, first,
                               tokens_of(chunk));
             }
         }
         __syncthreads();
         if (more) load_c(chunk + 1);
+        const Scale of_inputs = SCALED ? Scales::of(scales.inputs[even]) : Scale::none();
         of_p.each(q, p, [&](int token, int column) {
             float values[8];
             x.at8(token, column, values);
-            const float weight = steps.dt[token] * steps.to_end[token];
+            float weight = steps.dt[token] * steps.to_end[token];
+            if (SCALED) weight *= of_inputs.factor;
 #pragma unroll
             for (int k = 0; k < 8; k++) values[k] *= weight;
             inputs.set8(token, column, values);
         });
-        const float total = steps.from_start(q - 1);
+        const ChunkDecay total(steps.exponent[q - 1]);
         __syncthreads();
         if (more) load_x(chunk + 1), steps.put(next_steps, q);
-        state.advance(at, inputs, b, total, q);
-        show_state();
+        state.advance(at, inputs, b, total, q, of_inputs);
+        if (SCALED && more) Scales::join(scales.states[1 - even], state.largest(at));
     }
     if (args.final_state) state.end(args, at, args.final_state);
 }
@@ -315,20 +400,24 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
     const Pieces of_n(n), of_p(p);
 
     bf16* room = reinterpret_cast<bf16*>(shared);
-    const Matrix<TI> even_b(room, q, n), odd_b(room, q, n);
+    const Matrix<TI> both_b(room, 2 * q, n);
     const Matrix<TC> inputs(room, q, p);
     float* numbers = reinterpret_cast<float*>(room);
     const Steps steps(numbers, q);
 
     const void* const rows = reverse ? args.c : args.b;
-    const int64_t(&row_stride)[3] = reverse ? args.c_stride : args.b_stride;
     const void* const values = reverse ? args.grad_y : args.x;
-    const int64_t(&stride)[3] = reverse ? args.grad_y_stride : args.x_stride;
+    int64_t row_stride[3], stride[3];
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        row_stride[i] = reverse ? args.c_stride[i] : args.b_stride[i];
+        stride[i] = reverse ? args.grad_y_stride[i] : args.x_stride[i];
+    }
     const auto chunk_of = [&](int i) { return reverse ? args.chunks - 1 - i : i; };
     const auto tokens_of = [&](int chunk) { return min(q, args.seqlen - chunk * q); };
     const auto load_b = [&](int i) {
         const int chunk = chunk_of(i);
-        load_rows(i % 2 ? odd_b : even_b, of_n, row_of<T>(rows, row_stride, at.batch, int64_t(chunk) * q, at.group),
+        load_rows(both_b.rows_from(i % 2 * q), of_n, row_of<T>(rows, row_stride, at.batch, int64_t(chunk) * q, at.group),
                   row_stride[1], tokens_of(chunk), args.d_state, q, n, args.aligned);
     };
 
@@ -411,26 +500,28 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
             }
             inputs.set8(token, of_p.column, v);
         }
-        const float total = steps.from_start(q - 1);
+        const ChunkDecay total(steps.exponent[q - 1]);
         loads_arrive();
         __syncthreads();
         if (i + 1 < args.chunks) fetch(i + 1);
-        state.advance(at, inputs, i % 2 ? odd_b : even_b, total, q);
+        state.advance(at, inputs, both_b.rows_from(i % 2 * q), total, q);
     }
     if (reverse) state.end(args, at, args.grad_initial_state);
 }
 
 }  // namespace
 
-#define INSTANTIATE(T, DTYPE)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS) ssd_steps_##DTYPE(const __grid_constant__ Ssd p) {          \
-        steps<T>(p);                                                                                                  \
-    }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) ssd_scan_##DTYPE(const __grid_constant__ Ssd p) {        \
-        scan<T>(p);                                                                                                   \
-    }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) ssd_states_##DTYPE(const __grid_constant__ Ssd p) {      \
-        states<T>(p);                                                                                                 \
+#define WALK(symbol, body, T, USUAL)                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) symbol(const __grid_constant__ Ssd p) {       \
+        body<T>(known<USUAL>(p));                                                                          \
     }
+#define INSTANTIATE(T, DTYPE)                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) ssd_steps_##DTYPE(const __grid_constant__ Ssd p) { steps<T>(p); } \
+    WALK(ssd_scan_##DTYPE, scan, T, false)                                                                 \
+    WALK(ssd_states_##DTYPE, states, T, false)
+#define INSTANTIATE_USUAL(T, DTYPE)               \
+    WALK(ssd_scan_usual_##DTYPE, scan, T, true)   \
+    WALK(ssd_states_usual_##DTYPE, states, T, true)
 
 FOR_EACH_DTYPE(INSTANTIATE)
+FOR_EACH_16_BIT(INSTANTIATE_USUAL)

@@ -145,12 +145,13 @@ impl Shape {
 }
 
 /// The symbol of a kernel for sequences.
-fn symbol(backward: bool, layout: SequenceLayout, shape: Shape) -> &'static str {
+fn symbol(backward: bool, layout: SequenceLayout, width: usize, shape: Shape) -> &'static str {
     match (backward, layout, shape.taps, shape.packs) {
         (false, ChannelsFirst, 4, true) => "causal_conv1d_fwd_first4v",
         (false, ChannelsFirst, 4, false) => "causal_conv1d_fwd_first4",
         (false, ChannelsFirst, ..) => "causal_conv1d_fwd_first8",
-        (false, ChannelsLast, 4, true) => "causal_conv1d_fwd_last4v",
+        (false, ChannelsLast, 4, true) if width == 4 => "causal_conv1d_fwd_last4v",
+        (false, ChannelsLast, 4, true) => "causal_conv1d_fwd_last3v",
         (false, ChannelsLast, 4, false) => "causal_conv1d_fwd_last4",
         (false, ChannelsLast, ..) => "causal_conv1d_fwd_last8",
         (true, ChannelsFirst, 4, true) => "causal_conv1d_bwd_first4v",
@@ -167,11 +168,11 @@ fn threads(count: usize) -> usize {
     (count.div_ceil(32) * 32).clamp(32, THREADS)
 }
 
-/// Tokens of a run, channels last: few enough to fill the GPU, many enough that the window costs little.
-fn run(gpu: &Gpu, sizes: Sizes, packs: usize, longest: usize) -> usize {
-    const THREADS_TO_FILL: usize = 1024;
+/// Tokens of a run, channels last: few enough to fill the GPU with so many threads a multiprocessor, many enough that the window
+/// costs little.
+fn run(gpu: &Gpu, sizes: Sizes, packs: usize, threads: usize, longest: usize) -> usize {
     let sequences = sizes.batch.max(1) * packs.max(1);
-    let runs = (gpu.multiprocessors() * THREADS_TO_FILL).div_ceil(sequences);
+    let runs = (gpu.multiprocessors() * threads).div_ceil(sequences);
     sizes.seqlen.div_ceil(runs).clamp(16, longest).next_multiple_of(4)
 }
 
@@ -207,13 +208,7 @@ impl Segment {
 }
 
 /// The grid of a forward, and the tokens of a thread, channels last.
-fn forward_grid(
-    gpu: &Gpu,
-    layout: SequenceLayout,
-    sizes: Sizes,
-    shape: Shape,
-    dtype: DType,
-) -> (Launch, usize) {
+fn forward_grid(gpu: &Gpu, layout: SequenceLayout, sizes: Sizes, shape: Shape) -> (Launch, usize) {
     let Sizes { batch, dim, seqlen, .. } = sizes;
     match layout {
         ChannelsFirst => {
@@ -225,13 +220,8 @@ fn forward_grid(
             (Launch { blocks: [rows, splits, 1], threads: [threads, 1], shared: 0 }, 0)
         }
         ChannelsLast => {
-            let channels = match (shape.packs, dtype) {
-                (false, _) => 1,
-                (true, DType::F32) => 4,
-                (true, _) => 8,
-            };
-            let packs = dim.div_ceil(channels);
-            let (run, threads) = (run(gpu, sizes, packs, 32), threads(packs));
+            let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
+            let (run, threads) = (run(gpu, sizes, packs, 2048, 24), threads(packs));
             let runs = seqlen.div_ceil(run).max(1);
             let blocks = [batch * runs, packs.div_ceil(threads), 1];
             (Launch { blocks, threads: [threads, 1], shared: 0 }, run)
@@ -258,7 +248,7 @@ fn backward_grid(
         }
         ChannelsLast => {
             let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
-            let run = run(gpu, sizes, packs, 64);
+            let run = run(gpu, sizes, packs, 1024, 64);
             let splits = (batch * seqlen.div_ceil(run).max(1)).div_ceil(RUNS).max(1);
             (Launch { blocks: [splits, packs.div_ceil(32), 1], threads: [32, RUNS], shared: 0 }, run, splits)
         }
@@ -274,9 +264,13 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<F
         let final_state = gpu.buffer(DType::F32, sequences * dim * window)?;
         let segments = segments(node);
         let shape = Shape::new(node, &segments, dtype, &[pointers[X], y.pointer()]);
-        let kernel = Kernel { module: &MODULE, name: symbol(false, node.layout, shape), dtype: Some(dtype) };
+        let kernel = Kernel {
+            module: &MODULE,
+            name: symbol(false, node.layout, node.sizes.width, shape),
+            dtype: Some(dtype),
+        };
         for segment in &segments {
-            let (launch, run) = forward_grid(gpu, node.layout, segment.sizes, shape, dtype);
+            let (launch, run) = forward_grid(gpu, node.layout, segment.sizes, shape);
             let args = ConvForward {
                 conv: arguments(node, segment, dtype, pointers, run)?,
                 y: from(y.pointer(), segment.start, dtype),
@@ -308,7 +302,11 @@ pub(super) fn backward(
 
         let segments = segments(node);
         let shape = Shape::new(node, &segments, dtype, &[px, grad_y, pdx]);
-        let kernel = Kernel { module: &MODULE, name: symbol(true, node.layout, shape), dtype: Some(dtype) };
+        let kernel = Kernel {
+            module: &MODULE,
+            name: symbol(true, node.layout, node.sizes.width, shape),
+            dtype: Some(dtype),
+        };
         let grid = |segment: &Segment| backward_grid(gpu, node.layout, segment.sizes, shape);
         let grids = segments.iter().map(grid).collect::<Result<Vec<_>>>()?;
         // Each block sums over some of the tokens of a channel; one alone writes what is wanted.

@@ -50,8 +50,8 @@ struct NormBackward {
     norm: Norm,
     grad_y: u64,
     grad_sum: Pointer,
-    dx: Pointer,
     dresidual: Pointer,
+    dx: u64,
     dz: u64,
     dweight: u64,
     dbias: u64,
@@ -59,20 +59,31 @@ struct NormBackward {
 
 const _: () = assert!(size_of::<Norm>() == 96);
 const _: () = assert!(size_of::<NormForward>() == 120);
-const _: () = assert!(size_of::<NormBackward>() == 176);
+const _: () = assert!(size_of::<NormBackward>() == 168);
 // SAFETY: as the structs of `norm.cu`.
 unsafe impl Arguments for NormForward {}
 // SAFETY: as above.
 unsafe impl Arguments for NormBackward {}
 
+/// Which kernel is wanted.
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    Forward,
+    Backward,
+    /// A backward of an RMS norm without bias, of a gated input or of a sum with a residual.
+    PlainBackward,
+}
+
 /// A kernel, the threads that share a group in it, and the groups of a block.
 struct Shape {
     name: &'static str,
     threads: [usize; 2],
+    /// Bytes of shared memory of a block: in a backward the weights that its threads use.
+    shared: usize,
 }
 
 impl Shape {
-    fn new(sizes: Sizes, backward: bool, pointers: &[Pointer]) -> Self {
+    fn new(sizes: Sizes, pass: Pass, pointers: &[Pointer]) -> Self {
         let packs = sizes.group_size.div_ceil(PACK).max(1);
         let aligned = pointers.iter().all(|pointer| pointer.address.is_multiple_of(16));
         let vector = aligned && sizes.group_size.is_multiple_of(PACK);
@@ -82,18 +93,23 @@ impl Shape {
             2 => 2,
             _ => 4,
         };
-        let name = match (backward, vector, packs_of_thread) {
-            (false, true, 1) => "norm_fwd_1v",
-            (false, true, 2) => "norm_fwd_2v",
-            (false, true, _) => "norm_fwd_4v",
-            (false, false, _) => "norm_fwd_4",
-            (true, true, 1) => "norm_bwd_1v",
-            (true, true, 2) => "norm_bwd_2v",
-            (true, true, _) => "norm_bwd_4v",
-            (true, false, _) => "norm_bwd_4",
-        };
         let threads = packs.div_ceil(packs_of_thread).next_multiple_of(32);
-        Self { name, threads: [threads, if threads == 32 { 4 } else { 1 }] }
+        let plain = pass == Pass::PlainBackward;
+        let name = match (pass, vector, packs_of_thread) {
+            (Pass::Forward, true, 1) => "norm_fwd_1v",
+            (Pass::Forward, true, 2) => "norm_fwd_2v",
+            (Pass::Forward, true, _) => "norm_fwd_4v",
+            (Pass::Forward, false, _) => "norm_fwd_4",
+            (_, true, 1) if plain => "norm_bwd_plain1v",
+            (_, true, 2) if plain => "norm_bwd_plain2v",
+            (_, true, 1) => "norm_bwd_1v",
+            (_, true, 2) => "norm_bwd_2v",
+            (_, true, _) => "norm_bwd_4v",
+            (_, false, _) => "norm_bwd_4",
+        };
+        let threads = [threads, if threads == 32 { 4 } else { 1 }];
+        let weights = packs_of_thread * PACK * threads[0] * threads[1] * size_of::<f32>();
+        Self { name, threads, shared: if pass == Pass::Forward { 0 } else { weights } }
     }
 }
 
@@ -129,7 +145,7 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS], with_sum: b
         let [px, weight, bias, residual, z] = pointers;
         let shape = Shape::new(
             node.sizes,
-            false,
+            Pass::Forward,
             &[px, weight, bias, residual, z, y.pointer(), device::pointer(&sum)],
         );
         let args = NormForward {
@@ -166,9 +182,13 @@ pub(super) fn backward(
         let (dweight, dbias) = (like(WEIGHT)?, like(BIAS)?);
         let [pdx, pdresidual, pdz] = [&dx, &dresidual, &dz].map(device::pointer);
         let all = [px, weight, bias, residual, z, grad_y, grad_sum, pdx, pdresidual, pdz];
-        let shape = Shape::new(node.sizes, true, &all);
+        let plain = node.kind == NormKind::Rms
+            && inputs[BIAS].is_none()
+            && (inputs[Z].is_none() || inputs[RESIDUAL].is_none() && grad_sum.address == 0);
+        let pass = if plain { Pass::PlainBackward } else { Pass::Backward };
+        let shape = Shape::new(node.sizes, pass, &all);
         let kernel = Kernel { module: &MODULE, name: shape.name, dtype: Some(x.dtype()) };
-        let launch = launch(gpu, node.sizes, kernel, shape.threads, x.elem_count() == 0)?;
+        let launch = launch(gpu, node.sizes, kernel, &shape, x.elem_count() == 0)?;
         let parts = launch.blocks[0] * shape.threads[1];
         let dim = node.sizes.dim;
         let sums = |needed: bool| needed.then(|| gpu.buffer(DType::F32, parts * dim)).transpose();
@@ -177,8 +197,8 @@ pub(super) fn backward(
             norm: arguments(node, [px, weight, bias, residual, z])?,
             grad_y: grad_y.address,
             grad_sum,
-            dx: pdx,
             dresidual: pdresidual,
+            dx: pdx.address,
             dz: pdz.address,
             dweight: device::pointer(&weight_sums).address,
             dbias: device::pointer(&bias_sums).address,
@@ -195,9 +215,10 @@ pub(super) fn backward(
 }
 
 /// The grid of a backward: the blocks that the GPU runs at once, each going through several rows, so that few sums are left.
-fn launch(gpu: &Gpu, sizes: Sizes, kernel: Kernel, threads: [usize; 2], empty: bool) -> Result<Launch> {
+fn launch(gpu: &Gpu, sizes: Sizes, kernel: Kernel, shape: &Shape, empty: bool) -> Result<Launch> {
+    let Shape { threads, shared, .. } = *shape;
     let groups = if empty { 0 } else { sizes.dim / sizes.group_size };
-    let fill = gpu.blocks_at_once(kernel, threads, 0)?.div_ceil(groups.max(1));
+    let fill = gpu.blocks_at_once(kernel, threads, shared)?.div_ceil(groups.max(1));
     let blocks = if empty { 0 } else { sizes.rows.div_ceil(threads[1]).min(fill) };
-    Ok(Launch { blocks: [blocks, groups, 1], threads, shared: 0 })
+    Ok(Launch { blocks: [blocks, groups, 1], threads, shared })
 }

@@ -1,4 +1,4 @@
-//! The scan on a GPU: which of the kernels of `selective_scan.cu` run, on what grid.
+//! The scan on a GPU: which of the kernels of `selective_scan_*.cu` run, on what grid.
 
 use std::mem::size_of;
 
@@ -11,7 +11,8 @@ use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointe
 use crate::host;
 use crate::layout::SequenceLayout;
 
-static MODULE: Module = module!("selective_scan");
+static FORWARD: Module = module!("selective_scan_forward");
+static BACKWARD: Module = module!("selective_scan_backward");
 
 /// The largest state that there are kernels for.
 pub(super) const LARGEST_STATE: usize = 256;
@@ -22,8 +23,9 @@ const TILE: usize = 32;
 /// How a kernel spreads states and channels over threads.
 #[derive(Clone, Copy)]
 struct Shape {
-    forward: &'static str,
-    backward: &'static str,
+    /// The kernel, and that of the pass before it that finds what each split adds.
+    forward: [&'static str; 2],
+    backward: [&'static str; 2],
     states_of_thread: usize,
     lanes: usize,
     warps: usize,
@@ -32,32 +34,32 @@ struct Shape {
 }
 
 const NARROW_16: Shape = Shape {
-    forward: "selective_scan_fwd_narrow16",
-    backward: "selective_scan_bwd_narrow16",
+    forward: ["selective_scan_fwd_narrow16", "selective_scan_ends_narrow16"],
+    backward: ["selective_scan_bwd_narrow16", "selective_scan_bwd_ends_narrow16"],
     states_of_thread: 2,
     lanes: 8,
     warps: 4,
     piece: 8,
 };
 const WIDE_16: Shape = Shape {
-    forward: "selective_scan_fwd_wide16",
-    backward: "selective_scan_bwd_wide16",
+    forward: ["selective_scan_fwd_wide16", "selective_scan_ends_wide16"],
+    backward: ["selective_scan_bwd_wide16", "selective_scan_bwd_ends_wide16"],
     states_of_thread: 4,
     lanes: 4,
     warps: 8,
     piece: 4,
 };
 const WIDE_64: Shape = Shape {
-    forward: "selective_scan_fwd_wide64",
-    backward: "selective_scan_bwd_wide64",
+    forward: ["selective_scan_fwd_wide64", "selective_scan_ends_wide64"],
+    backward: ["selective_scan_bwd_wide64", "selective_scan_bwd_ends_wide64"],
     states_of_thread: 4,
     lanes: 16,
     warps: 4,
     piece: 4,
 };
 const WIDE_256: Shape = Shape {
-    forward: "selective_scan_fwd_wide256",
-    backward: "selective_scan_bwd_wide256",
+    forward: ["selective_scan_fwd_wide256", "selective_scan_ends_wide256"],
+    backward: ["selective_scan_bwd_wide256", "selective_scan_bwd_ends_wide256"],
     states_of_thread: 8,
     lanes: 32,
     warps: 2,
@@ -65,14 +67,10 @@ const WIDE_256: Shape = Shape {
 };
 
 impl Shape {
-    /// The widest that has a thread for every state, or a narrower one where channels are too few to fill the GPU.
-    fn new(gpu: &Gpu, sizes: Sizes) -> Self {
-        const WARPS_TO_FILL: usize = 8;
+    /// With a thread for every state.
+    fn wide(sizes: Sizes) -> Self {
         match sizes.d_state {
-            0..=16 => {
-                let warps = (sizes.batch * sizes.dim * WIDE_16.lanes).div_ceil(32);
-                if warps < gpu.multiprocessors() * WARPS_TO_FILL { NARROW_16 } else { WIDE_16 }
-            }
+            0..=16 => WIDE_16,
             17..=64 => WIDE_64,
             _ => WIDE_256,
         }
@@ -96,20 +94,25 @@ impl Shape {
     }
 
     fn shared_forward(self) -> usize {
-        let activations = self.channels() * (TILE + 1);
+        let activations = self.channels() * (TILE + 4);
         size_of::<f32>() * (2 * activations + 2 * self.channels().next_multiple_of(4) + self.coefficients())
     }
 
+    /// Of the passes that find what each split adds, whatever their direction.
+    fn shared_ends(self) -> usize {
+        self.shared_forward()
+    }
+
     fn shared_backward(self) -> usize {
-        let activations = self.channels() * (TILE + 1);
+        let activations = self.channels() * (TILE + 4);
         let kept = TILE / self.piece * self.states_of_thread * self.threads();
         let sums = 2 * self.warps * self.piece * 2 * self.states();
         let activations = 4 * activations + activations.next_multiple_of(4);
         size_of::<f32>() * (activations + self.coefficients() + kept + sums + self.channels())
     }
 
-    fn launch(self, sizes: Sizes, shared: usize) -> Launch {
-        let blocks = [sizes.batch * self.blocks(sizes), 1, 1];
+    fn launch(self, sizes: Sizes, splits: usize, shared: usize) -> Launch {
+        let blocks = [sizes.batch * self.blocks(sizes), splits, 1];
         Launch { blocks, threads: [self.threads(), 1], shared }
     }
 
@@ -162,6 +165,8 @@ struct Scan {
     grad_d: u64,
     grad_delta_bias: u64,
     partials: u64,
+    ends: u64,
+    spans: u64,
     u_stride: [i64; 3],
     delta_stride: [i64; 3],
     z_stride: [i64; 3],
@@ -178,6 +183,8 @@ struct Scan {
     b_group_len: i32,
     c_group_len: i32,
     delta_softplus: i32,
+    splits: i32,
+    split_tiles: i32,
     packs: i32,
 }
 
@@ -197,11 +204,11 @@ struct Sum {
     padding: i32,
 }
 
-const _: () = assert!(size_of::<Scan>() == 432);
+const _: () = assert!(size_of::<Scan>() == 456);
 const _: () = assert!(size_of::<Sum>() == 80);
-// SAFETY: as `SelectiveScan` in `selective_scan.cu`.
+// SAFETY: as `SelectiveScan` in `selective_scan.cuh`.
 unsafe impl Arguments for Scan {}
-// SAFETY: as `SelectiveScanSum` in `selective_scan.cu`.
+// SAFETY: as `SelectiveScanSum` in `selective_scan_backward.cu`.
 unsafe impl Arguments for Sum {}
 
 /// The strides of an activation by batch, channel, token.
@@ -270,9 +277,75 @@ fn prepare(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<[Option<Tens
     Ok(prepared)
 }
 
+/// How a sequence is cut into parts that different blocks go through.
+#[derive(Clone, Copy)]
+struct Splits {
+    count: usize,
+    /// Tiles of each but the last.
+    tiles: usize,
+}
+
+impl Splits {
+    fn none(sizes: Sizes) -> Self {
+        Self { count: 1, tiles: sizes.seqlen.div_ceil(TILE) }
+    }
+
+    /// As many as blocks of this shape fill the GPU with, but not shorter than what pays for the pass before.
+    fn fill(gpu: &Gpu, shape: Shape, sizes: Sizes) -> Self {
+        const SHORTEST: usize = 4;
+        const MOST: usize = 64; // each block goes through the ends of all before it
+        let tiles = sizes.seqlen.div_ceil(TILE);
+        let blocks = (sizes.batch * shape.blocks(sizes)).max(1);
+        let wanted = (gpu.multiprocessors() * BLOCKS_AT_ONCE / blocks).min(tiles / SHORTEST).clamp(1, MOST);
+        let tiles_of_split = tiles.div_ceil(wanted).max(1);
+        Self { count: tiles.div_ceil(tiles_of_split).max(1), tiles: tiles_of_split }
+    }
+}
+
+/// Blocks of a wide shape that a multiprocessor computes at once.
+const BLOCKS_AT_ONCE: usize = 2;
+
+/// How to fill the GPU: with splits where there would be at least so many; else, where channels are too few, with a narrower shape.
+fn divide(gpu: &Gpu, sizes: Sizes, least: usize) -> (Shape, Splits) {
+    const WARPS_TO_FILL: usize = 8;
+    let wide = Shape::wide(sizes);
+    let splits = Splits::fill(gpu, wide, sizes);
+    if splits.count >= least {
+        return (wide, splits);
+    }
+    let few = sizes.batch * wide.blocks(sizes) * wide.warps < gpu.multiprocessors() * WARPS_TO_FILL;
+    (if few && sizes.d_state <= 16 { NARROW_16 } else { wide }, Splits::none(sizes))
+}
+
+/// Where the pass before leaves what each split adds, if there are several.
+struct Ends {
+    states: Buffer,
+    spans: Buffer,
+}
+
+impl Ends {
+    /// Runs the pass before on a grid without the split whose end nobody needs.
+    fn find(gpu: &Gpu, kernel: Kernel, shape: Shape, sizes: Sizes, args: &mut Scan) -> Result<Option<Self>> {
+        let splits = args.splits as usize;
+        if splits < 2 {
+            return Ok(None);
+        }
+        let rows = sizes.batch * splits * sizes.dim;
+        let ends = Self {
+            states: gpu.buffer(DType::F32, rows * sizes.d_state)?,
+            spans: gpu.buffer(DType::F32, rows)?,
+        };
+        (args.ends, args.spans) = (ends.states.pointer().address, ends.spans.pointer().address);
+        // SAFETY: the inputs have the shapes that `sizes` checked, the ends were made for them.
+        unsafe { gpu.launch(kernel, shape.launch(sizes, splits - 1, shape.shared_ends()), *args) }?;
+        Ok(Some(ends))
+    }
+}
+
 fn arguments(
     node: &Node,
     shape: Shape,
+    splits: Splits,
     inputs: &[Option<Tensor>; SLOTS],
     pointers: &[Pointer],
 ) -> Result<Scan> {
@@ -316,6 +389,8 @@ fn arguments(
         b_group_len: int(OP, group_len(node.sizes, b_groups))?,
         c_group_len: int(OP, group_len(node.sizes, c_groups))?,
         delta_softplus: i32::from(node.delta_softplus),
+        splits: int(OP, splits.count)?,
+        split_tiles: int(OP, splits.tiles)?,
         packs: i32::from(packs),
         ..Scan::default()
     })
@@ -326,22 +401,25 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS], tracked: bo
     let u = host::slot(OP, &inputs, U)?;
     let Sizes { batch, dim, seqlen, d_state, .. } = node.sizes;
     device::views(OP, inputs.each_ref().map(Option::as_ref), |gpu, pointers| {
-        let shape = Shape::new(gpu, node.sizes);
+        // The pass before takes half as long as the scan itself: fewer splits do not make up for it.
+        let (shape, splits) = divide(gpu, node.sizes, 6);
         let y = gpu.buffer(u.dtype(), u.elem_count())?;
         let final_state = gpu.buffer(DType::F32, batch * dim * d_state)?;
         let checkpoints = match tracked {
             true => Some(gpu.buffer(DType::F32, batch * seqlen.div_ceil(TILE) * dim * d_state)?),
             false => None,
         };
-        let args = Scan {
+        let mut args = Scan {
             y: y.pointer().address,
             final_state: final_state.pointer().address,
             checkpoints: device::pointer(&checkpoints).address,
-            ..arguments(node, shape, &inputs, &pointers)?
+            ..arguments(node, shape, splits, &inputs, &pointers)?
         };
-        let kernel = Kernel { module: &MODULE, name: shape.forward, dtype: Some(u.dtype()) };
+        let [kernel, ends] =
+            shape.forward.map(|name| Kernel { module: &FORWARD, name, dtype: Some(u.dtype()) });
+        let _ends = Ends::find(gpu, ends, shape, node.sizes, &mut args)?;
         // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
-        unsafe { gpu.launch(kernel, shape.launch(node.sizes, shape.shared_forward()), args) }?;
+        unsafe { gpu.launch(kernel, shape.launch(node.sizes, splits.count, shape.shared_forward()), args) }?;
         let kept = |x: Buffer| x.tensor((batch, seqlen.div_ceil(TILE), dim, d_state));
         Ok(Forward {
             outputs: [y.output(u.shape().clone())?, final_state.output(node.sizes.state_shape())?],
@@ -365,23 +443,26 @@ pub(super) fn backward(
     let tensors =
         [u_, delta, a, b, c, d, z, bias, state, saved.first(), grads[0].as_ref(), grad_state.as_ref()];
     device::views(OP, tensors, |gpu, pointers| {
-        let shape = Shape::new(gpu, node.sizes);
+        let (shape, splits) = divide(gpu, node.sizes, 2);
         let blocks = shape.blocks(node.sizes);
         let rows = |len: usize| gpu.buffer(DType::F32, batch * len);
+        let row_count = batch * splits.count;
+        let split_rows = |len: usize| gpu.buffer(DType::F32, row_count * len);
         let activation = || gpu.buffer(u.dtype(), u.elem_count());
         let (grad_u, grad_delta) = (activation()?, activation()?);
         let grad_z = gpu.buffer_like(inputs[Z].as_ref(), true)?;
         let initial_state = rows(dim * d_state)?;
-        let (a_rows, d_rows, bias_rows) = (rows(dim * d_state)?, rows(dim)?, rows(dim)?);
-        let constant = |groups: Option<usize>| groups.is_none().then(|| rows(dim * d_state)).transpose();
+        let (a_rows, d_rows, bias_rows) = (split_rows(dim * d_state)?, split_rows(dim)?, split_rows(dim)?);
+        let constant =
+            |groups: Option<usize>| groups.is_none().then(|| split_rows(dim * d_state)).transpose();
         let (b_rows, c_rows) = (constant(b_groups)?, constant(c_groups)?);
         let partials = match (b_groups, c_groups) {
             (None, None) => None,
             _ => Some(rows(blocks * seqlen * 2 * shape.states())?),
         };
-        let inputs_of_kernel = arguments(node, shape, &prepared, &pointers)?;
+        let inputs_of_kernel = arguments(node, shape, splits, &prepared, &pointers)?;
         let packs = in_packs(grads[0].as_ref(), pointers[SLOTS + 1]);
-        let args = Scan {
+        let mut args = Scan {
             packs: inputs_of_kernel.packs & i32::from(packs),
             checkpoints: pointers[SLOTS].address,
             grad_y: pointers[SLOTS + 1].address,
@@ -399,19 +480,21 @@ pub(super) fn backward(
             partials: device::pointer(&partials).address,
             ..inputs_of_kernel
         };
-        let kernel = Kernel { module: &MODULE, name: shape.backward, dtype: Some(u.dtype()) };
+        let [kernel, ends] =
+            shape.backward.map(|name| Kernel { module: &BACKWARD, name, dtype: Some(u.dtype()) });
+        let _ends = Ends::find(gpu, ends, shape, node.sizes, &mut args)?;
         // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
-        unsafe { gpu.launch(kernel, shape.launch(node.sizes, shape.shared_backward()), args) }?;
+        unsafe { gpu.launch(kernel, shape.launch(node.sizes, splits.count, shape.shared_backward()), args) }?;
 
         let like = |slot: usize| gpu.buffer_like(inputs[slot].as_ref(), needs[slot]);
-        let over_batch = |sums: &Buffer, slot: usize, columns: usize| {
+        let over_rows = |sums: &Buffer, slot: usize, columns: usize| {
             let out = like(slot)?;
-            out.as_ref().map_or(Ok(()), |out| gpu.sum_rows(sums, batch, columns, out))?;
+            out.as_ref().map_or(Ok(()), |out| gpu.sum_rows(sums, row_count, columns, out))?;
             Ok::<_, candle_core::Error>(out)
         };
         let coefficient = |slot: usize, groups: Option<usize>, rows: &Option<Buffer>, which: i32| {
             let (Some(groups), Some(partials)) = (groups, &partials) else {
-                return rows.as_ref().map_or(Ok(None), |rows| over_batch(rows, slot, dim * d_state));
+                return rows.as_ref().map_or(Ok(None), |rows| over_rows(rows, slot, dim * d_state));
             };
             let (Some(out), Some(x)) = (like(slot)?, &inputs[slot]) else { return Ok(None) };
             let args = Sum {
@@ -430,15 +513,15 @@ pub(super) fn backward(
             const THREADS: usize = 256;
             let blocks = [x.elem_count().div_ceil(THREADS), 1, 1];
             let launch = Launch { blocks, threads: [THREADS, 1], shared: 0 };
-            let kernel = Kernel { module: &MODULE, name: "selective_scan_sum", dtype: Some(x.dtype()) };
+            let kernel = Kernel { module: &BACKWARD, name: "selective_scan_sum", dtype: Some(x.dtype()) };
             // SAFETY: the partial sums were made for these sizes, `out` for `x`.
             unsafe { gpu.launch(kernel, launch, args) }?;
             Ok(Some(out))
         };
         let (b, c) = (coefficient(B, b_groups, &b_rows, 0)?, coefficient(C, c_groups, &c_rows, 1)?);
-        let a = over_batch(&a_rows, A, dim * d_state)?;
-        let d = over_batch(&d_rows, D, dim)?;
-        let bias = over_batch(&bias_rows, DELTA_BIAS, dim)?;
+        let a = over_rows(&a_rows, A, dim * d_state)?;
+        let d = over_rows(&d_rows, D, dim)?;
+        let bias = over_rows(&bias_rows, DELTA_BIAS, dim)?;
         let if_needed = |slot: usize, buffer| Some(buffer).filter(|_| needs[slot]);
         let grads = [
             if_needed(U, grad_u),

@@ -43,19 +43,30 @@ const _: () = assert!(size_of::<Update>() == 152);
 // SAFETY: as the struct of `selective_state_update.cu`.
 unsafe impl Arguments for Update {}
 
-/// A kernel, the lanes that share a row in it, and the rows of a thread.
-fn kernel(d_state: usize, packs: bool, many: bool) -> (&'static str, usize, usize) {
+/// A kernel, the lanes that share a row in it, and the rows of a thread: neighbouring channels where decays are by head, else
+/// those of one channel in several batch elements.
+fn kernel(d_state: usize, packs: bool, many: bool, per_head: bool) -> (&'static str, usize, usize) {
     let lanes = if packs { d_state.div_ceil(4).next_power_of_two().clamp(4, 32) } else { 32 };
-    let (name, rows) = match (packs, lanes, many) {
-        (false, ..) => ("selective_state_update_32", 1),
-        (true, 4, false) => ("selective_state_update_4v1", 1),
-        (true, 4, true) => ("selective_state_update_4v4", 4),
-        (true, 8, false) => ("selective_state_update_8v1", 1),
-        (true, 8, true) => ("selective_state_update_8v4", 4),
-        (true, 16, false) => ("selective_state_update_16v1", 1),
-        (true, 16, true) => ("selective_state_update_16v4", 4),
-        (true, _, false) => ("selective_state_update_32v1", 1),
-        (true, _, true) => ("selective_state_update_32v4", 4),
+    let rows = if packs && many { 4 } else { 1 };
+    let name = match (packs, lanes, many, per_head) {
+        (false, _, _, true) => "selective_state_update_heads_32",
+        (true, 4, false, true) => "selective_state_update_heads_4v1",
+        (true, 4, true, true) => "selective_state_update_heads_4v4",
+        (true, 8, false, true) => "selective_state_update_heads_8v1",
+        (true, 8, true, true) => "selective_state_update_heads_8v4",
+        (true, 16, false, true) => "selective_state_update_heads_16v1",
+        (true, 16, true, true) => "selective_state_update_heads_16v4",
+        (true, _, false, true) => "selective_state_update_heads_32v1",
+        (true, _, true, true) => "selective_state_update_heads_32v4",
+        (false, _, _, false) => "selective_state_update_channels_32",
+        (true, 4, false, false) => "selective_state_update_channels_4v1",
+        (true, 4, true, false) => "selective_state_update_channels_4v4",
+        (true, 8, false, false) => "selective_state_update_channels_8v1",
+        (true, 8, true, false) => "selective_state_update_channels_8v4",
+        (true, 16, false, false) => "selective_state_update_channels_16v1",
+        (true, 16, true, false) => "selective_state_update_channels_16v4",
+        (true, _, false, false) => "selective_state_update_channels_32v1",
+        (true, _, true, false) => "selective_state_update_channels_32v4",
     };
     (name, lanes, rows)
 }
@@ -73,7 +84,9 @@ pub(super) fn update(args: &SelectiveStateUpdate, sizes: Sizes) -> Result<Tensor
             let packs = aligned && d_state.is_multiple_of(4);
             // A thread with several rows has more on its way, if that leaves enough threads.
             let warps = rows * d_state.next_power_of_two() / 128;
-            let (name, lanes, rows_of_thread) = kernel(d_state, packs, warps >= gpu.multiprocessors() * 64);
+            let enough = if a_per_head { 64 } else { 16 };
+            let many = warps >= gpu.multiprocessors() * enough;
+            let (name, lanes, rows_of_thread) = kernel(d_state, packs, many, a_per_head);
             let update = Update {
                 state,
                 x: px.address,
@@ -98,9 +111,11 @@ pub(super) fn update(args: &SelectiveStateUpdate, sizes: Sizes) -> Result<Tensor
                 low: dt_limit.0 as f32,
                 high: dt_limit.1 as f32,
             };
-            let rows_of_block = THREADS / lanes * rows_of_thread;
-            let launch =
-                Launch { blocks: [rows.div_ceil(rows_of_block), 1, 1], threads: [THREADS, 1], shared: 0 };
+            let blocks = match a_per_head {
+                true => rows.div_ceil(THREADS / lanes * rows_of_thread),
+                false => (nheads * headdim).div_ceil(THREADS / lanes) * batch.div_ceil(rows_of_thread),
+            };
+            let launch = Launch { blocks: [blocks, 1, 1], threads: [THREADS, 1], shared: 0 };
             let kernel = Kernel { module: &MODULE, name, dtype: Some(x.dtype()) };
             // SAFETY: the inputs have the shapes that `sizes` checked, `y` was made for them.
             unsafe { gpu.launch(kernel, launch, update) }

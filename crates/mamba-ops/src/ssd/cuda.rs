@@ -13,8 +13,9 @@ use crate::host;
 static FORWARD: Module = module!("ssd_forward");
 static BACKWARD: Module = module!("ssd_backward");
 
-const THREADS: usize = 256;
-const WARPS: usize = THREADS / 32;
+/// Threads of a block of each file's kernels.
+const FORWARD_THREADS: usize = 256;
+const BACKWARD_THREADS: usize = 512;
 
 /// Tokens of a chunk: as many as shared memory has room for. The caller's `chunk_size` is a hint for caches of CPUs.
 const CHUNKS: [usize; 3] = [64, 32, 16];
@@ -40,6 +41,11 @@ impl Terms {
             _ => Self { input: 3, computed: 3 },
         }
     }
+
+    /// In the scan, whose terms are f16 beside f16.
+    fn of_scan(dtype: DType) -> Self {
+        if dtype == DType::F16 { Self { input: 1, computed: 2 } } else { Self::of(dtype) }
+    }
 }
 
 /// Extents in shared memory.
@@ -60,9 +66,9 @@ fn matrix(terms: usize, rows: usize, columns: usize) -> usize {
 }
 
 impl Extents {
-    fn new(sizes: Sizes, dtype: DType, tokens: usize, channels: usize) -> Self {
+    fn new(sizes: Sizes, terms: Terms, tokens: usize, channels: usize) -> Self {
         let channels = channels.min(sizes.headdim).next_multiple_of(16);
-        Self { terms: Terms::of(dtype), tokens, channels, states: sizes.d_state.next_multiple_of(16) }
+        Self { terms, tokens, channels, states: sizes.d_state.next_multiple_of(16) }
     }
 
     /// Numbers of the steps of a chunk.
@@ -88,10 +94,9 @@ impl Extents {
 
     fn of_gradients(self, gated: bool) -> usize {
         let Self { terms, tokens, channels, states } = self;
-        let numbers = tokens * (tokens + 1) // pairs of tokens
-            + tokens * (2 * states.div_ceil(32) + channels.div_ceil(32) + 1)
+        let numbers = tokens * (2 * (tokens / 16) + 2 * states.div_ceil(32) + channels / 16 + 1)
             + tokens / 16 * channels
-            + WARPS;
+            + BACKWARD_THREADS / 32;
         2 * matrix(terms.input, tokens, states)
             + matrix(terms.input, tokens, channels)
             + matrix(if gated { terms.computed } else { terms.input }, tokens, channels)
@@ -123,20 +128,22 @@ impl Plan {
         const RESERVED: usize = 1 << 10;
         let room = device::shared_memory(device);
         let scans = CHUNKS.into_iter().flat_map(|tokens| CHANNELS.map(|channels| (tokens, channels)));
-        let scans = scans.map(|(tokens, channels)| Extents::new(sizes, dtype, tokens, channels));
+        let scans =
+            scans.map(|(tokens, channels)| Extents::new(sizes, Terms::of_scan(dtype), tokens, channels));
         let fits =
             |extents: &Extents, room: usize| extents.keeps(extents.channels) && extents.of_scan() <= room;
         // A multiprocessor that holds two blocks computes in one while the other waits for memory.
         let half = |extents: &Extents| extents.tokens >= 32 && fits(extents, room / 2 - RESERVED / 2);
         let wide = scans.clone().find(half).or_else(|| scans.clone().find(|extents| fits(extents, room)))?;
-        // Narrower blocks do some work twice, but are better than idle multiprocessors.
+        // Narrower blocks do some work twice, but are better than idle multiprocessors; not than kernels that know their sizes.
+        let usual = (wide.tokens, sizes.headdim, sizes.d_state) == (64, 64, 128);
         let blocks = |channels: usize| sizes.batch * sizes.nheads * sizes.headdim.div_ceil(channels);
-        let scan = match blocks(wide.channels) < multiprocessors && wide.channels > 32 {
+        let scan = match blocks(wide.channels) < multiprocessors && wide.channels > 32 && !usual {
             true => Extents { channels: 32, ..wide },
             false => wide,
         };
         let gradients = CHUNKS.into_iter().find_map(|tokens| {
-            let extents = Extents::new(sizes, dtype, tokens, sizes.headdim);
+            let extents = Extents::new(sizes, Terms::of(dtype), tokens, sizes.headdim);
             let walk = Extents { channels: extents.channels.min(scan.channels), ..extents };
             let fits = extents.of_gradients(true) <= room && walk.of_states() <= room;
             (extents.keeps(tokens) && fits).then_some(extents)
@@ -307,12 +314,20 @@ fn plan(x: &Tensor, sizes: Sizes) -> Result<Plan> {
     )
 }
 
+/// Whether the arguments are those that kernels of their own know, as `known` in `ssd.cuh`; there are none in f32, whose chunks
+/// are shorter.
+fn usual(args: &Ssd, dtype: DType) -> bool {
+    let known = (args.q, args.headdim, args.p_tile, args.d_state, args.aligned) == (64, 64, 64, 128, 1);
+    known && dtype != DType::F32
+}
+
 /// Makes the steps of all chunks, `(batch, nheads, tokens)` of four numbers, and has `args` point to them.
 fn with_steps(gpu: &Gpu, dtype: DType, args: &mut Ssd) -> Result<Buffer> {
     let pieces = args.batch as usize * args.nheads as usize * args.chunks as usize;
     let steps = gpu.buffer(DType::F32, pieces * args.q as usize * 4)?;
     args.steps = steps.pointer().address;
-    let launch = Launch { blocks: [pieces.div_ceil(WARPS), 1, 1], threads: [THREADS, 1], shared: 0 };
+    let blocks = [pieces.div_ceil(FORWARD_THREADS / 32), 1, 1];
+    let launch = Launch { blocks, threads: [FORWARD_THREADS, 1], shared: 0 };
     let kernel = Kernel { module: &FORWARD, name: "ssd_steps", dtype: Some(dtype) };
     // SAFETY: a warp for each piece; the inputs have the shapes that `sizes` checked.
     unsafe { gpu.launch(kernel, launch, *args) }?;
@@ -328,8 +343,9 @@ fn walks(sizes: Sizes, p_tile: usize) -> usize {
 fn scan(gpu: &Gpu, dtype: DType, sizes: Sizes, plan: Plan, mut args: Ssd) -> Result<()> {
     let _steps = with_steps(gpu, dtype, &mut args)?;
     let blocks = [walks(sizes, plan.scan.channels), 1, 1];
-    let launch = Launch { blocks, threads: [THREADS, 1], shared: plan.scan.of_scan() };
-    let kernel = Kernel { module: &FORWARD, name: "ssd_scan", dtype: Some(dtype) };
+    let launch = Launch { blocks, threads: [FORWARD_THREADS, 1], shared: plan.scan.of_scan() };
+    let name = if usual(&args, dtype) { "ssd_scan_usual" } else { "ssd_scan" };
+    let kernel = Kernel { module: &FORWARD, name, dtype: Some(dtype) };
     // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
     unsafe { gpu.launch(kernel, launch, args) }
 }
@@ -422,15 +438,22 @@ pub(super) fn backward(
         let _steps = with_steps(gpu, dtype, &mut args)?;
         let channels = plan.gradients.channels.min(plan.scan.channels);
         let shared = Extents { channels, ..plan.gradients }.of_states();
-        let launch =
-            Launch { blocks: [walks(node.sizes, plan.scan.channels), 2, 1], threads: [THREADS, 1], shared };
-        let kernel = Kernel { module: &FORWARD, name: "ssd_states", dtype: Some(dtype) };
+        let blocks = [walks(node.sizes, plan.scan.channels), 2, 1];
+        let launch = Launch { blocks, threads: [FORWARD_THREADS, 1], shared };
+        let name = if usual(&args, dtype) { "ssd_states_usual" } else { "ssd_states" };
+        let kernel = Kernel { module: &FORWARD, name, dtype: Some(dtype) };
         // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
         unsafe { gpu.launch(kernel, launch, args) }?;
         let gated = ungated.is_some();
         let blocks = [batch * ngroups * chunks * splits, 1, 1];
-        let launch = Launch { blocks, threads: [THREADS, 1], shared: plan.gradients.of_gradients(gated) };
-        let name = if gated { "ssd_gradients_gated" } else { "ssd_gradients" };
+        let shared = plan.gradients.of_gradients(gated);
+        let launch = Launch { blocks, threads: [BACKWARD_THREADS, 1], shared };
+        let name = match gated {
+            true => "ssd_gradients_gated",
+            // Channels are not divided among blocks here.
+            false if usual(&Ssd { p_tile: args.headdim, ..args }, dtype) => "ssd_gradients_usual",
+            false => "ssd_gradients",
+        };
         let kernel = Kernel { module: &BACKWARD, name, dtype: Some(dtype) };
         // SAFETY: as above.
         unsafe { gpu.launch(kernel, launch, args) }?;
@@ -443,7 +466,8 @@ pub(super) fn backward(
             columns: columns as i64,
             count: splits as i64,
         };
-        let launch = Launch { blocks: [columns.div_ceil(THREADS), 2, 1], threads: [THREADS, 1], shared: 0 };
+        let blocks = [columns.div_ceil(BACKWARD_THREADS), 2, 1];
+        let launch = Launch { blocks, threads: [BACKWARD_THREADS, 1], shared: 0 };
         let kernel = Kernel { module: &BACKWARD, name: "ssd_sum", dtype: Some(dtype) };
         // SAFETY: the rows are of that many columns, the outputs of one row each.
         unsafe { gpu.launch(kernel, launch, sum) }?;
