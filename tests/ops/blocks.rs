@@ -406,6 +406,8 @@ pub trait Block: std::fmt::Debug + Clone + Sync {
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor>;
     fn with_seqlen(&self, seqlen: usize) -> Self;
     fn with_packing(&self, packing: Option<Packing>) -> Self;
+    /// The case of a golden file, with its tensors by our names.
+    fn golden(golden: &Golden) -> (Self, GoldenTensors);
 }
 
 impl Block for Mamba1 {
@@ -435,6 +437,30 @@ impl Block for Mamba1 {
         let (batch, seqlen) =
             packing.as_ref().map_or((self.batch, self.seqlen), |packing| (packing.batch(), packing.seqlen()));
         Self { batch, seqlen, packing, ..self.clone() }
+    }
+
+    fn golden(golden: &Golden) -> (Self, GoldenTensors) {
+        let mut tensors = GoldenTensors::read(golden, str::to_owned);
+        // Upstream has time last.
+        for xz in [tensors.inputs.get_mut("xz"), tensors.gradients.get_mut("xz")].into_iter().flatten() {
+            *xz = xz.transpose(1, 2).unwrap().contiguous().unwrap();
+        }
+        let (batch, seqlen, channels) = tensors.inputs["xz"].dims3().unwrap();
+        let case = Self {
+            options: tensors.inputs.contains_key("d"),
+            out_proj: tensors.inputs.contains_key("out_proj"),
+            states: false,
+            width: tensors.inputs["conv_weight"].dim(1).unwrap(),
+            delta_softplus: golden.flag("delta_softplus"),
+            ..Self::new([
+                batch,
+                seqlen,
+                channels / 2,
+                tensors.inputs["a"].dim(1).unwrap(),
+                tensors.inputs["dt_proj"].dim(1).unwrap(),
+            ])
+        };
+        (case, tensors)
     }
 }
 
@@ -466,6 +492,31 @@ impl Block for Mamba2 {
             packing.as_ref().map_or((self.batch, self.seqlen), |packing| (packing.batch(), packing.seqlen()));
         Self { batch, seqlen, packing, ..self.clone() }
     }
+
+    fn golden(golden: &Golden) -> (Self, GoldenTensors) {
+        let tensors = GoldenTensors::read(golden, |name| name.replace("norm_weight", "norm.weight"));
+        let (batch, seqlen, _) = tensors.inputs["zxbcdt"].dims3().unwrap();
+        let number = |name: &str| golden.number(name).unwrap() as usize;
+        let (nheads, headdim, ngroups) =
+            (tensors.inputs["a"].dim(0).unwrap(), number("headdim"), number("ngroups"));
+        let (conv_dim, width) = tensors.inputs["conv_weight"].dims2().unwrap();
+        let d_state = (conv_dim - nheads * headdim) / (2 * ngroups);
+        let (low, high) = golden.option("dt_limit").unwrap().split_once(',').unwrap();
+        let has = |name: &str| tensors.inputs.contains_key(name);
+        let group_size = Some(nheads * headdim / ngroups);
+        let case = Self {
+            width,
+            norm: has("norm.weight").then(|| (group_size, golden.flag("norm_before_gate"))),
+            d_has_headdim: tensors.inputs["d"].rank() == 2,
+            out_proj: has("out_proj"),
+            states: has("initial_ssm_state"),
+            dt_limit: (low.parse().unwrap(), high.parse().unwrap()),
+            chunk_size: number("chunk_size"),
+            packing: laws::packing(golden),
+            ..Self::new([batch, seqlen, nheads, headdim, ngroups, d_state])
+        };
+        (case, tensors)
+    }
 }
 
 /// The laws with the block itself as the reference of finite differences, else with the ops one after another.
@@ -494,8 +545,8 @@ impl<B: Block, const ITSELF: bool> Op for Subject<B, ITSELF> {
         if ITSELF { case.run(inputs) } else { case.unfused(inputs) }
     }
 
-    fn golden(_: &Golden) -> std::result::Result<(B, GoldenTensors), String> {
-        Err("none".into())
+    fn golden(golden: &Golden) -> std::result::Result<(B, GoldenTensors), String> {
+        Ok(B::golden(golden))
     }
 }
 
@@ -665,6 +716,13 @@ fn mamba1_prefill_and_decode() {
     ]);
 }
 
+/// What upstream's own fused functions give.
+#[test]
+fn golden() {
+    assert_eq!(laws::golden::<Subject<Mamba2, false>>("ops/mamba2_split_conv1d_scan", &[]), 10);
+    assert_eq!(laws::golden::<Subject<Mamba1, false>>("ops/mamba1_inner", &[]), 4);
+}
+
 #[test]
 fn packed() {
     laws::packed::<Subject<Mamba2, false>>(&Mamba2::new([0, 0, 4, 3, 2, 5]));
@@ -759,3 +817,5 @@ fn misuse() {
         "`norm.group_size` is 5, expected a divisor of d_ssm 12",
     );
 }
+
+crate::on_cuda!(golden);
