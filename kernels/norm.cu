@@ -273,7 +273,7 @@ __device__ void backward(const NormBackward& args) {
             weight(k, w);
 #pragma unroll
             for (int v = 0; v < V; v++) {
-                const float weighted = of_normed(k, v) * w[v];
+                const float weighted = __fmul_rn(of_normed(k, v), w[v]);  // rounded, as where the mean is taken off
                 sums[0] = fmaf(u[k][v], u[k][v], sums[0]);
                 sums[1] = fmaf(weighted, u[k][v], sums[1]);
                 if (!PLAIN) sums[2] += weighted;
@@ -299,7 +299,7 @@ __device__ void backward(const NormBackward& args) {
                 const float normed = u[k][v] * rho, gradient = of_normed(k, v), before = z[k].get(v);
                 dw[k][v] = fmaf(gradient, normed, dw[k][v]);
                 if (!PLAIN) db[k][v] += gradient;
-                const float of_u = rho * fmaf(along, normed, fmaf(gradient, w[v], -mean));
+                const float of_u = rho * fmaf(along, normed, __fmul_rn(gradient, w[v]) - mean);
                 of_r[v] = gate == BEFORE ? of_u * silu(before) : of_u;
                 of_z[v] = gate == BEFORE ? of_u * r[k][v] * silu_slope(before)
                                          : g[k].get(v) * fmaf(normed, w[v], b[v]) * silu_slope(before);

@@ -6,6 +6,8 @@ mod support;
 
 mod bfloat16;
 #[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
 mod decoder;
 mod gguf;
 mod gradients;

@@ -53,8 +53,10 @@ pub fn forward(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     }
     let mut y = if seqlen == 0 { x.clone() } else { Tensor::cat(&ys, 1)? };
     if d_state == 0 && y.elem_count() > 0 {
-        // Nothing decays and nothing is written, but dt and a have gradients all the same: zeros.
-        y = y.broadcast_add(&((decay * 0.0)? * (dt * 0.0)?)?.unsqueeze(3)?)?;
+        // Nothing decays and nothing is written, but dt and a have gradients all the same: zeros. (A factor of 0.0 that is no tensor
+        // would cut them off.)
+        let nothing = decay.zeros_like()?;
+        y = y.broadcast_add(&(decay * nothing)?.unsqueeze(3)?)?;
     }
     if let Some(d) = args.d {
         let d = cast(d, dtype)?;
