@@ -1,10 +1,12 @@
 """Times the ops of mamba_ssm and causal-conv1d on a GPU, on the shapes and under the names of benches/cuda.rs.
 
-Run: python upstream_ops.py OUTPUT.json      (needs torch, triton, mamba_ssm; rows of kernels that are not built are left out)
+Run: python upstream_ops.py OUTPUT.json [--case PART]
+     (needs torch, triton, mamba_ssm; rows of kernels that are not built are left out)
 
 Medians of triton.testing.do_bench; `fwd_bwd_ms` is forward and backward from a given gradient.
 """
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -33,6 +35,8 @@ def uniform(low, high, *shape, dtype=torch.bfloat16):
 
 def row(name, f, inputs, differentiable=True):
     """`f` takes the inputs and gives the outputs that have gradients."""
+    if args.case not in name:
+        return
     try:
         timed = {"case": name, "fwd_ms": do_bench(lambda: f(*inputs), return_mode="median")}
         if differentiable:
@@ -135,8 +139,12 @@ def main():
         versions["mamba_ssm"] = mamba_ssm.__version__
     except Exception as error:
         versions["mamba_ssm"] = f"{error}"
-    with open(sys.argv[1], "w") as out:
+    with open(args.output, "w") as out:
         json.dump({"versions": versions, "rows": ROWS}, out, indent=1)
 
 
+parser = argparse.ArgumentParser()
+parser.add_argument("output")
+parser.add_argument("--case", default="", help="only cases whose name contains this")
+args = parser.parse_args()
 main()
