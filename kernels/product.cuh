@@ -31,7 +31,7 @@ struct Scale {
     float factor, inverse;
 
     __device__ explicit Scale(float largest) {
-        const int exponent = min(max(__float_as_int(largest) >> 23, 60), 220);
+        const int exponent = min(max(__float_as_int(largest) >> 23, 100), 220);
         factor = __int_as_float((2 * 127 + 13 - exponent) << 23), inverse = __int_as_float((exponent - 13) << 23);
     }
     __device__ static Scale none() { return Scale(1.0f, 1.0f); }
