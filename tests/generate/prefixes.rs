@@ -116,6 +116,28 @@ fn the_budget_holds_and_the_oldest_state_goes_first() {
     assert_eq!((small.stats().states, small.stats().evictions), (0, 0));
 }
 
+/// Keys and values that states share count once, so that a budget keeps as many states as its memory holds.
+#[test]
+fn what_states_share_counts_once() {
+    let model = models::open("jamba");
+    let ids = models::ids(&model, 640, 1);
+    let state = |len: usize| {
+        let mut cache = CausalLm::new_cache(&model).unwrap();
+        if len > 0 {
+            CausalLm::prefill(&model, &ids[..len], &mut cache, &mut Vec::new()).unwrap();
+        }
+        StateLm::cache_bytes(&model, &cache)
+    };
+    let (blank, whole) = (state(0), state(640));
+    // Ten states, each with its own state space states, and three blocks of keys and values for all of them.
+    let expected = 10 * blank + (whole - blank) + 4 * 640 + 4 * model.config().vocab_size;
+    let mut prefixes = cache(expected, 64);
+    prefixes.prefill(&model, &ids).unwrap();
+    let stats = prefixes.stats();
+    assert_eq!((stats.states, stats.bytes, stats.evictions), (10, expected, 0));
+    assert!(whole > 3 * blank, "counted in each, they would not have had room: {whole}, {blank}");
+}
+
 #[test]
 fn a_conversation_goes_on_from_its_end() {
     let model = models::open("mamba2_g8");

@@ -145,8 +145,14 @@ pub trait StateLm: CausalLm {
     /// If there is no memory for it.
     fn fork(&self, cache: &Self::Cache) -> Result<Self::Cache, BoxError>;
 
-    /// The memory of a state, in bytes.
+    /// The memory of a state, in bytes, as if it were alone.
     fn cache_bytes(&self, cache: &Self::Cache) -> usize;
+
+    /// What of that memory forks share: parts of it, each by a number that no other has as long as the state holds it, and
+    /// their bytes. Nothing, unless a model says otherwise.
+    fn shared_memory(&self, _cache: &Self::Cache) -> Vec<(usize, usize)> {
+        Vec::new()
+    }
 
     /// A name for exactly this model: states that are kept belong to it alone.
     ///

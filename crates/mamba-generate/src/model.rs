@@ -52,6 +52,10 @@ impl StateLm for Model {
         cache.bytes()
     }
 
+    fn shared_memory(&self, cache: &InferenceCache) -> Vec<(usize, usize)> {
+        cache.shared_blocks()
+    }
+
     fn fingerprint(&self) -> Result<String, BoxError> {
         Ok(Model::fingerprint(self)?)
     }

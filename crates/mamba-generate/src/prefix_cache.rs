@@ -10,7 +10,7 @@ use tree::Tree;
 /// The options of a [`PrefixCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PrefixCacheOptions {
-    /// How many bytes of states and tokens to keep at most. 1 GiB by default.
+    /// How many bytes of states and tokens to keep at most; what states share counts once. 1 GiB by default.
     pub max_bytes: usize,
     /// A state is kept after each multiple of so many tokens; with 0 after none. 512 by default.
     pub chunk: usize,
@@ -53,7 +53,7 @@ pub struct PrefixStats {
     pub evictions: u64,
     /// States that are kept.
     pub states: usize,
-    /// Bytes of states and tokens that are kept.
+    /// Bytes of states and tokens that are kept; what states share counts once.
     pub bytes: usize,
 }
 
@@ -190,7 +190,9 @@ impl<C> PrefixCache<C> {
             return Ok(());
         }
         let cache = model.fork(cache).map_err(Error::model("fork", ids.len()))?;
-        self.tree.insert(ids, Kept { cache, logits: logits.to_vec() }, bytes);
+        let shared = model.shared_memory(&cache);
+        let own = bytes - shared.iter().map(|(_, bytes)| bytes).sum::<usize>().min(bytes);
+        self.tree.insert(ids, Kept { cache, logits: logits.to_vec() }, own, shared);
         while self.tree.bytes() > self.options.max_bytes && self.tree.evict() {
             self.stats.evictions += 1;
         }

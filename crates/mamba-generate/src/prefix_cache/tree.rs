@@ -1,6 +1,6 @@
 //! A radix tree over tokens, some of whose nodes hold a value; those not used for the longest time go first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Paths from the root spell sequences of tokens. Every node but the root holds a value or is where sequences part.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub(super) struct Tree<T> {
     order: BTreeMap<u64, usize>,
     clock: u64,
     bytes: usize,
+    /// The parts that values share, and how many values hold each of them.
+    shared: HashMap<usize, usize>,
 }
 
 #[derive(Debug)]
@@ -27,7 +29,10 @@ struct Node<T> {
 #[derive(Debug)]
 struct Value<T> {
     value: T,
+    /// What it alone takes.
     bytes: usize,
+    /// What others may hold too: parts by number, and their bytes.
+    shared: Vec<(usize, usize)>,
     used: u64,
 }
 
@@ -50,7 +55,14 @@ fn shared(a: &[u32], b: &[u32]) -> usize {
 impl<T> Tree<T> {
     pub(super) fn new() -> Self {
         let root = Node { edge: Vec::new(), parent: ROOT, children: BTreeMap::new(), value: None };
-        Self { nodes: vec![root], free: Vec::new(), order: BTreeMap::new(), clock: 0, bytes: 0 }
+        Self {
+            nodes: vec![root],
+            free: Vec::new(),
+            order: BTreeMap::new(),
+            clock: 0,
+            bytes: 0,
+            shared: HashMap::new(),
+        }
     }
 
     /// How many values there are.
@@ -58,7 +70,7 @@ impl<T> Tree<T> {
         self.order.len()
     }
 
-    /// The bytes of all values and all tokens.
+    /// The bytes of all values and all tokens; a part that several values hold counts once.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
@@ -87,11 +99,16 @@ impl<T> Tree<T> {
     }
 
     /// Puts a value after `ids`, in the place of one that may be there.
-    pub(super) fn insert(&mut self, ids: &[u32], value: T, bytes: usize) {
+    pub(super) fn insert(&mut self, ids: &[u32], value: T, bytes: usize, shared: Vec<(usize, usize)>) {
         let node = self.node_at(ids);
         self.take(node);
-        self.nodes[node].value = Some(Value { value, bytes, used: 0 });
         self.bytes += bytes;
+        for &(part, bytes) in &shared {
+            let holders = self.shared.entry(part).or_default();
+            self.bytes += if *holders == 0 { bytes } else { 0 };
+            *holders += 1;
+        }
+        self.nodes[node].value = Some(Value { value, bytes, shared, used: 0 });
         self.touch(node);
     }
 
@@ -118,6 +135,14 @@ impl<T> Tree<T> {
         if let Some(value) = self.nodes[node].value.take() {
             self.order.remove(&value.used);
             self.bytes -= value.bytes;
+            for (part, bytes) in value.shared {
+                let holders = self.shared.entry(part).or_default();
+                *holders -= 1;
+                if *holders == 0 {
+                    self.shared.remove(&part);
+                    self.bytes -= bytes;
+                }
+            }
         }
     }
 
@@ -202,6 +227,7 @@ mod tests {
     /// Checks what must hold of every tree, and returns its values by the tokens before them.
     fn contents(tree: &Tree<u64>) -> BTreeMap<Vec<u32>, u64> {
         let (mut out, mut bytes, mut nodes) = (BTreeMap::new(), 0, 0);
+        let mut parts = HashMap::new();
         let mut open = vec![(ROOT, vec![])];
         while let Some((index, path)) = open.pop() {
             let node = &tree.nodes[index];
@@ -210,6 +236,7 @@ mod tests {
             assert!(index == ROOT || node.value.is_some() || node.children.len() > 1, "a node for nothing");
             if let Some(value) = &node.value {
                 assert_eq!(tree.order.get(&value.used), Some(&index));
+                parts.extend(value.shared.iter().copied());
                 out.insert(path.clone(), value.value);
             }
             for (&first, &child) in &node.children {
@@ -217,7 +244,9 @@ mod tests {
                 open.push((child, [path.as_slice(), &tree.nodes[child].edge].concat()));
             }
         }
+        bytes += parts.values().sum::<usize>();
         assert_eq!((tree.bytes(), tree.states()), (bytes, out.len()));
+        assert_eq!(tree.shared.len(), parts.len());
         assert_eq!(nodes + tree.free.len(), tree.nodes.len());
         out
     }
@@ -251,7 +280,9 @@ mod tests {
                         }
                     }
                     _ => {
-                        tree.insert(&ids, i as u64, 10);
+                        // Those that begin alike share a part.
+                        let shared = ids.iter().take(2).map(|&id| (id as usize, 100 + id as usize)).collect();
+                        tree.insert(&ids, i as u64, 10, shared);
                         list.retain(|(path, _)| *path != ids);
                         list.push((ids, i as u64));
                     }

@@ -40,6 +40,11 @@ impl Block {
         self.keys.dims()[1]
     }
 
+    fn bytes(&self) -> usize {
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        bytes(&self.keys) + bytes(&self.values)
+    }
+
     /// Sees to it that the next `count` tokens can be written behind those that are there, and nobody else sees them.
     fn claim(&mut self, count: usize) -> Result<()> {
         let end = self.len + count;
@@ -71,8 +76,12 @@ impl KvCache {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
-        self.blocks.iter().map(|block| bytes(&block.keys) + bytes(&block.values)).sum()
+        self.blocks.iter().map(Block::bytes).sum()
+    }
+
+    /// The blocks, each by a number that no other memory has as long as this one is there, and its bytes.
+    pub(super) fn shared_blocks(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.blocks.iter().map(|block| (Arc::as_ptr(&block.written).addr(), block.bytes()))
     }
 
     /// Another that goes its own way, and shares the memory of what is there.
