@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elem.cuh"
+#include "reduce.cuh"
 
 constexpr float LN_2 = 0.693147180559945309f;
 
@@ -63,26 +64,3 @@ template <typename T, int N> struct Raw {
         }
     }
 };
-
-// The sum of each of V values over LANES lanes that are STRIDE apart, spread: afterwards lane i of them holds sums
-// [i·V/LANES, (i+1)·V/LANES) in front, or, with fewer values than lanes, lanes [i·LANES/V, …) hold sum i.
-template <int V, int LANES, int STRIDE> __device__ __forceinline__ void reduce_scatter(float (&v)[V], int lane) {
-    int count = V;
-#pragma unroll
-    for (int lanes = LANES / 2; lanes >= 1; lanes /= 2) {
-        if (count > 1) {
-            count /= 2;
-            const bool upper = lane & (lanes * STRIDE);
-#pragma unroll
-            for (int i = 0; i < V / 2; i++) {
-                if (i < count) {
-                    const float send = upper ? v[i] : v[i + count];
-                    const float keep = upper ? v[i + count] : v[i];
-                    v[i] = keep + __shfl_xor_sync(0xffffffffu, send, lanes * STRIDE);
-                }
-            }
-        } else {
-            v[0] += __shfl_xor_sync(0xffffffffu, v[0], lanes * STRIDE);
-        }
-    }
-}

@@ -5,6 +5,8 @@
 mod support;
 
 mod bfloat16;
+#[cfg(feature = "cuda")]
+mod decoder;
 mod gguf;
 mod gradients;
 mod heads;
@@ -18,13 +20,18 @@ use mamba_model::{InferenceCache, Model, checkpoint::LocalDir};
 
 /// A committed checkpoint by the name of its folder.
 pub fn open(name: &str, dtype: DType) -> Model {
+    open_on(name, dtype, &Device::Cpu)
+}
+
+/// The same on another device.
+pub fn open_on(name: &str, dtype: DType, device: &Device) -> Model {
     let folder = match name {
         "mamba2-shakespeare" => {
             std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/mamba2-shakespeare")
         }
         _ => support::golden::path("models").join(name),
     };
-    Model::from_pretrained(&LocalDir::new(folder).unwrap(), dtype, &Device::Cpu)
+    Model::from_pretrained(&LocalDir::new(folder).unwrap(), dtype, device)
         .unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 

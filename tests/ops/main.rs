@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod argmax;
 mod attention;
 mod blocks;
 mod causal_conv1d;

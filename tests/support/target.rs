@@ -77,6 +77,18 @@ pub fn run_on_cuda(test: fn()) {
     println!("CUDA: {ran} cases ran");
 }
 
+/// Runs a test that is for a GPU alone, which gives the number of its cases, or says why not.
+pub fn with_gpu(test: fn(&Device) -> Result<usize>) {
+    match cuda() {
+        Err(why) => println!("skipped: {why}"),
+        Ok(device) => {
+            let ran = test(&device).unwrap();
+            assert!(ran > 0, "nothing ran on the GPU");
+            println!("CUDA: {ran} cases ran");
+        }
+    }
+}
+
 /// The tests of a module once more, on the GPU.
 #[macro_export]
 macro_rules! on_cuda {

@@ -5,7 +5,10 @@ mod kv;
 mod rows;
 mod state;
 
-use candle_core::{DType, Device};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use mamba_ops::decoder::{self, Decoder};
 
 use crate::batch::Sequences;
 use crate::config::{ModelConfig, SharedBlockUse};
@@ -43,6 +46,15 @@ pub struct InferenceCache {
     states: Vec<MixerState>,
     positions: Vec<usize>,
     fingerprint: String,
+    decoder: Option<KeptDecoder>,
+}
+
+/// What reads single tokens on a GPU, for the model that last did.
+#[derive(Debug)]
+struct KeptDecoder {
+    model: Arc<()>,
+    /// None if that model has none.
+    decoder: Option<Decoder>,
 }
 
 impl InferenceCache {
@@ -53,11 +65,11 @@ impl InferenceCache {
     pub fn new(config: &ModelConfig, batch: usize, dtype: DType, device: &Device) -> Result<Self> {
         let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let states = shapes(config).into_iter().map(|shape| MixerState::new(&shape, batch, dtype, device));
-        Ok(Self {
-            states: states.collect::<Result<_>>()?,
-            positions: vec![0; batch],
-            fingerprint: fingerprint(config),
-        })
+        Ok(Self::of(states.collect::<Result<_>>()?, vec![0; batch], fingerprint(config)))
+    }
+
+    fn of(states: Vec<MixerState>, positions: Vec<usize>, fingerprint: String) -> Self {
+        Self { states, positions, fingerprint, decoder: None }
     }
 
     /// Sequences of the batch.
@@ -125,11 +137,8 @@ impl InferenceCache {
     /// # Errors
     /// If the device is out of memory.
     pub fn fork(&self) -> Result<Self> {
-        Ok(Self {
-            states: self.states.iter().map(MixerState::fork).collect::<Result<_>>()?,
-            positions: self.positions.clone(),
-            fingerprint: self.fingerprint.clone(),
-        })
+        let states = self.states.iter().map(MixerState::fork).collect::<Result<_>>()?;
+        Ok(Self::of(states, self.positions.clone(), self.fingerprint.clone()))
     }
 
     /// Checks that the cache fits a model and what it is to read, and says where its sequences are.
@@ -143,6 +152,26 @@ impl InferenceCache {
         }
         sequences.positions.clone_from(&self.positions);
         Ok(())
+    }
+
+    /// Reads a token of each sequence through the decoder of a model, which `make` makes; none if it has none.
+    pub(crate) fn decode(
+        &mut self,
+        model: &Arc<()>,
+        make: impl FnOnce(usize) -> Result<Option<Decoder>>,
+        ids: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        let batch = self.batch();
+        let kept = match self.decoder.take().filter(|kept| Arc::ptr_eq(&kept.model, model)) {
+            Some(kept) => kept,
+            None => KeptDecoder { model: model.clone(), decoder: make(batch)? },
+        };
+        let Some(decoder) = &mut self.decoder.insert(kept).decoder else { return Ok(None) };
+        let states = self.states.iter().map(|state| match (&state.conv, &state.ssm) {
+            (Some(conv), Some(ssm)) => Ok(decoder::State { conv, ssm }),
+            _ => Err(Error::Cache("has no states for a layer that needs them".into())),
+        });
+        Ok(Some(decoder.step(ids, &states.collect::<Result<Vec<_>>>()?)?))
     }
 
     pub(crate) fn states_mut(&mut self) -> impl Iterator<Item = &mut MixerState> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
-use mamba_ops::{Norm, NormKind};
+use mamba_ops::{Norm, NormKind, decoder};
 
 use crate::Result;
 use crate::batch::Sequences;
@@ -54,6 +54,13 @@ impl StreamNorm {
             ..Norm::new(&stream.update, self.kind, self.eps)
         })?;
         Ok((output.y, output.residual))
+    }
+}
+
+impl StreamNorm {
+    /// The same for a decoder.
+    pub(crate) fn decoder(&self) -> decoder::Norm {
+        decoder::Norm { kind: self.kind, weight: self.weight.clone(), bias: self.bias.clone(), eps: self.eps }
     }
 }
 
@@ -143,6 +150,13 @@ impl Layer {
         let branches = spec.branches.iter().enumerate();
         let branches = branches.map(|(b, branch)| Branch::new(branch, config, &params.at(b)));
         Ok(Self { shared, branches: branches.collect::<Result<_>>()? })
+    }
+
+    /// The weights for a decoder, if it computes the same: one branch of one mixer.
+    pub(crate) fn decoder(&self) -> Result<Option<decoder::Layer>> {
+        let (None, [branch]) = (&self.shared, &*self.branches) else { return Ok(None) };
+        let [(1.0, mixer)] = &*branch.mixers else { return Ok(None) };
+        Ok(mixer.decoder()?.map(|mixer| decoder::Layer { norm: branch.norm.decoder(), mixer }))
     }
 
     /// `recompute` is for passes without states.

@@ -1,6 +1,7 @@
 //! A matrix product with a weight as checkpoints store it.
 
 use candle_core::Tensor;
+use mamba_ops::decoder::Product;
 use mamba_ops::linear;
 
 use crate::Result;
@@ -31,6 +32,12 @@ impl Linear {
 
     pub(crate) fn with_adapter(self, adapter: Option<LowRank>) -> Self {
         Self { adapter, ..self }
+    }
+
+    /// The weights, without an adapter, for a decoder.
+    pub(crate) fn decoder(&self) -> Option<Product> {
+        let product = Product { weight: self.weight.clone(), bias: self.bias.clone() };
+        self.adapter.is_none().then_some(product)
     }
 
     /// The weight that is multiplied with, `(out, in)`.

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use mamba_ops::Embedding;
+use mamba_ops::decoder::{Decoder, Stack};
 
 use crate::adapter::LowRank;
 use crate::batch::{Batch, Sequences};
@@ -53,6 +54,8 @@ pub struct Model {
     parameters: Vec<(String, Tensor)>,
     /// The sizes that a cache must have.
     cache_sizes: String,
+    /// By which a cache knows the model that it keeps a decoder of.
+    identity: Arc<()>,
     /// What [`fingerprint`](Self::fingerprint) found, if nobody else has the tensors.
     pub(crate) fingerprint: Option<OnceLock<String>>,
 }
@@ -107,6 +110,7 @@ impl Model {
             lm_head,
             parameters,
             cache_sizes,
+            identity: Arc::default(),
             fingerprint: None,
         })
     }
@@ -271,10 +275,34 @@ impl Model {
 
     /// Reads one token a sequence, `(batch,)`, changing the cache in place; the logits, `(batch, vocab_size)`.
     ///
+    /// On a GPU, models of Mamba-1 or Mamba-2 layers alone go through a [`Decoder`] for batches it takes, which the cache keeps.
+    ///
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn step(&self, ids: &Tensor, cache: &mut InferenceCache) -> Result<Tensor> {
+        if self.device().is_cuda() && ids.dims() == [cache.batch()] {
+            let mut sequences = Batch::from(&ids.unsqueeze(1)?).tokens()?.1;
+            cache.check(&self.cache_sizes, &mut sequences)?;
+            let ids = ids.to_device(self.device())?;
+            if let Some(logits) = cache.decode(&self.identity, |batch| self.decoder(batch), &ids)? {
+                cache.advance(&sequences);
+                return Ok(logits);
+            }
+        }
         self.prefill(&ids.unsqueeze(1)?, cache)
+    }
+
+    /// A decoder of the same function, if there is one.
+    fn decoder(&self, batch: usize) -> Result<Option<Decoder>> {
+        let layers: Option<Vec<_>> = self.layers.iter().map(Layer::decoder).collect::<Result<_>>()?;
+        let scaled = self.config.embedding_scale != 1.0 || self.config.logits_scale != 1.0;
+        let (Some(layers), Some(head), false, None) =
+            (layers, self.lm_head.decoder(), scaled, &self.embedding_adapter)
+        else {
+            return Ok(None);
+        };
+        let (embedding, norm_f) = (self.embedding.clone(), self.norm_f.decoder());
+        Ok(Decoder::new(Stack { embedding, layers, norm_f, head: head.weight }, batch)?)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

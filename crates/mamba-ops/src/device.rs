@@ -7,19 +7,26 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::mem::size_of;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::cublas::result::gemm_ex;
+use candle_core::cuda_backend::cudarc::cublas::sys as cublas;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
 };
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUdevice_attribute, CUgraphInstantiate_flags, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchConfig, cuLaunchKernelEx,
+};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-    SyncOnDrop, result,
+    CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
+    PushKernelArg, SyncOnDrop, result,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
@@ -73,6 +80,29 @@ pub(crate) struct Launch {
     pub(crate) blocks: [usize; 3],
     pub(crate) threads: [usize; 2],
     pub(crate) shared: usize,
+}
+
+impl Launch {
+    /// Of what chooses its own.
+    pub(crate) const NONE: Self = Self { blocks: [0; 3], threads: [0; 2], shared: 0 };
+}
+
+/// `y = x Wᵀ`, or added to `y`: a product of cuBLAS whose sums are f32, where `y` is f32 or as the factors.
+#[derive(Clone, Copy)]
+pub(crate) struct Gemm {
+    /// `(outputs, inputs)`, in `dtype`.
+    pub(crate) weight: u64,
+    /// `(rows, inputs)`, in `dtype`, rows `x_stride` apart.
+    pub(crate) x: u64,
+    /// `(rows, outputs)`, rows `y_stride` apart.
+    pub(crate) y: Pointer,
+    pub(crate) rows: usize,
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    pub(crate) x_stride: usize,
+    pub(crate) y_stride: usize,
+    pub(crate) dtype: DType,
+    pub(crate) add: bool,
 }
 
 /// The arguments of a kernel, passed by value.
@@ -206,7 +236,7 @@ fn address_mut<'a>(storage: &'a mut CudaStorage, stream: &'a CudaStream) -> Resu
 
 impl Gpu {
     /// That of the first tensor there, be it empty.
-    fn of(op: &str, tensors: &[Option<&Tensor>]) -> Result<Self> {
+    pub(crate) fn of(op: &str, tensors: &[Option<&Tensor>]) -> Result<Self> {
         let device = tensors.iter().flatten().find_map(|x| match x.device() {
             Device::Cuda(device) => Some(device.clone()),
             _ => None,
@@ -222,6 +252,7 @@ impl Gpu {
             DType::F16 => self.storage::<f16>(len),
             DType::BF16 => self.storage::<bf16>(len),
             DType::F64 => self.storage::<f64>(len),
+            DType::U32 => self.storage::<u32>(len),
             other => bail!("no kernel fills a buffer of {}", other.as_str()),
         }?;
         let (address, _) = address(&storage, &self.stream)?;
@@ -269,6 +300,11 @@ impl Gpu {
         multiprocessors(&self.device)
     }
 
+    /// The bytes of shared memory that a block can have.
+    pub(crate) fn shared_memory(&self) -> usize {
+        shared_memory(&self.device)
+    }
+
     /// How many blocks of a kernel the GPU runs at once.
     pub(crate) fn blocks_at_once(&self, kernel: Kernel, threads: [usize; 2], shared: usize) -> Result<usize> {
         let function = self.function(kernel, shared)?;
@@ -282,27 +318,130 @@ impl Gpu {
     /// # Safety
     /// The addresses in `args` are of buffers as large as the kernel expects for the sizes in `args`.
     pub(crate) unsafe fn launch<A: Arguments>(&self, kernel: Kernel, launch: Launch, args: A) -> Result<()> {
-        let Launch { blocks, threads, shared } = launch;
-        if blocks.contains(&0) {
+        if launch.blocks.contains(&0) {
             return Ok(());
         }
-        let function = self.function(kernel, shared)?;
-        let [x, y, z] = blocks.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        let config = LaunchConfig {
-            grid_dim: (x, y, z),
-            block_dim: (threads[0] as u32, threads[1] as u32, 1),
-            shared_mem_bytes: shared as u32,
-        };
+        let function = self.function(kernel, launch.shared)?;
         let args = ByValue(args);
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(&args);
         // SAFETY: the arguments are of the kernel's type by `Arguments`, their addresses good by the contract of this function.
-        match unsafe { builder.launch(config) } {
+        match unsafe { builder.launch(launch.config()) } {
             Ok(_) => Ok(()),
-            Err(e) => {
-                bail!("{} of {blocks:?} blocks of {threads:?} threads does not launch: {e}", kernel.symbol())
-            }
+            Err(e) => kernel.does_not_launch(launch, e),
         }
+    }
+
+    /// As [`launch`](Self::launch), of a kernel that waits for the kernels before it by itself: where the GPU can, it begins
+    /// while they end.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch); and what the kernel touches before it waits, no kernel before it writes.
+    pub(crate) unsafe fn launch_overlapping<A: Arguments>(
+        &self,
+        kernel: Kernel,
+        launch: Launch,
+        args: A,
+    ) -> Result<()> {
+        if launch.blocks.contains(&0) {
+            return Ok(());
+        }
+        if !self.overlaps() {
+            // SAFETY: the same contract.
+            return unsafe { self.launch(kernel, launch, args) };
+        }
+        let function = self.function(kernel, launch.shared)?;
+        let LaunchConfig { grid_dim, block_dim, shared_mem_bytes } = launch.config();
+        let mut overlap = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: grid_dim.0,
+            gridDimY: grid_dim.1,
+            gridDimZ: grid_dim.2,
+            blockDimX: block_dim.0,
+            blockDimY: block_dim.1,
+            blockDimZ: block_dim.2,
+            sharedMemBytes: shared_mem_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut overlap,
+            numAttrs: 1,
+        };
+        let mut args = ByValue(args);
+        let mut params = [(&raw mut args).cast::<c_void>()];
+        self.stream.context().bind_to_thread().w()?;
+        // SAFETY: as in `launch`; the attribute and the arguments outlive the call, which copies them.
+        let result = unsafe {
+            cuLaunchKernelEx(&config, function.cu_function(), params.as_mut_ptr(), std::ptr::null_mut())
+        };
+        match result.result() {
+            Ok(()) => Ok(()),
+            Err(e) => kernel.does_not_launch(launch, e),
+        }
+    }
+
+    /// Enqueues a product of cuBLAS.
+    ///
+    /// # Safety
+    /// The addresses are of matrices of those sizes.
+    pub(crate) unsafe fn gemm(&self, gemm: Gemm) -> Result<()> {
+        let Gemm { weight, x, y, rows, inputs, outputs, x_stride, y_stride, dtype, add } = gemm;
+        let factors = match dtype {
+            DType::F16 => cublas::cudaDataType::CUDA_R_16F,
+            DType::BF16 => cublas::cudaDataType::CUDA_R_16BF,
+            other => bail!("no product of {}", other.as_str()),
+        };
+        let sums = if y.dtype == 0 { cublas::cudaDataType::CUDA_R_32F } else { factors };
+        let size = |n: usize| int("a product", n);
+        let (alpha, beta) = (1f32, if add { 1f32 } else { 0f32 });
+        // Column by column, as cuBLAS has it, yᵀ = W xᵀ.
+        // SAFETY: by the contract of this function; alpha and beta are read before this returns.
+        unsafe {
+            gemm_ex(
+                *self.device.cublas_handle().handle(),
+                cublas::cublasOperation_t::CUBLAS_OP_T,
+                cublas::cublasOperation_t::CUBLAS_OP_N,
+                size(outputs)?,
+                size(rows)?,
+                size(inputs)?,
+                (&raw const alpha).cast(),
+                weight as *const c_void,
+                factors,
+                size(inputs)?,
+                x as *const c_void,
+                factors,
+                size(x_stride)?,
+                (&raw const beta).cast(),
+                y.address as *mut c_void,
+                sums,
+                size(y_stride)?,
+                cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .w()
+    }
+
+    /// Whether kernels can begin while those before them end: the GPU has compute capability 9.0, and so has the code that
+    /// runs on it, which otherwise does not wait.
+    fn overlaps(&self) -> bool {
+        let (major, minor) = self.stream.context().compute_capability().unwrap_or_default();
+        let built_for = env!("MAMBA_CUDA_CAPABILITIES").split(", ").filter_map(|cap| cap.parse::<i32>().ok());
+        built_for.into_iter().any(|cap| (90..=10 * major + minor).contains(&cap))
+    }
+
+    /// What `enqueue` launches, as a graph, none of it run; none where the driver does not capture.
+    pub(crate) fn capture(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<Option<Graph>> {
+        if self.stream.begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).is_err() {
+            return Ok(None);
+        }
+        let enqueued = enqueue();
+        // Whatever happened, the stream must leave the mode.
+        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        enqueued?;
+        Ok(graph.ok().flatten().map(Graph))
     }
 
     /// Loads a kernel, once for each context.
@@ -312,7 +451,7 @@ impl Gpu {
         // another thread is about to launch.
         type Loaded = (CudaFunction, Arc<Mutex<usize>>);
         static FUNCTIONS: RwLock<Option<HashMap<Key, Loaded>>> = RwLock::new(None);
-        const WITHOUT_ASKING: usize = 48 << 10;
+        const WITHOUT_ASKING: usize = 40 << 10; // of 48, some of which kernels have of their own
         let context = self.stream.context();
         let key = (context.cu_ctx().addr(), kernel.name, kernel.dtype);
         let known = FUNCTIONS.read().unwrap_or_else(PoisonError::into_inner);
@@ -376,7 +515,38 @@ const _: () = assert!(size_of::<SumRows>() == 40);
 // SAFETY: as `SumRows` in `sum_rows.cu`.
 unsafe impl Arguments for SumRows {}
 
+/// Launches that were captured, to run again as one.
+pub(crate) struct Graph(CudaGraph);
+
+// SAFETY: handles of the driver may be used from any thread, one at a time: what changes a graph takes it by value or `&mut`.
+unsafe impl Send for Graph {}
+// SAFETY: a shared graph is only launched, and `Decoder`, which has it, launches by `&mut`.
+unsafe impl Sync for Graph {}
+
+impl Graph {
+    /// Enqueues everything in it.
+    pub(crate) fn launch(&mut self) -> Result<()> {
+        self.0.launch().w()
+    }
+}
+
+impl Launch {
+    fn config(&self) -> LaunchConfig {
+        let [x, y, z] = self.blocks.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        LaunchConfig {
+            grid_dim: (x, y, z),
+            block_dim: (self.threads[0] as u32, self.threads[1] as u32, 1),
+            shared_mem_bytes: self.shared as u32,
+        }
+    }
+}
+
 impl Kernel {
+    fn does_not_launch<T>(&self, launch: Launch, error: impl std::fmt::Display) -> Result<T> {
+        let Launch { blocks, threads, .. } = launch;
+        bail!("{} of {blocks:?} blocks of {threads:?} threads does not launch: {error}", self.symbol())
+    }
+
     fn symbol(&self) -> String {
         match self.dtype {
             Some(dtype) => format!("{}_{}", self.name, dtype.as_str()),
@@ -408,6 +578,12 @@ impl Buffer {
     pub(crate) fn tensor(self, shape: impl Into<Shape>) -> Result<Tensor> {
         Ok(Tensor::from(self.output(shape)?))
     }
+}
+
+/// A parameter for kernels that read `f32`, contiguous. An empty one is not read, and candle launches no kernel of 0 blocks to
+/// convert it.
+pub(crate) fn parameter(x: &Tensor) -> Result<Tensor> {
+    if x.elem_count() == 0 { Ok(x.clone()) } else { x.to_dtype(DType::F32)?.contiguous() }
 }
 
 /// The pointer to a buffer that may be absent.

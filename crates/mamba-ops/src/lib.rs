@@ -67,11 +67,13 @@
 //!
 //! A new op follows the others: see `CONTRIBUTING.md`; [`autograd::FusedFn`] is what it implements.
 
+mod argmax;
 mod args;
 pub mod attention;
 pub mod autograd;
 pub mod causal_conv1d;
 mod checkpoint;
+pub mod decoder;
 #[cfg(feature = "cuda")]
 mod device;
 pub mod embedding;
@@ -91,6 +93,7 @@ pub mod simd;
 pub mod ssd;
 mod state_indices;
 
+pub use argmax::argmax;
 pub use attention::{Attention, attention};
 pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,

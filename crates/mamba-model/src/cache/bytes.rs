@@ -81,7 +81,7 @@ impl InferenceCache {
         let mut tensors = Tensors(candle_core::safetensors::load_buffer(bytes, device)?);
         let states = shapes(config).into_iter().enumerate();
         let states = states.map(|(i, shape)| tensors.state(i, &shape, &positions));
-        Ok(Self { states: states.collect::<Result<_>>()?, positions, fingerprint: fingerprint(config) })
+        Ok(Self::of(states.collect::<Result<_>>()?, positions, fingerprint(config)))
     }
 
     /// Writes the state to a file in safetensors format, with the sizes of the model it belongs to.

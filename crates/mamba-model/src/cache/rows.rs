@@ -45,11 +45,8 @@ impl InferenceCache {
             let kv = state.kv.as_ref().map(|kv| rows.iter().map(|&row| kv[row].fork()).collect());
             Ok(MixerState { conv: take(&state.conv)?, ssm: take(&state.ssm)?, kv })
         });
-        Ok(Self {
-            states: states.collect::<Result<_>>()?,
-            positions: rows.iter().map(|&row| self.positions[row]).collect(),
-            fingerprint: self.fingerprint.clone(),
-        })
+        let positions = rows.iter().map(|&row| self.positions[row]).collect();
+        Ok(Self::of(states.collect::<Result<_>>()?, positions, self.fingerprint.clone()))
     }
 
     /// One batch of the rows of several, which may have read different numbers of tokens.
@@ -75,10 +72,7 @@ impl InferenceCache {
                 kv: state.kv.is_some().then_some(kv),
             });
         }
-        Ok(Self {
-            states,
-            positions: caches.iter().flat_map(|cache| cache.positions.clone()).collect(),
-            fingerprint: first.fingerprint.clone(),
-        })
+        let positions = caches.iter().flat_map(|cache| cache.positions.clone()).collect();
+        Ok(Self::of(states, positions, first.fingerprint.clone()))
     }
 }

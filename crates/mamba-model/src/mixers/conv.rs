@@ -1,7 +1,7 @@
 //! The depthwise convolution of several mixers, with its window.
 
 use candle_core::Tensor;
-use mamba_ops::{Activation, CausalConv1d, CausalConv1dUpdate, Packing, SequenceLayout};
+use mamba_ops::{Activation, CausalConv1d, CausalConv1dUpdate, Packing, SequenceLayout, decoder};
 
 use crate::Result;
 use crate::adapter::LowRank;
@@ -27,6 +27,14 @@ impl CausalConv {
         let weight = params.get((channels, 1, width), "weight")?;
         let bias = params.get_if(bias, channels, "bias")?;
         Ok(Self { weight, bias, activation, adapter: LowRank::find(params, channels, width)? })
+    }
+
+    /// The weights, without an adapter and with silu behind them, for a decoder.
+    pub(super) fn decoder(&self) -> Result<Option<decoder::Conv>> {
+        if self.adapter.is_some() || self.activation != Activation::Silu {
+            return Ok(None);
+        }
+        Ok(Some(decoder::Conv { weight: self.weight.squeeze(1)?, bias: self.bias.clone() }))
     }
 
     /// One filter a channel, `(channels, width)`.

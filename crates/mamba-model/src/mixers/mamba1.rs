@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use mamba_ops::{
-    Activation, Norm, NormKind, Packing, SelectiveScan, SelectiveStateUpdate, SequenceLayout, norm,
+    Activation, Norm, NormKind, Packing, SelectiveScan, SelectiveStateUpdate, SequenceLayout, decoder, norm,
     selective_scan, selective_state_update,
 };
 
@@ -174,5 +174,26 @@ impl Mixer for Mamba1 {
     fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
         let xz = self.in_proj.forward(x)?;
         self.out_proj.forward(&self.core(&xz, sequences, state)?)
+    }
+
+    fn decoder(&self) -> Result<Option<decoder::Mixer>> {
+        // With heads, channels of x and z stand by turns.
+        let ([x_proj], [dt_proj], None) = (&*self.x_proj, &*self.dt_proj, self.config.nheads) else {
+            return Ok(None);
+        };
+        let products = (self.in_proj.decoder(), x_proj.decoder(), dt_proj.decoder(), self.out_proj.decoder());
+        let (Some(in_proj), Some(x_proj), Some(dt_proj), Some(out_proj)) = products else { return Ok(None) };
+        let (Some(conv), Some(a)) = (self.conv1d.decoder()?, self.a.fixed()) else { return Ok(None) };
+        Ok(Some(decoder::Mixer::Mamba1(decoder::Mamba1 {
+            in_proj,
+            conv,
+            x_proj,
+            dt_bc_norms: self.norms.clone(),
+            dt_proj: dt_proj.weight,
+            dt_bias: self.dt_bias.clone(),
+            a: a.clone(),
+            d: self.d.clone(),
+            out_proj,
+        })))
     }
 }

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use mamba_ops::{
-    Activation, Norm, Packing, SelectiveStateUpdate, SsdChunkScan, norm, selective_state_update,
-    ssd_chunk_scan,
+    Activation, Norm, NormKind, Packing, SelectiveStateUpdate, SsdChunkScan, decoder, norm,
+    selective_state_update, ssd_chunk_scan,
 };
 
 use super::conv::CausalConv;
@@ -193,5 +193,37 @@ impl Mixer for Mamba2 {
             projected = wide(&projected)?.broadcast_mul(scales)?.to_dtype(projected.dtype())?;
         }
         self.out_proj.forward(&self.core(&projected, sequences, state)?)
+    }
+
+    fn decoder(&self) -> Result<Option<decoder::Mixer>> {
+        let Mamba2Config { d_state, headdim, ngroups, dt_limit, input_scale, .. } = self.config;
+        let special = self.scales.is_some() || self.init_states.is_some() || input_scale != 1.0;
+        if special || self.config.d_bypass() > 0 {
+            return Ok(None);
+        }
+        let (Some(in_proj), Some(out_proj)) = (self.in_proj.decoder(), self.out_proj.decoder()) else {
+            return Ok(None);
+        };
+        let (Some(conv), Some(a)) = (self.conv1d.decoder()?, self.a.fixed()) else { return Ok(None) };
+        let norm = |(norm, weight): &(GatedNorm, Tensor)| decoder::Norm {
+            kind: NormKind::Rms,
+            weight: weight.clone(),
+            bias: None,
+            eps: norm.eps,
+        };
+        Ok(Some(decoder::Mixer::Mamba2(decoder::Mamba2 {
+            in_proj,
+            conv,
+            dt_bias: self.dt_bias.clone(),
+            dt_limit,
+            a: a.clone(),
+            d: self.d.clone(),
+            ngroups,
+            headdim,
+            d_state,
+            norm: self.norm.as_ref().map(norm),
+            norm_before_gate: self.norm.as_ref().is_some_and(|(norm, _)| norm.before_gate),
+            out_proj,
+        })))
     }
 }

@@ -11,6 +11,7 @@ mod router;
 mod short_conv;
 
 use candle_core::{DType, Tensor};
+use mamba_ops::decoder;
 
 use crate::Result;
 use crate::batch::Sequences;
@@ -23,6 +24,11 @@ pub(crate) trait Mixer: Send + Sync {
     /// Mixes `(batch, seqlen, d_model)`, or sequences one after another; continues from `state` and leaves it after the last
     /// token, if given one.
     fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor>;
+
+    /// The weights for a [`Decoder`](mamba_ops::decoder::Decoder), if it computes the same.
+    fn decoder(&self) -> Result<Option<decoder::Mixer>> {
+        Ok(None)
+    }
 }
 
 /// Builds a mixer; its parameters stand below `params` under the name of its kind.
@@ -53,6 +59,11 @@ impl NegativeExp {
     fn new(log: Tensor) -> Result<Self> {
         let value = if log.track_op() { None } else { Some(log.exp()?.neg()?) };
         Ok(Self { log, value })
+    }
+
+    /// The value, unless it is trained.
+    fn fixed(&self) -> Option<&Tensor> {
+        self.value.as_ref()
     }
 
     fn get(&self) -> Result<Tensor> {

@@ -264,7 +264,7 @@ fn prepare(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<[Option<Tens
             _ => false,
         };
         if let (false, Some(parameter)) = (varies, &x) {
-            *x = Some(parameter.to_dtype(DType::F32)?.contiguous()?);
+            *x = Some(device::parameter(parameter)?);
         }
     }
     Ok(prepared)

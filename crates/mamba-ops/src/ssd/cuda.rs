@@ -228,7 +228,7 @@ fn prepare(inputs: &[Option<Tensor>; SLOTS]) -> Result<[Option<Tensor>; SLOTS]> 
         *x = match (slot, x.take()) {
             (X | B | C | Z, Some(x)) => Some(rows_in_order(&x)?),
             (DT, x) | (_, x @ None) => x,
-            (_, Some(x)) => Some(x.to_dtype(DType::F32)?.contiguous()?),
+            (_, Some(x)) => Some(device::parameter(&x)?),
         };
     }
     Ok(prepared)

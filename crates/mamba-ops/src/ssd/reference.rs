@@ -52,6 +52,10 @@ pub fn forward(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
         ys.push(sum_last(&h.broadcast_mul(&token(&c, t)?)?)?.squeeze(3)?.unsqueeze(1)?);
     }
     let mut y = if seqlen == 0 { x.clone() } else { Tensor::cat(&ys, 1)? };
+    if d_state == 0 && y.elem_count() > 0 {
+        // Nothing decays and nothing is written, but dt and a have gradients all the same: zeros.
+        y = y.broadcast_add(&((decay * 0.0)? * (dt * 0.0)?)?.unsqueeze(3)?)?;
+    }
     if let Some(d) = args.d {
         let d = cast(d, dtype)?;
         let d = if d.rank() == 1 { d.unsqueeze(1)? } else { d };
