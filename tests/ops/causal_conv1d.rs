@@ -218,7 +218,7 @@ fn finite_differences() {
 
 #[test]
 fn golden() {
-    assert_eq!(laws::golden::<Conv>("ops/causal_conv1d", &[]), 25);
+    assert_eq!(laws::golden::<Conv>("ops/causal_conv1d", &[]), 25 + 20);
 }
 
 /// `y` and the window after it, computed on the device under test; the tensors of `inputs` stay as they are.
@@ -272,12 +272,22 @@ fn update_golden() {
         if one {
             inputs.insert("x".into(), inputs["x"].unsqueeze(2).unwrap());
         }
-        let (y, state) = update(&inputs, activation(&golden), ChannelsFirst);
-        let y = if one { y.squeeze(2).unwrap() } else { y };
-        assert!(max_error(&y, &golden.tensors["out.y"]) <= 1e-5, "{}", golden.name);
-        assert_eq!(max_error(&state, &golden.tensors["out.conv_state"]), 0.0, "{}", golden.name);
+        let indices =
+            golden.tensors.get("indices").map(|indices| StateIndices::from_tensor(indices).unwrap());
+        // In 16 bits ours may be off by as much as upstream's once more.
+        let mut dtypes = vec![(DType::F32, 1.0)];
+        dtypes.extend(golden.half().map(|dtype| (dtype, 1.0 + tolerance::HALF_FACTOR)));
+        for (dtype, factor) in dtypes {
+            inputs.insert("x".into(), inputs["x"].to_dtype(dtype).unwrap());
+            let (y, state) = update_at(&inputs, activation(&golden), ChannelsFirst, indices.as_ref());
+            let y = if one { y.squeeze(2).unwrap() } else { y };
+            let error = max_error(&y, &golden.tensors["out.y"]);
+            let allowed = 1e-5 + factor * golden.tolerance("tolerance", "y");
+            assert!(error <= allowed, "{} {dtype:?}: off by {error:.1e}", golden.name);
+            assert_eq!(max_error(&state, &golden.tensors["out.conv_state"]), 0.0, "{}", golden.name);
+        }
     }
-    assert_eq!(applied, 9);
+    assert_eq!(applied, 9 + 11);
 }
 
 /// `l` updates of one token, or a few of several, equal one forward over `l`, in every dtype, layout and width.

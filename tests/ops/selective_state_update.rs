@@ -340,9 +340,15 @@ fn golden() {
     for golden in Golden::folder("ops/selective_state_update") {
         applied += 1;
         let inputs: Tensors = golden.with_prefix("in.").into_iter().collect();
-        let (softplus, own) = (golden.flag("dt_softplus"), golden.number("tolerance").unwrap_or(0.0));
-        for (dtype, allowed) in [(DType::F64, tolerance::GOLDEN_F64), (DType::F32, 1e-5)] {
-            let mut variants = vec![cast(&inputs, dtype, dtype)];
+        let indices =
+            golden.tensors.get("indices").map(|indices| StateIndices::from_tensor(indices).unwrap());
+        let softplus = golden.flag("dt_softplus");
+        // In 16 bits ours may be off by as much as upstream's once more.
+        let mut dtypes =
+            vec![(DType::F64, DType::F64, tolerance::GOLDEN_F64, 1.0), (DType::F32, DType::F32, 1e-5, 1.0)];
+        dtypes.extend(golden.half().map(|dtype| (dtype, DType::F32, 1e-5, 1.0 + tolerance::HALF_FACTOR)));
+        for (dtype, others, allowed, factor) in dtypes {
+            let mut variants = vec![cast(&inputs, dtype, others)];
             if golden.flag("tied") {
                 let mut tied = variants[0].clone();
                 for name in ["dt", "a", "d", "dt_bias"] {
@@ -355,16 +361,17 @@ fn golden() {
                 variants.push(tied);
             }
             for inputs in variants {
-                let (y, state) = update(&inputs, softplus, FREE);
+                let (y, state) = update_at(&inputs, softplus, FREE, indices.as_ref());
                 for (name, got) in [("y", y), ("state", state)] {
                     let error = max_error(&got, &golden.tensors[&format!("out.{name}")]);
-                    let file = &golden.name;
-                    assert!(error <= allowed + own, "{file} {dtype:?}: `{name}` is off by {error:.1e}");
+                    let (file, own) = (&golden.name, golden.tolerance("tolerance", name));
+                    let allowed = allowed + factor * own;
+                    assert!(error <= allowed, "{file} {dtype:?}: `{name}` is off by {error:.1e}");
                 }
             }
         }
     }
-    assert_eq!(applied, 19);
+    assert_eq!(applied, 19 + 11);
 }
 
 /// `l` updates equal `selective_scan` over `l` tokens.

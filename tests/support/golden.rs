@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// A path below `goldens/`.
 pub fn path(relative: &str) -> PathBuf {
@@ -54,5 +54,15 @@ impl Golden {
     pub fn number(&self, name: &str) -> Option<f64> {
         self.option(name)
             .map(|value| value.parse().unwrap_or_else(|_| panic!("{}: {name} = {value}", self.name)))
+    }
+
+    /// How far what a file has of an output (`tolerance`) or gradient (`tolerance_grad`) is from `f64`.
+    pub fn tolerance(&self, what: &str, name: &str) -> f64 {
+        self.number(&format!("{what}.{name}")).or_else(|| self.number(what)).unwrap_or(0.0)
+    }
+
+    /// The dtype of 16 bits that a kernel on a GPU ran in to give this, if it did.
+    pub fn half(&self) -> Option<DType> {
+        self.option("dtype").map(|name| name.parse().unwrap()).filter(|dtype| *dtype != DType::F32)
     }
 }

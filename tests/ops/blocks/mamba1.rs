@@ -8,7 +8,8 @@ use mamba_ops::{
 };
 
 use super::{Block, channels, outputs, project};
-use crate::laws::{self, Tensors};
+use crate::laws::{self, GoldenTensors, Tensors};
+use crate::support::golden::Golden;
 use crate::support::random::Random;
 
 /// What is done to `[x | z]`.
@@ -180,6 +181,30 @@ impl Block for Mamba1 {
         let (batch, seqlen) =
             packing.as_ref().map_or((self.batch, self.seqlen), |packing| (packing.batch(), packing.seqlen()));
         Self { batch, seqlen, packing, ..self.clone() }
+    }
+
+    fn golden(golden: &Golden) -> (Self, GoldenTensors) {
+        let mut tensors = GoldenTensors::read(golden, str::to_owned);
+        // Upstream has time last.
+        for xz in [tensors.inputs.get_mut("xz"), tensors.gradients.get_mut("xz")].into_iter().flatten() {
+            *xz = xz.transpose(1, 2).unwrap().contiguous().unwrap();
+        }
+        let (batch, seqlen, channels) = tensors.inputs["xz"].dims3().unwrap();
+        let case = Self {
+            options: tensors.inputs.contains_key("d"),
+            out_proj: tensors.inputs.contains_key("out_proj"),
+            states: false,
+            width: tensors.inputs["conv_weight"].dim(1).unwrap(),
+            delta_softplus: golden.flag("delta_softplus"),
+            ..Self::new([
+                batch,
+                seqlen,
+                channels / 2,
+                tensors.inputs["a"].dim(1).unwrap(),
+                tensors.inputs["dt_proj"].dim(1).unwrap(),
+            ])
+        };
+        (case, tensors)
     }
 }
 

@@ -8,7 +8,8 @@ use mamba_ops::{
 };
 
 use super::{Block, channels, outputs, project};
-use crate::laws::{self, Tensors};
+use crate::laws::{self, GoldenTensors, Tensors};
+use crate::support::golden::Golden;
 use crate::support::random::Random;
 
 /// What is done to `[z | x | B | C | dt]`.
@@ -239,6 +240,31 @@ impl Block for Mamba2 {
         let (batch, seqlen) =
             packing.as_ref().map_or((self.batch, self.seqlen), |packing| (packing.batch(), packing.seqlen()));
         Self { batch, seqlen, packing, ..self.clone() }
+    }
+
+    fn golden(golden: &Golden) -> (Self, GoldenTensors) {
+        let tensors = GoldenTensors::read(golden, |name| name.replace("norm_weight", "norm.weight"));
+        let (batch, seqlen, _) = tensors.inputs["zxbcdt"].dims3().unwrap();
+        let number = |name: &str| golden.number(name).unwrap() as usize;
+        let (nheads, headdim, ngroups) =
+            (tensors.inputs["a"].dim(0).unwrap(), number("headdim"), number("ngroups"));
+        let (conv_dim, width) = tensors.inputs["conv_weight"].dims2().unwrap();
+        let d_state = (conv_dim - nheads * headdim) / (2 * ngroups);
+        let (low, high) = golden.option("dt_limit").unwrap().split_once(',').unwrap();
+        let has = |name: &str| tensors.inputs.contains_key(name);
+        let group_size = Some(nheads * headdim / ngroups);
+        let case = Self {
+            width,
+            norm: has("norm.weight").then(|| (group_size, golden.flag("norm_before_gate"))),
+            d_has_headdim: tensors.inputs["d"].rank() == 2,
+            out_proj: has("out_proj"),
+            states: has("initial_ssm_state"),
+            dt_limit: (low.parse().unwrap(), high.parse().unwrap()),
+            chunk_size: number("chunk_size"),
+            packing: laws::packing(golden),
+            ..Self::new([batch, seqlen, nheads, headdim, ngroups, d_state])
+        };
+        (case, tensors)
     }
 }
 

@@ -66,6 +66,8 @@ pub trait Block: std::fmt::Debug + Clone + Sync {
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor>;
     fn with_seqlen(&self, seqlen: usize) -> Self;
     fn with_packing(&self, packing: Option<Packing>) -> Self;
+    /// The case of a golden file, with its tensors by our names.
+    fn golden(golden: &Golden) -> (Self, GoldenTensors);
 }
 
 /// The laws with the block itself as the reference of finite differences, else with the ops one after another.
@@ -94,8 +96,8 @@ impl<B: Block, const ITSELF: bool> Op for Subject<B, ITSELF> {
         if ITSELF { case.run(inputs) } else { case.unfused(inputs) }
     }
 
-    fn golden(_: &Golden) -> std::result::Result<(B, GoldenTensors), String> {
-        Err("none".into())
+    fn golden(golden: &Golden) -> std::result::Result<(B, GoldenTensors), String> {
+        Ok(B::golden(golden))
     }
 }
 
@@ -230,6 +232,13 @@ fn mamba1_prefill_and_decode() {
     ]);
 }
 
+/// What upstream's own fused functions give.
+#[test]
+fn golden() {
+    assert_eq!(laws::golden::<Subject<Mamba2, false>>("ops/mamba2_split_conv1d_scan", &[]), 10);
+    assert_eq!(laws::golden::<Subject<Mamba1, false>>("ops/mamba1_inner", &[]), 4);
+}
+
 #[test]
 fn packed() {
     laws::packed::<Subject<Mamba2, false>>(&Mamba2::new([0, 0, 4, 3, 2, 5]));
@@ -324,3 +333,5 @@ fn misuse() {
         "`norm.group_size` is 5, expected a divisor of d_ssm 12",
     );
 }
+
+crate::on_cuda!(golden);
