@@ -57,6 +57,13 @@ struct KeptDecoder {
     decoder: Option<Decoder>,
 }
 
+impl KeptDecoder {
+    fn fork(&self) -> Result<Self> {
+        let decoder = self.decoder.as_ref().map(Decoder::fork).transpose()?;
+        Ok(Self { model: self.model.clone(), decoder })
+    }
+}
+
 impl InferenceCache {
     /// The state before the first token.
     ///
@@ -138,7 +145,8 @@ impl InferenceCache {
     /// If the device is out of memory.
     pub fn fork(&self) -> Result<Self> {
         let states = self.states.iter().map(MixerState::fork).collect::<Result<_>>()?;
-        Ok(Self::of(states, self.positions.clone(), self.fingerprint.clone()))
+        let decoder = self.decoder.as_ref().map(KeptDecoder::fork).transpose()?;
+        Ok(Self { decoder, ..Self::of(states, self.positions.clone(), self.fingerprint.clone()) })
     }
 
     /// Checks that the cache fits a model and what it is to read, and says where its sequences are.

@@ -275,7 +275,8 @@ impl Model {
 
     /// Reads one token a sequence, `(batch,)`, changing the cache in place; the logits, `(batch, vocab_size)`.
     ///
-    /// On a GPU, models of Mamba-1 or Mamba-2 layers alone go through a [`Decoder`] for batches it takes, which the cache keeps.
+    /// On a GPU, models of Mamba-1 or Mamba-2 layers alone go through a [`Decoder`] for batches it takes, which the cache keeps; there
+    /// an id out of range gives logits of NaN.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).

@@ -2,6 +2,8 @@
 
 mod calls;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor, bail};
 
 use self::calls::{Call, Scratch};
@@ -13,7 +15,7 @@ use crate::device::{self, Gpu, Graph};
 const WIDEST: usize = 4;
 
 pub(super) struct Decoder {
-    stack: Stack,
+    stack: Arc<Stack>,
     batch: usize,
     gpu: Gpu,
     scratch: Scratch,
@@ -48,20 +50,19 @@ impl Decoder {
         if !runs(&stack, batch)? {
             return Ok(None);
         }
-        let stack = prepared(&stack)?;
+        Self::of(Arc::new(prepared(&stack)?), batch).map(Some)
+    }
+
+    /// Another for as many sequences, with the same weights.
+    pub(super) fn fork(&self) -> Result<Self> {
+        Self::of(self.stack.clone(), self.batch)
+    }
+
+    fn of(stack: Arc<Stack>, batch: usize) -> Result<Self> {
         let gpu = Gpu::of(OP, &[Some(&stack.embedding)])?;
         let scratch = Scratch::new(&gpu, &stack, batch)?;
         let captures = std::env::var("MAMBA_CUDA_GRAPHS").map_or(true, |value| value != "0");
-        Ok(Some(Self {
-            stack,
-            batch,
-            gpu,
-            scratch,
-            addresses: vec![],
-            layers: vec![],
-            graph: None,
-            captures,
-        }))
+        Ok(Self { stack, batch, gpu, scratch, addresses: vec![], layers: vec![], graph: None, captures })
     }
 
     pub(super) fn step(&mut self, ids: &Tensor, states: &[State]) -> Result<Tensor> {

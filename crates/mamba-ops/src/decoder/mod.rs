@@ -208,6 +208,17 @@ impl Decoder {
         }
     }
 
+    /// Another decoder for as many sequences, whose weights are the same tensors: for states that go their own way.
+    ///
+    /// # Errors
+    /// If the GPU is out of memory.
+    pub fn fork(&self) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        return self.0.fork().map(Self);
+        #[cfg(not(feature = "cuda"))]
+        match self.0 {}
+    }
+
     /// Reads a token of each sequence, `ids` `(batch)` on the GPU; the logits, `(batch, logits)` in the dtype of the weights.
     /// An id past the vocabulary gives NaN.
     ///
