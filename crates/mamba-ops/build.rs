@@ -75,8 +75,8 @@ fn capabilities() -> Result<Vec<String>, String> {
     let one = |word: &str| -> Result<String, String> {
         let digits = word.trim().replace('.', "");
         match digits.parse::<u32>() {
-            Ok(75..) => Ok(digits),
-            _ => Err(format!("CUDA_COMPUTE_CAP has `{word}`, expected 75 or more, as in 80,90")),
+            Ok(80..) => Ok(digits),
+            _ => Err(format!("CUDA_COMPUTE_CAP has `{word}`, expected 80 or more, as in 80,90")),
         }
     };
     list.split([',', ';']).map(one).collect()
