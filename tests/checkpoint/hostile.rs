@@ -103,6 +103,24 @@ fn golden(name: &str) -> Vec<u8> {
     std::fs::read(path(name)).unwrap()
 }
 
+/// A configuration of every family, and its weights.
+const FAMILIES: &[(&str, &str)] = &[
+    ("mamba_tied", "model.safetensors"),
+    ("mamba2_g8", "model.safetensors"),
+    ("ss_mamba1_options", "pytorch_model.bin"),
+    ("ss_mamba2_partial_ssm", "pytorch_model.bin"),
+    ("falcon_mamba_untied_bias", "model.safetensors"),
+    ("jamba", "model.safetensors"),
+    ("bamba_options", "model.safetensors"),
+    ("granitemoehybrid", "model.safetensors"),
+    ("granitemoehybrid_dense_rope", "model.safetensors"),
+    ("nemotron_h_moe", "model.safetensors"),
+    ("falcon_h1", "model.safetensors"),
+    ("lfm2", "model.safetensors"),
+    ("zamba2", "model.safetensors"),
+    ("zamba", "model.safetensors"),
+];
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -148,19 +166,16 @@ proptest! {
     }
 
     #[test]
-    fn damaged_configs(edits in edits()) {
-        let config = damaged(golden("models/mamba2_g8/config.json"), usize::MAX, &edits);
-        load(&[("config.json", config), ("model.safetensors", golden("models/mamba2_g8/model.safetensors"))]);
+    fn damaged_configs(edits in edits(), (family, weights) in prop::sample::select(FAMILIES)) {
+        let config = damaged(golden(&format!("models/{family}/config.json")), usize::MAX, &edits);
+        load(&[("config.json", config), (weights, golden(&format!("models/{family}/{weights}")))]);
     }
 
     /// One value of a configuration that is valid JSON, and impossible.
     #[test]
     fn absurd_configs(place in any::<Index>(), value in prop::sample::select(vec![
         "0", "-1", "1e9", "2147483647", "2147483648", "18446744073709551615", "1e308", "[]", "{}", "null", "\"x\"", "0.5",
-    ]), (family, weights) in prop::sample::select(vec![
-        ("mamba_tied", "model.safetensors"), ("mamba2_g8", "model.safetensors"), ("ss_mamba1_options", "pytorch_model.bin"),
-        ("ss_mamba2_partial_ssm", "pytorch_model.bin"),
-    ])) {
+    ]), (family, weights) in prop::sample::select(FAMILIES)) {
         let text = String::from_utf8(golden(&format!("models/{family}/config.json"))).unwrap();
         let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
         let is_field = |line: &usize| lines[*line].contains("\": ") && !lines[*line].ends_with(['[', '{']);
@@ -238,4 +253,20 @@ fn the_cases_are_hostile() {
         refused += usize::from(!load(&[("model.gguf", bytes)]));
     }
     assert!(refused > 150, "{refused} of 250 are refused");
+}
+
+/// A layer takes memory before its weights are looked for, so nobody may ask for many in a few bytes.
+#[test]
+fn too_many_layers() {
+    for (family, field) in [("nemotron_h", "hybrid_override_pattern"), ("zamba2", "layers_block_type")] {
+        let text = String::from_utf8(golden(&format!("models/{family}/config.json"))).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config.as_object_mut().unwrap().remove("layers_block_type");
+        config[field] = match field {
+            "hybrid_override_pattern" => "M".repeat(1 << 20).into(),
+            _ => vec!["mamba"; 1 << 20].into(),
+        };
+        let error = mamba_model::config::ModelConfig::from_json(&config.to_string()).unwrap_err().to_string();
+        assert!(error.contains(&format!("{field}` is 1048576, expected at most 4096 layers")), "{error}");
+    }
 }

@@ -16,6 +16,7 @@ mod laws;
 mod options;
 mod parity;
 mod saving;
+mod spellings;
 
 use candle_core::{DType, Device, Tensor};
 use mamba_model::{InferenceCache, Model, checkpoint::LocalDir};

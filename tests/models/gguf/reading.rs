@@ -70,6 +70,9 @@ fn version_2_is_read_too_and_a_folder_with_one_file() {
     let want = load(&path("models/mamba_tied"), DType::F32).unwrap();
     let got = load(folder.path(), DType::F32).unwrap();
     assert_eq!(got.config().layers, want.config().layers);
+    let ids = candle_core::Tensor::new(&[[3u32, 1, 4, 1, 5]], &candle_core::Device::Cpu).unwrap();
+    let [got, want] = [got, want].map(|model| model.forward(&ids, None).unwrap());
+    assert!(max_error(&got, &want) <= 1e-4, "logits of version 2");
 
     std::fs::write(folder.path().join("b.gguf"), &bytes).unwrap();
     let error = load(folder.path(), DType::F32).unwrap_err().to_string();

@@ -88,14 +88,23 @@ impl<'a> Fields<'a> {
     /// A number of layers that must be there.
     ///
     /// # Errors
-    /// If the field is missing, or more than any model has: a layer takes memory before its weights are looked for.
+    /// If the field is missing, or [more than any model has](Self::check_layers).
     pub fn layers(&self, field: &str) -> Result<usize> {
-        const MOST: usize = 1 << 12;
         let count = self.usize(field)?;
+        self.check_layers(field, count)?;
+        Ok(count)
+    }
+
+    /// Whether a field may describe so many layers.
+    ///
+    /// # Errors
+    /// If they are more than any model has: a layer takes memory before its weights are looked for.
+    pub fn check_layers(&self, field: &str, count: usize) -> Result<()> {
+        const MOST: usize = 1 << 12;
         if count > MOST {
             return Err(self.error(field, format!("is {count}, expected at most {MOST} layers")));
         }
-        Ok(count)
+        Ok(())
     }
 
     /// A truth value, or the given one.

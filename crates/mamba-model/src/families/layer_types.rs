@@ -19,6 +19,7 @@ pub(super) enum LayerType {
 pub(super) fn read(fields: &Fields) -> Result<Option<Vec<LayerType>>> {
     for field in ["layer_types", "layers_block_type"] {
         if let Some(words) = fields.strs_opt(field)? {
+            fields.check_layers(field, words.len())?;
             let kind = |(i, word): (usize, &String)| {
                 from_word(word).ok_or_else(|| fields.error(field, format!("has \"{word}\" at layer {i}")))
             };

@@ -92,8 +92,12 @@ fn d_hidden(fields: &Fields) -> Result<usize> {
     if fields.get("block_ffn_dim_multiplier").is_none() && fields.contains("block_ffn_dim_multiplier") {
         return Ok(two_thirds); // null: neither multiplied nor rounded
     }
-    let multiplied = (fields.f64_or("block_ffn_dim_multiplier", 1.0)? * two_thirds as f64) as usize;
-    Ok(multiplied.next_multiple_of(fields.usize_or("block_multiple_of", 256)?.max(1)))
+    let multiplied = fields.f64_or("block_ffn_dim_multiplier", 1.0)? * two_thirds as f64;
+    if !(0.0..2f64.powi(31)).contains(&multiplied) {
+        let message = format!("gives a width of {multiplied}, expected a number from 0 to 2^31");
+        return Err(fields.error("block_ffn_dim_multiplier", message));
+    }
+    Ok((multiplied as usize).next_multiple_of(fields.usize_or("block_multiple_of", 256)?.max(1)))
 }
 
 fn write(config: &ModelConfig) -> Option<Value> {

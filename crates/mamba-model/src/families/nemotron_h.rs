@@ -105,6 +105,7 @@ fn pattern(fields: &Fields) -> Result<Vec<LayerType>> {
     let Some(pattern) = fields.str_opt("hybrid_override_pattern")? else {
         return Err(fields.error("layers_block_type", "is missing"));
     };
+    fields.check_layers("hybrid_override_pattern", pattern.len())?;
     let kind = |letter: char| match letter {
         'M' => Ok(LayerType::Mamba),
         '*' => Ok(LayerType::Attention),

@@ -121,6 +121,9 @@ fn rope_scaling(fields: &Fields, scaling: &Fields) -> Result<RopeScaling> {
         let value = scaling.f64_or(field, f64::NAN)?;
         if value > 0.0 { Ok(value) } else { Err(scaling.error(field, "is missing or not a positive number")) }
     };
+    // Of the context that a model was trained with, where only the one it has is said.
+    let context = fields.f64_or("max_position_embeddings", f64::NAN)?;
+    let original_context = scaling.f64_or("original_max_position_embeddings", context)?;
     Ok(match kind.as_deref() {
         None | Some("default") => RopeScaling::None,
         Some("linear") => RopeScaling::Linear { factor: number("factor")? },
@@ -128,11 +131,12 @@ fn rope_scaling(fields: &Fields, scaling: &Fields) -> Result<RopeScaling> {
             factor: number("factor")?,
             low_freq_factor: number("low_freq_factor")?,
             high_freq_factor: number("high_freq_factor")?,
-            original_context: number("original_max_position_embeddings")?,
+            original_context: match original_context > 0.0 {
+                true => original_context,
+                false => number("original_max_position_embeddings")?,
+            },
         },
         Some("yarn") => {
-            let context = fields.f64_or("max_position_embeddings", f64::NAN)?;
-            let original_context = scaling.f64_or("original_max_position_embeddings", context)?;
             let factor = scaling.f64_or("factor", context / original_context)?;
             let scale = |by: f64| if factor <= 1.0 { 1.0 } else { 0.1 * by * factor.ln() + 1.0 };
             let (m, all) = (scaling.f64_or("mscale", 0.0)?, scaling.f64_or("mscale_all_dim", 0.0)?);
