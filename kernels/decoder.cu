@@ -15,8 +15,9 @@ struct Embed {
 static_assert(sizeof(Embed) == 48, "as in cuda.rs");
 
 extern "C" __global__ void __launch_bounds__(256) decoder_embed(const __grid_constant__ Embed args) {
-    let_next_begin();
+    // The token before, and whatever else changed the states, is over; only then kernels may read them ahead of their wait.
     wait_for_previous();
+    let_next_begin();
     const int64_t id = args.ids.index(blockIdx.y);
     const bool known = 0 <= id && id < args.vocabulary;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -125,8 +126,11 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
         decoder_project_##rows##_##name(const __grid_constant__ Project args) {                           \
         project<T, rows>(args);                                                                           \
     }
-#define PROJECTS(T, name) PROJECT(T, name, 1) PROJECT(T, name, 2) PROJECT(T, name, 4) PROJECT(T, name, 8)
+#define PROJECTS(T, name) PROJECT(T, name, 1) PROJECT(T, name, 2)
 FOR_EACH_DTYPE(PROJECTS)
+// With weights of 16 bits these are for `decoder_batch.cu`.
+PROJECT(float, f32, 4)
+PROJECT(float, f32, 8)
 
 // ---- Mamba-1 ----------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ __device__ __forceinline__ void let_next_begin() {
 }
 
 // Waits for the kernels before this one to end. What comes before may only read what no kernel of the same token writes
-// before: weights, and the states of this layer.
+// before: weights, and the states of this layer. (The embedding lets none begin before the last token has ended.)
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

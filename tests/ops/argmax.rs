@@ -45,6 +45,10 @@ fn largest() {
             check(rows, len, dtype, |values| values.iter_mut().step_by(2).for_each(|x| *x = f32::NAN));
             check(rows, len, dtype, |values| values[len / 2..].fill(9.0));
             check(rows, len, dtype, |values| values.fill(f32::NAN));
+            check(rows, len, dtype, |values| {
+                values.fill(f32::NEG_INFINITY);
+                values[0] = f32::NAN;
+            });
         }
     }
 }

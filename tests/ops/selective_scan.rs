@@ -194,6 +194,8 @@ fn cases() -> Vec<Case> {
             cases.push(Case { b, c, ..Case::new([2, 24, 9, 4], layout) });
         }
         cases.push(Case { b: None, c: None, ..Case::new([2, 24, 9, 4], layout) });
+        // Groups that begin where no pack of a GPU does.
+        cases.push(Case { b: Some(4), c: Some(4), ..Case::new([1, 136, 40, 4], layout) });
         cases.push(Case { d: false, z: false, ..Case::new([2, 20, 70, 4], layout) });
         cases.push(Case { delta_bias: false, state: false, ..Case::new([1, 20, 70, 4], layout) });
         cases.push(Case { delta_softplus: false, ..Case::new([1, 20, 70, 4], layout) });

@@ -29,7 +29,8 @@ impl CausalLm for Model {
     }
 
     fn step(&self, id: u32, cache: &mut InferenceCache, logits: &mut Vec<f32>) -> Result<(), BoxError> {
-        CausalLm::prefill(self, &[id], cache, logits)
+        let id = Tensor::from_slice(&[id], 1, self.device())?;
+        read(&Model::step(self, &id, cache)?, logits)
     }
 
     fn forward(

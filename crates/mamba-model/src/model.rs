@@ -284,6 +284,7 @@ impl Model {
         if self.device().is_cuda() && ids.dims() == [cache.batch()] {
             let mut sequences = Batch::from(&ids.unsqueeze(1)?).tokens()?.1;
             cache.check(&self.cache_sizes, &mut sequences)?;
+            let ids = if ids.dtype() == DType::U8 { ids.to_dtype(DType::U32)? } else { ids.clone() };
             let ids = ids.to_device(self.device())?;
             if let Some(logits) = cache.decode(&self.identity, |batch| self.decoder(batch), &ids)? {
                 cache.advance(&sequences);
@@ -302,7 +303,9 @@ impl Model {
         else {
             return Ok(None);
         };
-        let (embedding, norm_f) = (self.embedding.clone(), self.norm_f.decoder());
+        // Ids past the vocabulary exist for alignment only.
+        let embedding = self.embedding.narrow(0, 0, self.config.vocab_size)?;
+        let norm_f = self.norm_f.decoder();
         Ok(Decoder::new(Stack { embedding, layers, norm_f, head: head.weight }, batch)?)
     }
 

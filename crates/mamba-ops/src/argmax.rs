@@ -37,9 +37,9 @@ pub fn argmax(x: &Tensor) -> Result<Tensor> {
     }
     let values = x.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
     let place = |row: &[f64]| {
-        let larger =
-            |best: (u32, f64), (i, x): (usize, &f64)| if *x > best.1 { (i as u32, *x) } else { best };
-        row.iter().enumerate().fold((0, f64::NEG_INFINITY), larger).0
+        let numbers = row.iter().enumerate().filter(|(_, x)| !x.is_nan());
+        let largest = numbers.reduce(|best, next| if next.1 > best.1 { next } else { best });
+        largest.map_or(0, |(i, _)| i as u32)
     };
     Tensor::from_vec(values.chunks(len).map(place).collect::<Vec<_>>(), rows, x.device())
 }

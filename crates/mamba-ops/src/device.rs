@@ -432,16 +432,19 @@ impl Gpu {
         built_for.into_iter().any(|cap| (90..=10 * major + minor).contains(&cap))
     }
 
-    /// What `enqueue` launches, as a graph, none of it run; none where the driver does not capture.
+    /// What `enqueue` launches, as a graph, none of it run; none where the driver does not capture. Not on a stream that other
+    /// threads may be using, whose work would become part of it: only on this thread's own.
     pub(crate) fn capture(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<Option<Graph>> {
-        if self.stream.begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).is_err() {
+        const PER_THREAD: usize = 2; // CU_STREAM_PER_THREAD, which candle's devices use if not told otherwise
+        let own = self.stream.cu_stream().addr() == PER_THREAD;
+        if !own || self.stream.begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).is_err() {
             return Ok(None);
         }
         let enqueued = enqueue();
         // Whatever happened, the stream must leave the mode.
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
-        enqueued?;
-        Ok(graph.ok().flatten().map(Graph))
+        // What failed fails again, with its reason, where it is launched without a graph.
+        Ok(enqueued.ok().and(graph.ok()).flatten().map(Graph))
     }
 
     /// Loads a kernel, once for each context.
@@ -520,7 +523,7 @@ pub(crate) struct Graph(CudaGraph);
 
 // SAFETY: handles of the driver may be used from any thread, one at a time: what changes a graph takes it by value or `&mut`.
 unsafe impl Send for Graph {}
-// SAFETY: a shared graph is only launched, and `Decoder`, which has it, launches by `&mut`.
+// SAFETY: nothing can be done with a shared one: `launch` takes `&mut`.
 unsafe impl Sync for Graph {}
 
 impl Graph {

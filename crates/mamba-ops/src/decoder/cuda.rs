@@ -2,6 +2,7 @@
 
 mod calls;
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor, bail};
@@ -10,6 +11,7 @@ use self::calls::{Call, Scratch};
 use super::{Layer, MAX_BATCH, MAX_BATCH_F32, Mixer, OP, Stack, State, expect};
 use crate::args::Checker;
 use crate::device::{self, Gpu, Graph};
+use crate::norm::NormKind;
 
 /// The widest convolution that the kernels take.
 const WIDEST: usize = 4;
@@ -46,8 +48,8 @@ impl Decoder {
         if !known || !stack.embedding.device().is_cuda() || !(1..=most).contains(&batch) {
             return Ok(None);
         }
-        check(&stack)?;
-        if !runs(&stack, batch)? {
+        let trained = check(&stack)?;
+        if trained || !runs(&stack, batch)? {
             return Ok(None);
         }
         Self::of(Arc::new(prepared(&stack)?), batch).map(Some)
@@ -70,14 +72,15 @@ impl Decoder {
         if states.len() != self.stack.layers.len() {
             bail!("{OP}: got {} states, expected {}", states.len(), self.stack.layers.len());
         }
+        self.check_places(ids, states)?;
+        for (layer, state) in self.stack.layers.iter().zip(states) {
+            check_state(layer, state, self.batch)?;
+        }
         let addresses: Vec<_> = states.iter().map(|state| self.addresses_of(state)).collect::<Result<_>>()?;
         let settled = addresses == self.addresses;
         if !settled {
-            let calls = self.stack.layers.iter().zip(states).zip(&addresses);
-            let calls = calls.map(|((layer, state), at)| {
-                check_state(layer, state, self.batch)?;
-                self.scratch.layer(&self.gpu, layer, *at)
-            });
+            let calls = self.stack.layers.iter().zip(&addresses);
+            let calls = calls.map(|(layer, at)| self.scratch.layer(&self.gpu, layer, *at));
             self.layers = calls.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
             (self.graph, self.addresses) = (None, addresses);
         }
@@ -101,8 +104,24 @@ impl Decoder {
         logits.tensor((self.batch, self.stack.head.dim(0)?))
     }
 
+    /// Checks that everything is on the GPU of the weights, and ids are of a kind that the kernel reads.
+    fn check_places(&self, ids: &Tensor, states: &[State]) -> Result<()> {
+        if !matches!(ids.dtype(), DType::U32 | DType::I64 | DType::I32) {
+            bail!("{OP}: `ids` has dtype {}, expected u32, i64 or i32", ids.dtype().as_str());
+        }
+        let here = |x: &Tensor| x.device().same_device(self.stack.embedding.device());
+        if !here(ids) || !states.iter().all(|state| here(state.conv) && here(state.ssm)) {
+            bail!("{OP}: ids or states are not on the GPU of the weights");
+        }
+        Ok(())
+    }
+
     fn addresses_of(&self, state: &State) -> Result<[u64; 2]> {
-        Ok([device::modify(OP, state.conv, Ok)?, device::modify(OP, state.ssm, Ok)?])
+        let (conv, ssm) = (device::modify(OP, state.conv, Ok)?, device::modify(OP, state.ssm, Ok)?);
+        if !ssm.is_multiple_of(16) {
+            bail!("{OP}: `state.ssm` is a view that does not begin at a multiple of 16 bytes");
+        }
+        Ok([conv, ssm])
     }
 }
 
@@ -114,7 +133,7 @@ fn runs(stack: &Stack, batch: usize) -> Result<bool> {
         let inputs = weight.dim(1)?;
         Ok(inputs % pack == 0 && inputs > 0 && Scratch::fits(&gpu, inputs, batch, weight.dtype()))
     };
-    let mut runs = product(&stack.head)? && !tracked(stack);
+    let mut runs = product(&stack.head)?;
     for layer in &stack.layers {
         runs &= match &layer.mixer {
             Mixer::Mamba1(m) => {
@@ -123,6 +142,7 @@ fn runs(stack: &Stack, batch: usize) -> Result<bool> {
                     && product(&m.out_proj.weight)?
                     && (2..=WIDEST).contains(&m.conv.weight.dim(1)?)
                     && m.a.dim(1)? % 4 == 0
+                    && Scratch::fits(&gpu, m.x_proj.weight.dim(0)?, 1, DType::F32)
             }
             Mixer::Mamba2(m) => {
                 product(&m.in_proj.weight)?
@@ -136,23 +156,24 @@ fn runs(stack: &Stack, batch: usize) -> Result<bool> {
     Ok(runs)
 }
 
-/// Whether the weights are trained: they may be others at the next token.
-fn tracked(stack: &Stack) -> bool {
-    let mixers = stack.layers.iter().map(|layer| match &layer.mixer {
-        Mixer::Mamba1(m) => &m.in_proj.weight,
-        Mixer::Mamba2(m) => &m.in_proj.weight,
-    });
-    mixers.chain([&stack.embedding, &stack.head]).any(Tensor::track_op)
-}
-
-/// Checks that the weights fit one another.
-fn check(stack: &Stack) -> Result<()> {
+/// Checks that the weights fit one another; whether some are trained, that is, may be others at the next token.
+fn check(stack: &Stack) -> Result<bool> {
+    let trained = Cell::new(false);
     let checker = Checker::new(OP, "embedding", &stack.embedding)?;
     let [_, d_model] = checker.main_dims(["vocabulary", "d_model"])?;
+    trained.set(stack.embedding.track_op());
     let matrix = |name, x: &Tensor, outputs: usize, inputs: usize| {
+        trained.set(trained.get() || x.track_op());
         checker.activation(name, x, &[("outputs", outputs), ("inputs", inputs)])
     };
-    let vector = |name, x: &Tensor, len: usize| checker.parameter(name, x, &[("channels", len)]);
+    let table = |name, x: &Tensor, rows: usize, columns: usize| {
+        trained.set(trained.get() || x.track_op());
+        checker.parameter(name, x, &[("channels", rows), ("columns", columns)])
+    };
+    let vector = |name, x: &Tensor, len: usize| {
+        trained.set(trained.get() || x.track_op());
+        checker.parameter(name, x, &[("channels", len)])
+    };
     let optional = |name, x: &Option<Tensor>, len: usize| x.iter().try_for_each(|x| vector(name, x, len));
     let norm = |norm: &super::Norm, len: usize| {
         vector("norm.weight", &norm.weight, len)?;
@@ -163,8 +184,7 @@ fn check(stack: &Stack) -> Result<()> {
         optional(name, &product.bias, outputs)
     };
     let conv = |conv: &super::Conv, channels: usize| {
-        let width = conv.weight.dim(1)?;
-        checker.parameter("conv.weight", &conv.weight, &[("channels", channels), ("width", width)])?;
+        table("conv.weight", &conv.weight, channels, conv.weight.dim(1)?)?;
         optional("conv.bias", &conv.bias, channels)
     };
     for layer in &stack.layers {
@@ -172,6 +192,7 @@ fn check(stack: &Stack) -> Result<()> {
         match &layer.mixer {
             Mixer::Mamba1(m) => {
                 let ((d_inner, d_state), dt_rank) = (m.a.dims2()?, m.dt_proj.dim(1)?);
+                table("a", &m.a, d_inner, d_state)?;
                 product("in_proj", &m.in_proj, 2 * d_inner, d_model)?;
                 conv(&m.conv, d_inner)?;
                 product("x_proj", &m.x_proj, dt_rank + 2 * d_state, d_inner)?;
@@ -193,7 +214,12 @@ fn check(stack: &Stack) -> Result<()> {
                 }
                 product("in_proj", &m.in_proj, 2 * d_inner + 2 * bc + nheads, d_model)?;
                 conv(&m.conv, d_inner + 2 * bc)?;
+                vector("a", &m.a, nheads)?;
                 vector("dt_bias", &m.dt_bias, nheads)?;
+                checker.dt_limit(m.dt_limit)?;
+                if m.norm.as_ref().is_some_and(|norm| norm.kind != NormKind::Rms) {
+                    bail!("{OP}: `norm` of Mamba-2 is a layer norm, expected an RMSNorm");
+                }
                 vector("d", &m.d, if m.d.elem_count() == nheads { nheads } else { d_inner })?;
                 m.norm.iter().try_for_each(|n| norm(n, d_inner))?;
                 product("out_proj", &m.out_proj, d_model, d_inner)?;
@@ -201,7 +227,8 @@ fn check(stack: &Stack) -> Result<()> {
         }
     }
     norm(&stack.norm_f, d_model)?;
-    matrix("head", &stack.head, stack.head.dim(0)?, d_model)
+    matrix("head", &stack.head, stack.head.dim(0)?, d_model)?;
+    Ok(trained.get())
 }
 
 fn check_state(layer: &Layer, state: &State, batch: usize) -> Result<()> {

@@ -1,5 +1,6 @@
-//! One token of a whole stack of layers on a GPU, with three (Mamba-2) or four (Mamba-1) launches a layer, and one or two more
-//! for norms where there are more than two sequences, and nothing to allocate: [`Decoder`].
+//! One token of a whole stack of layers on a GPU: [`Decoder`], with three (Mamba-2) or four (Mamba-1) launches a layer, two or three
+//! more for norms and the convolution where more than two sequences meet weights of 16 bits, and nothing to allocate but the
+//! logits.
 //!
 //! Decoding a few sequences is bound by reading the weights once, and, with one kernel an operation, by launching kernels.
 //! So the decoder has kernels for what stands between two matrices too: a norm is computed where the product after it
@@ -8,8 +9,8 @@
 //!
 //! Its twin is the same stack put together from [`norm`](crate::norm()), [`linear`](crate::linear()),
 //! [`causal_conv1d_update`](crate::causal_conv1d_update) and [`selective_state_update`](crate::selective_state_update()), as
-//! `mamba-model` does on a CPU. Between kernels activations are `f32`, so results are closer to those of `f32` than where each
-//! operation rounds.
+//! `mamba-model` does on a CPU. Between kernels activations are `f32`, but for the inputs of products of more than two sequences
+//! with weights of 16 bits, so results are closer to those of `f32` than where each operation rounds.
 
 #[cfg(feature = "cuda")]
 mod cuda;

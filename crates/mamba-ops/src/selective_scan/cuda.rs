@@ -359,7 +359,8 @@ fn arguments(
         C => c_groups.is_some(),
         _ => true,
     };
-    let row = if node.layout == SequenceLayout::ChannelsFirst { seqlen } else { dim };
+    // Channels last, blocks begin at multiples of what shares groups.
+    let row = if node.layout == SequenceLayout::ChannelsFirst { seqlen } else { unit(node.sizes) };
     let mut in_rows = [U, DELTA, Z, B, C].into_iter().filter(|&slot| varies(slot));
     let packs = row % 8 == 0 && in_rows.all(|slot| in_packs(inputs[slot].as_ref(), pointers[slot]));
     Ok(Scan {

@@ -150,7 +150,9 @@ enum Args {
 
 impl Call {
     pub(super) fn launch(&self, gpu: &Gpu) -> Result<()> {
-        // SAFETY: the shapes of weights and states were checked, and the buffers made for them.
+        // SAFETY: the shapes of weights and states were checked, and the buffers made for them. What kernels read before they wait,
+        // weights and the states of their layer, is written by no kernel between the embedding, which waits for the token before,
+        // and them.
         unsafe {
             match self.args {
                 Args::Embed(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
