@@ -12,9 +12,9 @@ use candle_nn::VarBuilder;
 use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
 use mamba_model::{Model, Recompute};
 use mamba_ops::{
-    CausalConv1d, GatedRmsNorm, LinearCrossEntropy, Mamba1Inner, Mamba2SplitConv1dScan, Norm, SelectiveScan,
-    SequenceLayout, SsdChunkScan, causal_conv1d, checkpoint, linear_cross_entropy, mamba1_inner,
-    mamba2_split_conv1d_scan, norm, selective_scan, ssd_chunk_scan,
+    Attention, CausalConv1d, GatedRmsNorm, LinearCrossEntropy, Mamba1Inner, Mamba2SplitConv1dScan, Norm,
+    SelectiveScan, SequenceLayout, SsdChunkScan, attention, causal_conv1d, checkpoint, linear_cross_entropy,
+    mamba1_inner, mamba2_split_conv1d_scan, norm, selective_scan, ssd_chunk_scan,
 };
 
 use crate::support::alloc::{Counting, live, peak, reset_peak};
@@ -211,8 +211,27 @@ fn layers() {
 }
 
 /// One test alone, so that nothing else allocates meanwhile.
+/// Attention holds no matrix of scores, nor any part of it that grows with the length of both queries and keys.
+fn attention_over_many_tokens() {
+    let (seqlen, nheads, headdim) = (4500, 2, 8);
+    let draw = || Tensor::randn(0f32, 1.0, (1, seqlen, nheads, headdim), &Device::Cpu).unwrap();
+    let (q, keys, values) = (draw(), [draw()], [draw()]);
+    let args = Attention::new(&q, &keys, &values);
+    let peaks = (0..3).map(|_| {
+        let before = live();
+        reset_peak();
+        drop(attention(&args).unwrap());
+        peak() - before
+    });
+    let (peak, input) = (peaks.min().unwrap(), q.elem_count() * 4);
+    println!("attention over {seqlen} tokens: peak {peak}, an input has {input} bytes");
+    assert!(peak >= input, "the measure is wrong: the output alone has {input} bytes, the peak is {peak}");
+    assert!(peak < 4 * input, "attention takes {peak} bytes, an input has {input}");
+}
+
 #[test]
 fn memory() {
+    attention_over_many_tokens();
     mamba2();
     mamba1();
     generic_checkpoint();
