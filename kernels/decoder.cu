@@ -12,7 +12,7 @@ struct Embed {
     float* out;     // (rows, width)
     int vocabulary, width;
 };
-static_assert(sizeof(Embed) == 48, "as in cuda.rs");
+static_assert(sizeof(Embed) == 48, "as in arguments.rs");
 
 extern "C" __global__ void __launch_bounds__(256) decoder_embed(const __grid_constant__ Embed args) {
     // The token before, and whatever else changed the states, is over; only then kernels may read them ahead of their wait.
@@ -148,7 +148,7 @@ struct Mamba1 {
     int d_inner, d_state, dt_rank, normed;
     float eps;
 };
-static_assert(sizeof(Mamba1) == 136, "as in cuda.rs");
+static_assert(sizeof(Mamba1) == 136, "as in arguments.rs");
 
 constexpr int UPDATE_THREADS = 128;
 constexpr int LANES = 4;   // of a channel
@@ -268,7 +268,7 @@ struct Mamba2 {
     int nheads, headdim, ngroups, d_state, d_per_head;
     float low, high;  // the bounds of Δ
 };
-static_assert(sizeof(Mamba2) == 128, "as in cuda.rs");
+static_assert(sizeof(Mamba2) == 128, "as in arguments.rs");
 
 constexpr int CHANNELS = 4;  // of a head, for a warp
 

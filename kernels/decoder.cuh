@@ -4,7 +4,6 @@
 #include "elem.cuh"
 #include "reduce.cuh"
 
-
 // From here on the next kernel of the stream may begin, up to its own wait.
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
@@ -22,7 +21,7 @@ __device__ __forceinline__ void wait_for_previous() {
 
 enum Before : int { PLAIN = 0, RMS = 1, LAYER = 2, RMS_OF_GATED = 3, GATED_RMS = 4 };
 
-// y = f(x) Wᵀ + bias, f a norm or nothing; then, for some outputs, a step of the convolution.
+// y = f(x) Wᵀ + bias, f a norm or nothing; then, for some outputs, a step of the convolution and silu.
 struct Project {
     const void* weight;  // (outputs, inputs)
     const float* x;      // rows x_stride apart
@@ -37,10 +36,10 @@ struct Project {
     int before, norm_groups;
     float eps;
     int add;
-    int conv_begin, conv_end, conv_width, conv_silu;
+    int conv_begin, conv_end, conv_width;
     int split;  // warps that share an output
 };
-static_assert(sizeof(Project) == 168, "as in cuda.rs");
+static_assert(sizeof(Project) == 168, "as in arguments.rs");
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int WIDEST = 4;  // taps of the convolution
@@ -177,6 +176,6 @@ struct Taps {
             sum = fmaf(weight[k], window[k], sum);
             if (k >= missing) p.window[at * (p.conv_width - 1) + k - missing] = k + 1 < WIDEST - 1 ? window[k + 1] : x;
         }
-        return p.conv_silu ? silu(sum) : sum;
+        return silu(sum);
     }
 };

@@ -82,11 +82,6 @@ pub(crate) struct Launch {
     pub(crate) shared: usize,
 }
 
-impl Launch {
-    /// Of what chooses its own.
-    pub(crate) const NONE: Self = Self { blocks: [0; 3], threads: [0; 2], shared: 0 };
-}
-
 /// `y = x Wᵀ`, or added to `y`: a product of cuBLAS whose sums are f32, where `y` is f32 or as the factors.
 #[derive(Clone, Copy)]
 pub(crate) struct Gemm {

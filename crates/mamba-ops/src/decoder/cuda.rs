@@ -1,5 +1,6 @@
 //! The decoder on a GPU: buffers that are made once, what is launched for a token, and the graph of it.
 
+mod arguments;
 mod calls;
 
 use std::cell::Cell;
@@ -108,6 +109,10 @@ impl Decoder {
     fn check_places(&self, ids: &Tensor, states: &[State]) -> Result<()> {
         if !matches!(ids.dtype(), DType::U32 | DType::I64 | DType::I32) {
             bail!("{OP}: `ids` has dtype {}, expected u32, i64 or i32", ids.dtype().as_str());
+        }
+        // As every op without a backward, it changes nothing that tracks.
+        if states.iter().any(|state| state.conv.track_op() || state.ssm.track_op()) {
+            bail!("{OP}: a state tracks gradients, expected detached tensors: this op has no backward");
         }
         let here = |x: &Tensor| x.device().same_device(self.stack.embedding.device());
         if !here(ids) || !states.iter().all(|state| here(state.conv) && here(state.ssm)) {

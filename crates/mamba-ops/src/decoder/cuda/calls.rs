@@ -4,8 +4,11 @@ use std::mem::size_of;
 
 use candle_core::{DType, Result, Tensor};
 
+use super::arguments::{
+    EmbedArgs, GATED_RMS, LAYER, Mamba1Args, Mamba2Args, PLAIN, ProjectArgs, RMS, RMS_OF_GATED,
+};
 use crate::decoder::{Conv, Layer, Mamba1, Mamba2, Mixer, Norm, OP, Product, Stack};
-use crate::device::{self, Arguments, Buffer, Gemm, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::device::{self, Buffer, Gemm, Gpu, Kernel, Launch, Module, Pointer, int, module};
 use crate::norm::NormKind;
 
 static MODULE: Module = module!("decoder");
@@ -24,128 +27,20 @@ const CHANNELS: usize = 4;
 const M: usize = 16;
 const MOST_TILES: usize = 2;
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct EmbedArgs {
-    ids: Pointer,
-    embedding: Pointer,
-    out: u64,
-    vocabulary: i32,
-    width: i32,
-}
-const _: () = assert!(size_of::<EmbedArgs>() == 48);
-// SAFETY: as `Embed` in `decoder.cu`.
-unsafe impl Arguments for EmbedArgs {}
-
-/// `Before` in `decoder.cu`.
-const PLAIN: i32 = 0;
-const RMS: i32 = 1;
-const LAYER: i32 = 2;
-const RMS_OF_GATED: i32 = 3;
-const GATED_RMS: i32 = 4;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ProjectArgs {
-    weight: u64,
-    x: u64,
-    z: u64,
-    norm_weight: u64,
-    norm_bias: u64,
-    bias: u64,
-    y: Pointer,
-    conv_weight: u64,
-    conv_bias: u64,
-    window: u64,
-    rounded: u64,
-    x_stride: i64,
-    z_stride: i64,
-    y_stride: i64,
-    rows: i32,
-    inputs: i32,
-    outputs: i32,
-    before: i32,
-    norm_groups: i32,
-    eps: f32,
-    add: i32,
-    conv_begin: i32,
-    conv_end: i32,
-    conv_width: i32,
-    conv_silu: i32,
-    split: i32,
-}
-const _: () = assert!(size_of::<ProjectArgs>() == 168);
-// SAFETY: as `Project` in `decoder.cu`.
-unsafe impl Arguments for ProjectArgs {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Mamba1Args {
-    dt_proj: u64,
-    xz: u64,
-    dbc: u64,
-    state: u64,
-    y: u64,
-    rounded: u64,
-    dt_bias: u64,
-    a: u64,
-    d: u64,
-    norms: [u64; 3],
-    xz_stride: i64,
-    dbc_stride: i64,
-    d_inner: i32,
-    d_state: i32,
-    dt_rank: i32,
-    normed: i32,
-    eps: f32,
-    _end: i32,
-}
-const _: () = assert!(size_of::<Mamba1Args>() == 136);
-// SAFETY: as `Mamba1` in `decoder.cu`.
-unsafe impl Arguments for Mamba1Args {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Mamba2Args {
-    x: u64,
-    b: u64,
-    c: u64,
-    dt: u64,
-    z: u64,
-    state: u64,
-    y: Pointer,
-    dt_bias: u64,
-    a: u64,
-    d: u64,
-    stride: i64,
-    nheads: i32,
-    headdim: i32,
-    ngroups: i32,
-    d_state: i32,
-    d_per_head: i32,
-    low: f32,
-    high: f32,
-    _end: i32,
-}
-const _: () = assert!(size_of::<Mamba2Args>() == 128);
-// SAFETY: as `Mamba2` in `decoder.cu`.
-unsafe impl Arguments for Mamba2Args {}
-
-/// A launch with its arguments. They hold the addresses of weights and buffers that the decoder keeps, and of states that lie
-/// where they did when it was made.
-pub(super) struct Call {
-    kernel: Kernel,
-    launch: Launch,
-    args: Args,
+/// Work for the GPU. It holds the addresses of weights and buffers that the decoder keeps, and of states that lie where they did when
+/// it was made.
+pub(super) enum Call {
+    Kernel(Kernel, Launch, Args),
+    /// A product of cuBLAS.
+    Product(Gemm),
 }
 
 #[derive(Clone, Copy)]
-enum Args {
+pub(super) enum Args {
     Embed(EmbedArgs),
     Project(ProjectArgs),
     Mamba1(Mamba1Args),
     Mamba2(Mamba2Args),
-    Gemm(Gemm),
 }
 
 impl Call {
@@ -154,12 +49,14 @@ impl Call {
         // weights and the states of their layer, is written by no kernel between the embedding, which waits for the token before,
         // and them.
         unsafe {
-            match self.args {
-                Args::Embed(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
-                Args::Project(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
-                Args::Mamba1(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
-                Args::Mamba2(args) => gpu.launch_overlapping(self.kernel, self.launch, args),
-                Args::Gemm(gemm) => gpu.gemm(gemm),
+            match *self {
+                Self::Kernel(kernel, launch, args) => match args {
+                    Args::Embed(args) => gpu.launch_overlapping(kernel, launch, args),
+                    Args::Project(args) => gpu.launch_overlapping(kernel, launch, args),
+                    Args::Mamba1(args) => gpu.launch_overlapping(kernel, launch, args),
+                    Args::Mamba2(args) => gpu.launch_overlapping(kernel, launch, args),
+                },
+                Self::Product(gemm) => gpu.gemm(gemm),
             }
         }
     }
@@ -242,7 +139,7 @@ impl Scratch {
         let launch =
             Launch { blocks: [width.div_ceil(THREADS), self.batch, 1], threads: [THREADS, 1], shared: 0 };
         let kernel = Kernel { module: &MODULE, name: "decoder_embed", dtype: None };
-        Ok(Call { kernel, launch, args: Args::Embed(args) })
+        Ok(Call::Kernel(kernel, launch, Args::Embed(args)))
     }
 
     /// `logits = head · norm_f(residual)`.
@@ -321,7 +218,7 @@ impl Scratch {
         };
         let kernel = Kernel { module: &MODULE, name: "decoder_mamba1", dtype: Some(m.dt_proj.dtype()) };
         let mut between = self.product(gpu, &m.x_proj, coefficients)?;
-        between.push(Call { kernel, launch, args: Args::Mamba1(args) });
+        between.push(Call::Kernel(kernel, launch, Args::Mamba1(args)));
         let out = self.out(&m.out_proj, self.inner())?;
         Ok([self.product(gpu, &m.in_proj, into)?, between, self.product(gpu, &m.out_proj, out)?])
     }
@@ -377,7 +274,7 @@ impl Scratch {
                 ..before(out, norm)?
             };
         }
-        let update = Call { kernel, launch, args: Args::Mamba2(args) };
+        let update = Call::Kernel(kernel, launch, Args::Mamba2(args));
         Ok([self.product(gpu, &m.in_proj, into)?, vec![update], self.product(gpu, &m.out_proj, out)?])
     }
 
@@ -415,7 +312,6 @@ impl Scratch {
             conv_begin: 0,
             conv_end: 0,
             conv_width: 1,
-            conv_silu: 1,
             split: 1,
         })
     }
@@ -458,7 +354,7 @@ impl Scratch {
             let norm = ProjectArgs { y: normed, y_stride: inputs as i64, ..args };
             let shared = shared(inputs, self.batch, dtype);
             let launch = Launch { blocks: [self.batch, 1, 1], threads: [THREADS, 1], shared };
-            calls.push(Call { kernel: kernel("decoder_norm"), launch, args: Args::Project(norm) });
+            calls.push(Call::Kernel(kernel("decoder_norm"), launch, Args::Project(norm)));
             args = ProjectArgs { x: normed.address, x_stride: inputs as i64, before: PLAIN, ..args };
         }
         if self.batch > MOST_TILES * 8 && args.bias == 0 {
@@ -474,7 +370,7 @@ impl Scratch {
                 dtype,
                 add: args.add != 0,
             };
-            calls.push(Call { kernel: kernel("cublas"), launch: Launch::NONE, args: Args::Gemm(gemm) });
+            calls.push(Call::Product(gemm));
         } else {
             let tiles = self.batch.div_ceil(8).next_power_of_two();
             let name = match tiles {
@@ -494,7 +390,7 @@ impl Scratch {
                 threads: [THREADS, 1],
                 shared: 0,
             };
-            calls.push(Call { kernel: kernel("decoder_conv"), launch, args: Args::Project(args) });
+            calls.push(Call::Kernel(kernel("decoder_conv"), launch, Args::Project(args)));
         }
         Ok(calls)
     }
@@ -512,7 +408,7 @@ fn on_all_multiprocessors(
     let split = [1, 2, 4].into_iter().find(|&split| blocks(split) >= multiprocessors).unwrap_or(WARPS);
     let at_once = gpu.blocks_at_once(kernel, [THREADS, 1], shared)?;
     let launch = Launch { blocks: [blocks(split).min(at_once), 1, 1], threads: [THREADS, 1], shared };
-    Ok(Call { kernel, launch, args: Args::Project(ProjectArgs { split: int(OP, split)?, ..args }) })
+    Ok(Call::Kernel(kernel, launch, Args::Project(ProjectArgs { split: int(OP, split)?, ..args })))
 }
 
 /// The same, of the norm of `x`.
