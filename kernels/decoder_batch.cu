@@ -2,6 +2,7 @@
 // of their own here, since a block would compute them for all sequences; inputs of products are rounded.
 
 #include "decoder.cuh"
+#include "product.cuh"
 
 // ---- Norms ------------------------------------------------------------------------------------------------------------------
 
@@ -60,20 +61,6 @@ CONVOLVE(bf16, bf16)
 
 // ---- Products ---------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void multiply(f16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                         uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void multiply(bf16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                         uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 constexpr int M = 16;      // outputs of a warp
 constexpr int DEPTH = 32;  // inputs that a warp reads of a row at once: four lanes with 8 each
 
@@ -125,10 +112,12 @@ template <typename T, int TILES> __device__ void product(const Project& p) {
                         b[tile] = there ? *reinterpret_cast<const int4*>(x + row * p.x_stride + k) : zero;
                     }
                     const int4 low = w[u][0], high = w[u][1];
+                    const uint32_t first_half[4] = {uint32_t(low.x), uint32_t(high.x), uint32_t(low.y), uint32_t(high.y)};
+                    const uint32_t second_half[4] = {uint32_t(low.z), uint32_t(high.z), uint32_t(low.w), uint32_t(high.w)};
 #pragma unroll
                     for (int tile = 0; tile < TILES; tile++) {
-                        multiply(T(), c[tile], low.x, high.x, low.y, high.y, b[tile].x, b[tile].y);
-                        multiply(T(), c[tile], low.z, high.z, low.w, high.w, b[tile].z, b[tile].w);
+                        multiply_add<T>(c[tile], first_half, b[tile].x, b[tile].y);
+                        multiply_add<T>(c[tile], second_half, b[tile].z, b[tile].w);
                     }
                 }
                 fetch(u, last ? next : first, last ? part + u * p.split : at + AHEAD * p.split);
