@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 /// Measures training steps on a GPU.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Only cases whose name contains one of these, as in `mamba2-130m bf16 recompute`.
+    /// Only cases whose name ends with one of these, as in `L2048` or `recompute`.
     #[arg(long, value_delimiter = ',')]
     case: Vec<String>,
     /// Sequences of a batch.
@@ -133,7 +133,7 @@ fn main() -> Result<()> {
     for (name, vocab, mixer) in shapes {
         for (label, recompute) in [("", Recompute::Nothing), (" recompute", Recompute::Layers)] {
             let case = format!("{name} bf16 train B{} L{}{label}", args.batch, args.tokens);
-            if !(args.case.is_empty() || args.case.iter().any(|part| case.contains(part))) {
+            if !(args.case.is_empty() || args.case.iter().any(|part| case.ends_with(part))) {
                 continue;
             }
             let config = ModelConfig::uniform(vocab, 768, 24, mixer.clone());

@@ -17,6 +17,7 @@ mod linear;
 mod linear_cross_entropy;
 mod misuse;
 mod norm;
+mod optimizer;
 mod oracle;
 mod pairwise;
 mod properties;

@@ -40,6 +40,11 @@ impl Linear {
         self.adapter.is_none().then_some(product)
     }
 
+    /// The weight, if there is nothing else to the product.
+    pub(crate) fn plain(&self) -> Option<&Tensor> {
+        (self.adapter.is_none() && self.bias.is_none()).then_some(&self.weight)
+    }
+
     /// The weight that is multiplied with, `(out, in)`.
     pub(crate) fn weight(&self) -> Result<Tensor> {
         match &self.adapter {

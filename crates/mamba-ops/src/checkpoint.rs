@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{Result, Storage, Tensor, Var, bail};
 
-use crate::autograd::{self, Function, Output};
+use crate::autograd::{self, Function, Output, Part};
 
 /// Runs `f` and, if an input tracks gradients, links its outputs into candle's graph as one node that keeps nothing but
 /// the inputs; `backward()` runs `f` again, this time with a graph, and differentiates that.
@@ -69,6 +69,27 @@ where
         variables.push(x.filter(fresh).cloned());
     }
     autograd::apply_function(Box::new(Checkpoint { name, f, variables }), inputs)
+}
+
+/// `f` as a part of a fused block, by candle's graph; it gives nothing where a required input is missing.
+pub(crate) fn part<F, const I: usize, const O: usize>(
+    name: &'static str,
+    inputs: &[Option<&Tensor>; I],
+    tracked: bool,
+    f: F,
+) -> Result<(Part, [Tensor; O])>
+where
+    F: Fn([Option<&Tensor>; I]) -> Result<Option<[Tensor; O]>> + Send + Sync + 'static,
+{
+    let f = move |inputs: &[Option<Tensor>]| {
+        let mut slots = [None; I];
+        slots.iter_mut().zip(inputs).for_each(|(slot, x)| *slot = x.as_ref());
+        match f(slots)? {
+            Some(outputs) => Ok(outputs.into()),
+            None => bail!("{name}: a required input is missing"),
+        }
+    };
+    Part::run(Box::new(Checkpoint { name, f, variables: vec![None; I] }), inputs, tracked)
 }
 
 /// The outputs, or an error if one of them tracks gradients.

@@ -82,22 +82,32 @@ pub(crate) struct Launch {
     pub(crate) shared: usize,
 }
 
-/// `y = x Wᵀ`, or added to `y`: a product of cuBLAS whose sums are f32, where `y` is f32 or as the factors.
+/// `y = a b`, or added to `y`: a product of cuBLAS whose sums are f32, where `y` is f32 or as the factors.
 #[derive(Clone, Copy)]
 pub(crate) struct Gemm {
-    /// `(outputs, inputs)`, in `dtype`.
-    pub(crate) weight: u64,
-    /// `(rows, inputs)`, in `dtype`, rows `x_stride` apart.
-    pub(crate) x: u64,
-    /// `(rows, outputs)`, rows `y_stride` apart.
+    /// `(rows, inner)`.
+    pub(crate) a: Factor,
+    /// `(inner, columns)`.
+    pub(crate) b: Factor,
+    /// `(rows, columns)`, rows `y_stride` apart.
     pub(crate) y: Pointer,
-    pub(crate) rows: usize,
-    pub(crate) inputs: usize,
-    pub(crate) outputs: usize,
-    pub(crate) x_stride: usize,
     pub(crate) y_stride: usize,
+    pub(crate) rows: usize,
+    pub(crate) inner: usize,
+    pub(crate) columns: usize,
+    /// Of the factors: f32, f16 or bf16.
     pub(crate) dtype: DType,
     pub(crate) add: bool,
+}
+
+/// A factor of a product, in row-major order.
+#[derive(Clone, Copy)]
+pub(crate) struct Factor {
+    pub(crate) address: u64,
+    /// From row to row as they are stored.
+    pub(crate) stride: usize,
+    /// Whether rows and columns are stored the other way round.
+    pub(crate) transposed: bool,
 }
 
 /// The arguments of a kernel, passed by value.
@@ -382,8 +392,9 @@ impl Gpu {
     /// # Safety
     /// The addresses are of matrices of those sizes.
     pub(crate) unsafe fn gemm(&self, gemm: Gemm) -> Result<()> {
-        let Gemm { weight, x, y, rows, inputs, outputs, x_stride, y_stride, dtype, add } = gemm;
+        let Gemm { a, b, y, y_stride, rows, inner, columns, dtype, add } = gemm;
         let factors = match dtype {
+            DType::F32 => cublas::cudaDataType::CUDA_R_32F,
             DType::F16 => cublas::cudaDataType::CUDA_R_16F,
             DType::BF16 => cublas::cudaDataType::CUDA_R_16BF,
             other => bail!("no product of {}", other.as_str()),
@@ -391,23 +402,27 @@ impl Gpu {
         let sums = if y.dtype == 0 { cublas::cudaDataType::CUDA_R_32F } else { factors };
         let size = |n: usize| int("a product", n);
         let (alpha, beta) = (1f32, if add { 1f32 } else { 0f32 });
-        // Column by column, as cuBLAS has it, yᵀ = W xᵀ.
+        let order = |factor: Factor| match factor.transposed {
+            true => cublas::cublasOperation_t::CUBLAS_OP_T,
+            false => cublas::cublasOperation_t::CUBLAS_OP_N,
+        };
+        // Column by column, as cuBLAS has it, yᵀ = bᵀ aᵀ.
         // SAFETY: by the contract of this function; alpha and beta are read before this returns.
         unsafe {
             gemm_ex(
                 *self.device.cublas_handle().handle(),
-                cublas::cublasOperation_t::CUBLAS_OP_T,
-                cublas::cublasOperation_t::CUBLAS_OP_N,
-                size(outputs)?,
+                order(b),
+                order(a),
+                size(columns)?,
                 size(rows)?,
-                size(inputs)?,
+                size(inner)?,
                 (&raw const alpha).cast(),
-                weight as *const c_void,
+                b.address as *const c_void,
                 factors,
-                size(inputs)?,
-                x as *const c_void,
+                size(b.stride)?,
+                a.address as *const c_void,
                 factors,
-                size(x_stride)?,
+                size(a.stride)?,
                 (&raw const beta).cast(),
                 y.address as *mut c_void,
                 sums,
@@ -625,8 +640,20 @@ pub(crate) fn int(op: &'static str, n: usize) -> Result<i32> {
 
 /// Lets `f` launch kernels that change a contiguous `f32` tensor in place, given its address; every clone of it sees the change.
 pub(crate) fn modify<T>(op: &'static str, state: &Tensor, f: impl FnOnce(u64) -> Result<T>) -> Result<T> {
+    if state.dtype() != DType::F32 {
+        bail!("{op}: the state must be contiguous f32 to be updated in place")
+    }
+    modify_any(op, state, |state| f(state.address))
+}
+
+/// As [`modify`], of any dtype.
+pub(crate) fn modify_any<T>(
+    op: &'static str,
+    state: &Tensor,
+    f: impl FnOnce(Pointer) -> Result<T>,
+) -> Result<T> {
     if state.elem_count() == 0 {
-        return f(0); // candle refuses to visit it: its strides are 0
+        return f(Pointer::NULL); // candle refuses to visit it: its strides are 0
     }
     let pending = Modify { op, f: Cell::new(Some(f)), result: Cell::new(None) };
     state.inplace_op1(&pending)?;
@@ -639,7 +666,7 @@ struct Modify<F, T> {
     result: Cell<Option<T>>,
 }
 
-impl<T, F: FnOnce(u64) -> Result<T>> InplaceOp1 for Modify<F, T> {
+impl<T, F: FnOnce(Pointer) -> Result<T>> InplaceOp1 for Modify<F, T> {
     fn name(&self) -> &'static str {
         self.op
     }
@@ -649,13 +676,13 @@ impl<T, F: FnOnce(u64) -> Result<T>> InplaceOp1 for Modify<F, T> {
     }
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        if storage.dtype() != DType::F32 || !layout.is_contiguous() {
-            bail!("{}: the state must be contiguous f32 to be updated in place", self.op)
+        if !layout.is_contiguous() {
+            bail!("{}: the state must be contiguous to be updated in place", self.op)
         }
-        let stream = storage.device.cuda_stream();
+        let (stream, dtype) = (storage.device.cuda_stream(), storage.dtype());
         let (start, _write) = address_mut(storage, &stream)?;
-        let address = start + (layout.start_offset() * size_of::<f32>()) as u64;
-        self.result.set(self.f.take().map(|f| f(address)).transpose()?);
+        let pointer = Pointer::new(start, dtype)?.offset(layout.start_offset(), dtype);
+        self.result.set(self.f.take().map(|f| f(pointer)).transpose()?);
         Ok(())
     }
 }

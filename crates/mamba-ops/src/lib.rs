@@ -84,6 +84,7 @@ pub mod linear_cross_entropy;
 mod mamba1_inner;
 mod mamba2_split_conv1d_scan;
 pub mod norm;
+pub mod optimizer;
 mod packing;
 mod projection;
 mod reference;
@@ -108,6 +109,7 @@ pub use mamba2_split_conv1d_scan::{
     GatedRmsNorm, Mamba2SplitConv1dScan, Mamba2SplitConv1dScanOutput, mamba2_split_conv1d_scan,
 };
 pub use norm::{Norm, NormKind, NormOutput, norm};
+pub use optimizer::{AdamWUpdate, adamw_update, sum_of_squares};
 pub use packing::{PackedSequence, Packing};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
 pub use selective_state_update::{SelectiveStateUpdate, selective_state_update};

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
+use mamba_ops::{AdamWUpdate, adamw_update};
 use serde::{Deserialize, Serialize};
 
 use crate::error::require;
 use crate::gradients::Gradients;
 use crate::parameters::{Parameter, Parameters};
 use crate::patterns::matches;
-use crate::{Error, Result, slices};
+use crate::{Error, Result};
 
 /// Options of [`AdamW`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -123,22 +123,6 @@ struct Slot {
     steps: usize,
 }
 
-/// The numbers of one update.
-#[derive(Debug, Clone, Copy)]
-struct Update {
-    /// Of the gradient.
-    factor: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    /// What stays of the parameter.
-    keep: f64,
-    /// `η / (1 - β₁ᵗ)`.
-    rate: f64,
-    /// `√(1 - β₂ᵗ)`.
-    correction: f64,
-}
-
 impl AdamW {
     /// An optimizer with empty moments.
     ///
@@ -189,20 +173,17 @@ impl AdamW {
             slot.steps += 1;
             let rate = lr * slot.lr_scale;
             let AdamWOptions { beta1, beta2, eps, .. } = self.options;
-            let update = Update {
-                factor: gradients.factor(),
+            let Slot { parameter, first, second, weight_decay, steps, .. } = &*slot;
+            adamw_update(&AdamWUpdate {
+                rounded: parameter.rounded(),
+                grad_scale: gradients.factor(),
+                lr: rate,
+                weight_decay: *weight_decay,
                 beta1,
                 beta2,
                 eps,
-                keep: 1.0 - rate * slot.weight_decay,
-                rate: rate / (1.0 - beta1.powf(slot.steps as f64)),
-                correction: (1.0 - beta2.powf(slot.steps as f64)).sqrt(),
-            };
-            match slices::modifiable(slot.parameter.value()) {
-                true => slot.update_slices(grad, update)?,
-                false => slot.update_tensors(grad, update)?,
-            }
-            slot.parameter.publish()?;
+                ..AdamWUpdate::new(parameter.value(), first, second, grad, *steps)
+            })?;
         }
         Ok(())
     }
@@ -248,52 +229,6 @@ impl AdamW {
         self.steps = steps;
         Ok(())
     }
-}
-
-impl Slot {
-    /// In one pass over memory.
-    fn update_slices(&mut self, grad: &Tensor, update: Update) -> Result<()> {
-        let Self { parameter, first, second, .. } = self;
-        slices::read(grad, |grad| {
-            slices::modify(parameter.master(), |value| {
-                slices::modify(first, |first| {
-                    slices::modify(second, |second| {
-                        on_slices(value, first, second, grad, update);
-                        Ok(())
-                    })
-                })
-            })
-        })?
-    }
-
-    /// In plain tensor operations, for any device and dtype.
-    fn update_tensors(&mut self, grad: &Tensor, update: Update) -> Result<()> {
-        let Update { factor, beta1, beta2, eps, keep, rate, correction } = update;
-        let grad = (grad.to_dtype(self.first.dtype())? * factor)?;
-        self.first = ((&self.first * beta1)? + (&grad * (1.0 - beta1))?)?;
-        self.second = ((&self.second * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
-        let denominator = ((self.second.sqrt()? / correction)? + eps)?;
-        let change = (self.first.div(&denominator)? * rate)?;
-        let value = ((self.parameter.value().detach() * keep)? - change)?;
-        Ok(self.parameter.master().set(&value)?)
-    }
-}
-
-fn on_slices(value: &mut [f32], first: &mut [f32], second: &mut [f32], grad: &[f32], update: Update) {
-    let Update { factor, beta1, beta2, eps, keep, rate, correction } = update;
-    let [factor, beta1, beta2, eps, keep, rate] = [factor, beta1, beta2, eps, keep, rate].map(|x| x as f32);
-    let (rest1, rest2) = ((1.0 - update.beta1) as f32, (1.0 - update.beta2) as f32);
-    let correction = (1.0 / correction) as f32;
-    let pieces = (value.par_chunks_mut(slices::PIECE), first.par_chunks_mut(slices::PIECE));
-    let pieces = pieces.0.zip(pieces.1).zip(second.par_chunks_mut(slices::PIECE));
-    pieces.zip(grad.par_chunks(slices::PIECE)).for_each(|(((value, first), second), grad)| {
-        for (((value, first), second), grad) in value.iter_mut().zip(first).zip(second).zip(grad) {
-            let grad = grad * factor;
-            *first = beta1 * *first + rest1 * grad;
-            *second = beta2 * *second + rest2 * grad * grad;
-            *value = keep * *value - rate * *first / (second.sqrt() * correction + eps);
-        }
-    });
 }
 
 #[cfg(test)]

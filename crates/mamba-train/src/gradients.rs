@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
+use mamba_ops::sum_of_squares;
 
+use crate::Result;
 use crate::parameters::Parameters;
-use crate::{Result, slices};
 
 /// Gradients by the names of the parameters, in `f32` (`f64` for those of `f64`), and a factor that is still to be applied.
 ///
@@ -84,13 +84,7 @@ impl Gradients {
     /// # Errors
     /// If the device fails.
     pub fn norm(&self) -> Result<f64> {
-        let mut sum = 0.0;
-        for grad in self.tensors.values() {
-            sum += match grad.device().is_cpu() && grad.dtype() == DType::F32 {
-                true => slices::read(grad, sum_of_squares)?,
-                false => grad.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?,
-            };
-        }
+        let sum = sum_of_squares(&self.tensors.values().collect::<Vec<_>>())?;
         Ok(sum.sqrt() * self.factor)
     }
 
@@ -103,10 +97,4 @@ impl Gradients {
         self.factor *= (max_norm / (norm + 1e-6)).min(1.0);
         Ok(norm)
     }
-}
-
-fn sum_of_squares(x: &[f32]) -> f64 {
-    let part = |x: &[f32]| x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
-    let parts: Vec<f64> = x.par_chunks(slices::PIECE).map(part).collect();
-    parts.into_iter().sum()
 }

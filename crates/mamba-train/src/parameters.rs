@@ -60,8 +60,9 @@ impl Parameter {
         Ok(())
     }
 
-    pub(crate) fn master(&self) -> &Var {
-        &self.master
+    /// What the model computes with, where that is another tensor than the value.
+    pub(crate) fn rounded(&self) -> Option<&Tensor> {
+        (self.var.dtype() != self.master.dtype()).then(|| self.var.as_tensor())
     }
 }
 

@@ -6,9 +6,6 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, Tensor, bail};
 
 use crate::Result;
 
-/// Elements that one task works on, and that one partial sum is formed of: results do not depend on the threads.
-pub(crate) const PIECE: usize = 1 << 15;
-
 /// Lets `f` read the elements of a tensor as contiguous `f32`.
 pub(crate) fn read<T>(x: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
     let x = x.to_dtype(DType::F32)?.contiguous()?;

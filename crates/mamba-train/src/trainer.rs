@@ -131,11 +131,16 @@ impl Trainer {
         if tokens == 0 {
             return Err(Error::Data("a batch without predictions".into()));
         }
-        let (mut gradients, mut loss) = (Gradients::default(), 0.0);
+        let (mut gradients, mut losses) = (Gradients::default(), vec![]);
         for part in parts {
             let mean = (language_model_loss(self.model.model(), part)? / tokens as f64)?;
-            loss += mean.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             gradients.add(Gradients::of(&mean, self.model.parameters())?)?;
+            losses.push(mean.detach());
+        }
+        // Read at last: a GPU is waited for once.
+        let mut loss = 0.0;
+        for mean in losses {
+            loss += mean.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         }
         // Where gradients of several processes are to be added: here, before they are clipped.
         let lr = self.options.schedule.at(self.step);

@@ -26,6 +26,7 @@ pub struct Mamba1 {
     pub states: bool,
     pub delta_softplus: bool,
     pub packing: Option<Packing>,
+    pub recompute: bool,
 }
 
 impl Mamba1 {
@@ -43,6 +44,7 @@ impl Mamba1 {
             states,
             delta_softplus,
             packing: None,
+            recompute: true,
         }
     }
 
@@ -84,6 +86,7 @@ impl Mamba1 {
             initial_conv_state: inputs.get("initial_conv_state"),
             initial_ssm_state: inputs.get("initial_ssm_state"),
             packing: self.packing.as_ref(),
+            recompute: self.recompute,
             ..Mamba1Inner::new(get("xz"), get("conv_weight"), get("x_proj"), get("dt_proj"), get("a"))
         })?;
         Ok(outputs(output.y, output.final_conv_state, output.final_ssm_state))
@@ -171,6 +174,10 @@ impl Block for Mamba1 {
 
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor> {
         self.step(inputs, token, conv, ssm)
+    }
+
+    fn keeping(&self) -> Self {
+        Self { recompute: false, ..self.clone() }
     }
 
     fn with_seqlen(&self, seqlen: usize) -> Self {

@@ -32,6 +32,7 @@ pub struct Mamba2 {
     pub dt_limit: (f64, f64),
     pub chunk_size: usize,
     pub packing: Option<Packing>,
+    pub recompute: bool,
 }
 
 impl Mamba2 {
@@ -52,6 +53,7 @@ impl Mamba2 {
             dt_limit: (0.0, f64::INFINITY),
             chunk_size: 16,
             packing: None,
+            recompute: true,
         }
     }
 
@@ -110,6 +112,7 @@ impl Mamba2 {
             initial_conv_state: inputs.get("initial_conv_state"),
             initial_ssm_state: inputs.get("initial_ssm_state"),
             packing: self.packing.as_ref(),
+            recompute: self.recompute,
             ..Mamba2SplitConv1dScan::new(
                 &inputs["zxbcdt"],
                 &inputs["conv_weight"],
@@ -230,6 +233,10 @@ impl Block for Mamba2 {
 
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor> {
         self.step(inputs, token, conv, ssm)
+    }
+
+    fn keeping(&self) -> Self {
+        Self { recompute: false, ..self.clone() }
     }
 
     fn with_seqlen(&self, seqlen: usize) -> Self {

@@ -37,8 +37,13 @@ impl CausalConv {
         Ok(Some(decoder::Conv { weight: self.weight.squeeze(1)?, bias: self.bias.clone() }))
     }
 
+    /// Added to what the filters give.
+    pub(super) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
     /// One filter a channel, `(channels, width)`.
-    fn filters(&self) -> Result<Tensor> {
+    pub(super) fn filters(&self) -> Result<Tensor> {
         let weight = self.weight.squeeze(1)?;
         match &self.adapter {
             Some(adapter) => adapter.merged(&weight),

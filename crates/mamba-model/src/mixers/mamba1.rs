@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 use mamba_ops::{
-    Activation, Norm, NormKind, Packing, SelectiveScan, SelectiveStateUpdate, SequenceLayout, decoder, norm,
-    selective_scan, selective_state_update,
+    Activation, Mamba1Inner, Norm, NormKind, Packing, SelectiveScan, SelectiveStateUpdate, SequenceLayout,
+    decoder, mamba1_inner, norm, selective_scan, selective_state_update,
 };
 
 use super::conv::CausalConv;
@@ -108,6 +108,29 @@ impl Mamba1 {
         Ok([Tensor::cat(&dt, 2)?, Tensor::stack(&b, 2)?, Tensor::stack(&c, 2)?])
     }
 
+    /// Everything after the first projection, without a state, as one function; none if there is more to this block than that.
+    fn fused(&self, xz: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
+        let ([x_proj], [dt_proj], None, None) =
+            (&*self.x_proj, &*self.dt_proj, &self.norms, self.config.nheads)
+        else {
+            return Ok(None);
+        };
+        let (Some(x_proj), Some(dt_proj)) = (x_proj.plain(), dt_proj.plain()) else { return Ok(None) };
+        let output = mamba1_inner(&Mamba1Inner {
+            conv_bias: self.conv1d.bias(),
+            delta_bias: Some(&self.dt_bias),
+            d: Some(&self.d),
+            out_proj: self.out_proj.plain(),
+            packing: sequences.packing().as_ref(),
+            recompute: false,
+            ..Mamba1Inner::new(xz, &self.conv1d.filters()?, x_proj, dt_proj, &self.a.get()?)
+        })?;
+        match self.out_proj.plain() {
+            Some(_) => Ok(Some(output.y)),
+            None => self.out_proj.forward(&output.y).map(Some),
+        }
+    }
+
     /// Everything between the projections.
     fn core(&self, xz: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
         let (conv, ssm) = match state {
@@ -173,6 +196,11 @@ fn by_head(weights: &Tensor) -> Result<Vec<Linear>> {
 impl Mixer for Mamba1 {
     fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
         let xz = self.in_proj.forward(x)?;
+        if state.is_none()
+            && let Some(y) = self.fused(&xz, sequences)?
+        {
+            return Ok(y);
+        }
         self.out_proj.forward(&self.core(&xz, sequences, state)?)
     }
 

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use mamba_ops::{
-    Activation, Norm, NormKind, Packing, SelectiveStateUpdate, SsdChunkScan, decoder, norm,
-    selective_state_update, ssd_chunk_scan,
+    Activation, GatedRmsNorm, Mamba2SplitConv1dScan, Norm, NormKind, Packing, SelectiveStateUpdate,
+    SsdChunkScan, decoder, mamba2_split_conv1d_scan, norm, selective_state_update, ssd_chunk_scan,
 };
 
 use super::conv::CausalConv;
@@ -90,8 +90,7 @@ impl Mamba2 {
         let groups = |start: usize| xbc.narrow(2, start, bc)?.reshape((batch, seqlen, ngroups, d_state));
         let (x, z) = (heads(&xbc.narrow(2, 0, d_ssm)?)?, z.map(heads).transpose()?);
         let (b, c) = (groups(d_ssm)?, groups(d_ssm + bc)?);
-        let d = if self.config.d_has_headdim { self.d.reshape((nheads, headdim))? } else { self.d.clone() };
-        let a = self.a.get()?;
+        let (d, a) = (self.skip()?, self.a.get()?);
         if let (Some(state), 1, None) = (&state, seqlen, packing) {
             let y = selective_state_update(&SelectiveStateUpdate {
                 d: Some(&d),
@@ -125,6 +124,46 @@ impl Mamba2 {
             *state = output.final_state;
         }
         Ok(output.y.reshape((batch, seqlen, d_ssm))?)
+    }
+
+    /// Everything after the first projection, without a state, as one function; none if there is more to this block than that.
+    fn fused(&self, projected: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
+        if self.config.d_bypass() > 0 {
+            return Ok(None);
+        }
+        let Mamba2Config { d_ssm, headdim, ngroups, dt_limit, chunk_size, .. } = self.config;
+        let norm = self.norm.as_ref().map(|(GatedNorm { eps, before_gate }, weight)| GatedRmsNorm {
+            weight,
+            eps: *eps,
+            group_size: Some(d_ssm / ngroups),
+            norm_before_gate: *before_gate,
+        });
+        let output = mamba2_split_conv1d_scan(&Mamba2SplitConv1dScan {
+            conv_bias: self.conv1d.bias(),
+            dt_bias: Some(&self.dt_bias),
+            d: Some(&self.skip()?),
+            norm,
+            out_proj: self.out_proj.plain(),
+            ngroups,
+            dt_limit,
+            chunk_size,
+            initial_ssm_state: self.initial(sequences, None)?.as_ref(),
+            packing: sequences.packing().as_ref(),
+            recompute: false,
+            ..Mamba2SplitConv1dScan::new(projected, &self.conv1d.filters()?, &self.a.get()?, headdim)
+        })?;
+        match self.out_proj.plain() {
+            Some(_) => Ok(Some(output.y)),
+            None => self.out_proj.forward(&output.y).map(Some),
+        }
+    }
+
+    /// The skip connection of each head, or of each of its channels.
+    fn skip(&self) -> Result<Tensor> {
+        match self.config.d_has_headdim {
+            true => Ok(self.d.reshape((self.config.nheads(), self.config.headdim))?),
+            false => Ok(self.d.clone()),
+        }
     }
 
     /// Everything between the projections.
@@ -191,6 +230,11 @@ impl Mixer for Mamba2 {
         let mut projected = self.in_proj.forward(&scaled(x.clone(), self.config.input_scale)?)?;
         if let Some(scales) = &self.scales {
             projected = wide(&projected)?.broadcast_mul(scales)?.to_dtype(projected.dtype())?;
+        }
+        if state.is_none()
+            && let Some(y) = self.fused(&projected, sequences)?
+        {
+            return Ok(y);
         }
         self.out_proj.forward(&self.core(&projected, sequences, state)?)
     }

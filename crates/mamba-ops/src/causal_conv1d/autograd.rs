@@ -26,14 +26,20 @@ pub(super) struct Node {
 }
 
 pub(super) fn apply(args: &CausalConv1d, sizes: Sizes) -> Result<CausalConv1dOutput> {
-    let packing = args.packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
-    let node = Node { sizes, packing, layout: args.layout, activation: args.activation };
-    let inputs = [Some(args.x), Some(args.weight), args.bias, args.initial_state];
-    let [y, final_state] = autograd::apply(node, &inputs)?;
+    let [y, final_state] = autograd::apply(Node::new(args, sizes), &inputs(args))?;
     Ok(CausalConv1dOutput { y, final_state })
 }
 
+pub(super) fn inputs<'a>(args: &CausalConv1d<'a>) -> [Option<&'a Tensor>; SLOTS] {
+    [Some(args.x), Some(args.weight), args.bias, args.initial_state]
+}
+
 impl Node {
+    pub(super) fn new(args: &CausalConv1d, sizes: Sizes) -> Self {
+        let packing = args.packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
+        Self { sizes, packing, layout: args.layout, activation: args.activation }
+    }
+
     /// Reads the inputs and hands them to `f` as slices.
     fn with<R>(
         &self,

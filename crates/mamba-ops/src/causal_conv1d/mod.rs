@@ -9,11 +9,12 @@ pub mod reference;
 use candle_core::{DType, Result, Tensor};
 
 use crate::args::{Checker, Dim};
+use crate::autograd::Part;
 use crate::layout::{Activation, SequenceLayout};
 use crate::packing::Packing;
 use crate::simd::Isa;
 use crate::state_indices::StateIndices;
-use crate::{args, host};
+use crate::{args, checkpoint, host};
 
 const OP: &str = "causal_conv1d";
 const UPDATE_OP: &str = "causal_conv1d_update";
@@ -51,6 +52,22 @@ impl<'a> CausalConv1d<'a> {
             return false;
         }
         args::fused(self.x)
+    }
+
+    /// The op as a part of a fused block, with its outputs.
+    pub(crate) fn part(&self, tracked: bool) -> Result<(Part, [Tensor; 2])> {
+        let (sizes, inputs) = (self.sizes(OP)?, autograd::inputs(self));
+        if self.fused() {
+            return Part::fused(autograd::Node::new(self, sizes), &inputs, tracked);
+        }
+        let (activation, layout, packing) = (self.activation, self.layout, self.packing.cloned());
+        checkpoint::part(OP, &inputs, tracked, move |inputs: [Option<&Tensor>; autograd::SLOTS]| {
+            let [Some(x), Some(weight), bias, initial_state] = inputs else { return Ok(None) };
+            let args =
+                CausalConv1d { bias, initial_state, activation, layout, ..CausalConv1d::new(x, weight) };
+            let output = causal_conv1d(&CausalConv1d { packing: packing.as_ref(), ..args })?;
+            Ok(Some([output.y, output.final_state]))
+        })
     }
 
     /// Checks the arguments; `op` is the name in errors.

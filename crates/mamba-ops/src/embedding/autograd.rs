@@ -2,9 +2,11 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{Embedding, OP, cpu, reference};
 use crate::autograd::{self, Forward, FusedFn};
-use crate::{args, checkpoint, host};
+use crate::{args, host};
 
 // Slots of the inputs.
 const IDS: usize = 0;
@@ -24,7 +26,7 @@ impl FusedFn<SLOTS, 1> for Node {
     fn forward(&self, inputs: &[Option<Tensor>; SLOTS], _tracked: bool) -> Result<Forward<1>> {
         let (ids, weight) = (host::slot(OP, inputs, IDS)?, host::slot(OP, inputs, WEIGHT)?);
         let y = reference::forward(&Embedding { ids, weight })?;
-        Ok(Forward { outputs: [checkpoint::storage(&y)?], saved: vec![] })
+        Ok(Forward { outputs: [autograd::take(&y)?], saved: vec![] })
     }
 
     fn backward(
@@ -37,6 +39,10 @@ impl FusedFn<SLOTS, 1> for Node {
         let (ids, weight) = (host::slot(OP, inputs, IDS)?, host::slot(OP, inputs, WEIGHT)?);
         let (rows, dim) = weight.dims2()?;
         let [Some(grad)] = grads else { return Ok([None, Some(weight.zeros_like()?)]) };
+        #[cfg(feature = "cuda")]
+        if weight.device().is_cuda() && args::fused(weight) {
+            return Ok([None, Some(cuda::backward(ids, grad, weight)?)]);
+        }
         let of_weight = if args::fused_on_cpu(weight) {
             let ids = ids.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
             if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
@@ -45,7 +51,6 @@ impl FusedFn<SLOTS, 1> for Node {
             let grad = host::read("gradient of y", grad)?;
             host::tensor(cpu::backward(&ids, &grad, rows, dim), (rows, dim), weight.dtype())?
         } else {
-            // Deterministic on a GPU too, one thread a column: a kernel of our own is to take its place.
             let grad = grad.contiguous()?.reshape(((), dim))?;
             weight.zeros_like()?.index_add(&ids.flatten_all()?, &grad, 0)?
         };

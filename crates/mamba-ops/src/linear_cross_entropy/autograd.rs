@@ -4,8 +4,10 @@ use candle_core::{Result, Tensor};
 
 use super::chunks::{self, Needs, Sums};
 use super::{LinearCrossEntropy, OP, Sizes};
+#[cfg(feature = "cuda")]
+use crate::args;
 use crate::autograd::{self, Forward, FusedFn};
-use crate::{checkpoint, host};
+use crate::host;
 
 // Slots of the inputs.
 const X: usize = 0;
@@ -29,6 +31,14 @@ pub(super) fn apply(args: &LinearCrossEntropy, sizes: Sizes) -> Result<Tensor> {
     Ok(loss)
 }
 
+fn compute(args: &LinearCrossEntropy, sizes: Sizes, needs: Needs) -> Result<Sums> {
+    #[cfg(feature = "cuda")]
+    if args.x.device().is_cuda() && args::fused(args.x) && sizes.rows * sizes.dim > 0 {
+        return super::cuda::run(args, sizes, needs);
+    }
+    chunks::run(args, sizes, needs)
+}
+
 impl FusedFn<SLOTS, 1> for Node {
     const NAME: &'static str = OP;
 
@@ -43,10 +53,10 @@ impl FusedFn<SLOTS, 1> for Node {
                 host::slot(OP, inputs, TARGETS)?,
             )
         };
-        let Sums { loss, x, weight } = chunks::run(&args, self.sizes, self.needs)?;
+        let Sums { loss, x, weight } = compute(&args, self.sizes, self.needs)?;
         // In the order of the slots; what is not needed is not there.
         let saved = [x, weight].into_iter().flatten().collect();
-        Ok(Forward { outputs: [checkpoint::storage(&loss)?], saved })
+        Ok(Forward { outputs: [autograd::take(&loss)?], saved })
     }
 
     fn backward(

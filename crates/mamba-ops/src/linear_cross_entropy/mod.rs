@@ -3,6 +3,8 @@
 mod autograd;
 mod chunks;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{DType, Result, Tensor, bail};
@@ -71,7 +73,8 @@ struct Sizes {
 /// # Gradients
 /// For `x` and `weight`, if they track.
 /// # Errors
-/// If a shape, dtype or device disagrees with `x`, or a target is neither ignored nor a class.
+/// If a shape, dtype or device disagrees with `x`, or a target is neither ignored nor a class; on a GPU, which is not waited
+/// for, such a target makes the loss NaN.
 /// # Example
 /// ```
 /// use candle_core::{Device, Tensor, Var};

@@ -26,20 +26,26 @@ pub(super) struct Node {
 }
 
 pub(super) fn apply(args: &Norm, sizes: Sizes) -> Result<NormOutput> {
-    let Norm { x, weight, bias, residual, z, kind, eps, norm_before_gate, .. } = *args;
-    let residual_dtype = args.residual_dtype();
-    let node = Node { sizes, kind, eps, norm_before_gate, residual_dtype };
-    let inputs = [Some(x), weight, bias, residual, z];
-    if residual.is_some() || residual_dtype != x.dtype() {
+    let (node, inputs) = (Node::new(args, sizes), inputs(args));
+    if args.residual.is_some() || node.residual_dtype != args.x.dtype() {
         let [y, residual] = autograd::apply(node, &inputs)?;
         Ok(NormOutput { y, residual })
     } else {
         let [y] = autograd::apply(node, &inputs)?;
-        Ok(NormOutput { y, residual: x.clone() })
+        Ok(NormOutput { y, residual: args.x.clone() })
     }
 }
 
+pub(super) fn inputs<'a>(args: &Norm<'a>) -> [Option<&'a Tensor>; SLOTS] {
+    [Some(args.x), args.weight, args.bias, args.residual, args.z]
+}
+
 impl Node {
+    pub(super) fn new(args: &Norm, sizes: Sizes) -> Self {
+        let Norm { kind, eps, norm_before_gate, .. } = *args;
+        Self { sizes, kind, eps, norm_before_gate, residual_dtype: args.residual_dtype() }
+    }
+
     /// Reads the inputs and hands them to `f` as slices.
     fn with<R>(
         &self,

@@ -9,6 +9,8 @@ pub mod reference;
 use candle_core::{DType, Result, Tensor};
 
 use crate::args::{self, Checker, Dim};
+use crate::autograd::Part;
+use crate::checkpoint;
 
 const OP: &str = "norm";
 
@@ -130,6 +132,22 @@ struct Sizes {
     rows: usize,
     dim: usize,
     group_size: usize,
+}
+
+impl Norm<'_> {
+    /// The op without a residual as a part of a fused block, with `y`.
+    pub(crate) fn part(&self, tracked: bool) -> Result<(Part, [Tensor; 1])> {
+        let (sizes, inputs) = (self.sizes()?, autograd::inputs(self));
+        if sizes.fused(self.x) {
+            return Part::fused(autograd::Node::new(self, sizes), &inputs, tracked);
+        }
+        let Norm { kind, eps, group_size, norm_before_gate, .. } = *self;
+        checkpoint::part(OP, &inputs, tracked, move |inputs: [Option<&Tensor>; autograd::SLOTS]| {
+            let [Some(x), weight, bias, residual, z] = inputs else { return Ok(None) };
+            let args = Norm { weight, bias, residual, z, ..Norm::new(x, kind, eps) };
+            Ok(Some([norm(&Norm { group_size, norm_before_gate, ..args })?.y]))
+        })
+    }
 }
 
 impl Sizes {

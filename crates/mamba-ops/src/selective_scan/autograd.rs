@@ -33,16 +33,22 @@ pub(super) struct Node {
 }
 
 pub(super) fn apply(args: &SelectiveScan, sizes: Sizes) -> Result<SelectiveScanOutput> {
-    let SelectiveScan { u, delta, a, b, c, d, z, delta_bias, delta_softplus, initial_state, layout, packing } =
-        *args;
-    let packing = packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
-    let node = Node { sizes, packing, layout, delta_softplus, isa: Isa::current() };
-    let inputs = [Some(u), Some(delta), Some(a), Some(b), Some(c), d, z, delta_bias, initial_state];
-    let [y, final_state] = autograd::apply(node, &inputs)?;
+    let [y, final_state] = autograd::apply(Node::new(args, sizes), &inputs(args))?;
     Ok(SelectiveScanOutput { y, final_state })
 }
 
+pub(super) fn inputs<'a>(args: &SelectiveScan<'a>) -> [Option<&'a Tensor>; SLOTS] {
+    let SelectiveScan { u, delta, a, b, c, d, z, delta_bias, initial_state, .. } = *args;
+    [Some(u), Some(delta), Some(a), Some(b), Some(c), d, z, delta_bias, initial_state]
+}
+
 impl Node {
+    pub(super) fn new(args: &SelectiveScan, sizes: Sizes) -> Self {
+        let packing = args.packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
+        let SelectiveScan { layout, delta_softplus, .. } = *args;
+        Self { sizes, packing, layout, delta_softplus, isa: Isa::current() }
+    }
+
     /// Reads the inputs and hands them to `f` as slices.
     fn with<R>(
         &self,

@@ -9,6 +9,8 @@ pub mod reference;
 use candle_core::{Result, Tensor};
 
 use crate::args::{self, Checker, Dim};
+use crate::autograd::Part;
+use crate::checkpoint;
 use crate::layout::SequenceLayout;
 use crate::packing::Packing;
 
@@ -150,6 +152,28 @@ struct Sizes {
     c_groups: Option<usize>,
     /// As many as there are states: the batch, unless it is packed.
     sequences: usize,
+}
+
+impl SelectiveScan<'_> {
+    /// The op as a part of a fused block, with its outputs.
+    pub(crate) fn part(&self, tracked: bool) -> Result<(Part, [Tensor; 2])> {
+        let (sizes, inputs) = (self.sizes()?, autograd::inputs(self));
+        if sizes.fused(self) {
+            return Part::fused(autograd::Node::new(self, sizes), &inputs, tracked);
+        }
+        let (delta_softplus, layout, packing) = (self.delta_softplus, self.layout, self.packing.cloned());
+        checkpoint::part(OP, &inputs, tracked, move |inputs: [Option<&Tensor>; autograd::SLOTS]| {
+            let [Some(u), Some(delta), Some(a), Some(b), Some(c), d, z, delta_bias, initial_state] = inputs
+            else {
+                return Ok(None);
+            };
+            let args =
+                SelectiveScan { d, z, delta_bias, initial_state, ..SelectiveScan::new(u, delta, a, b, c) };
+            let args = SelectiveScan { delta_softplus, layout, packing: packing.as_ref(), ..args };
+            let output = selective_scan(&args)?;
+            Ok(Some([output.y, output.final_state]))
+        })
+    }
 }
 
 impl Sizes {

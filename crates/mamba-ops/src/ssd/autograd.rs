@@ -31,30 +31,22 @@ pub(super) struct Node {
 }
 
 pub(super) fn apply(args: &SsdChunkScan, sizes: Sizes) -> Result<SsdChunkScanOutput> {
-    let SsdChunkScan {
-        x,
-        dt,
-        a,
-        b,
-        c,
-        d,
-        z,
-        dt_bias,
-        dt_softplus,
-        dt_limit,
-        chunk_size,
-        initial_state,
-        packing,
-    } = *args;
-    let packing = packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
-    let dt_limit = (dt_limit.0 as f32, dt_limit.1 as f32);
-    let node = Node { sizes, packing, dt_softplus, dt_limit, chunk_size };
-    let inputs = [Some(x), Some(dt), Some(a), Some(b), Some(c), d, z, dt_bias, initial_state];
-    let [y, final_state] = autograd::apply(node, &inputs)?;
+    let [y, final_state] = autograd::apply(Node::new(args, sizes), &inputs(args))?;
     Ok(SsdChunkScanOutput { y, final_state })
 }
 
+pub(super) fn inputs<'a>(args: &SsdChunkScan<'a>) -> [Option<&'a Tensor>; SLOTS] {
+    let SsdChunkScan { x, dt, a, b, c, d, z, dt_bias, initial_state, .. } = *args;
+    [Some(x), Some(dt), Some(a), Some(b), Some(c), d, z, dt_bias, initial_state]
+}
+
 impl Node {
+    pub(super) fn new(args: &SsdChunkScan, sizes: Sizes) -> Self {
+        let packing = args.packing.cloned().unwrap_or_else(|| Packing::rows(sizes.batch, sizes.seqlen));
+        let SsdChunkScan { dt_softplus, dt_limit: (low, high), chunk_size, .. } = *args;
+        Self { sizes, packing, dt_softplus, dt_limit: (low as f32, high as f32), chunk_size }
+    }
+
     /// Reads the inputs and hands them to `f` as slices.
     fn with<R>(
         &self,

@@ -9,6 +9,8 @@ pub mod reference;
 use candle_core::{Result, Tensor};
 
 use crate::args::{self, Checker, Dim};
+use crate::autograd::Part;
+use crate::checkpoint;
 use crate::packing::Packing;
 
 const OP: &str = "ssd_chunk_scan";
@@ -118,6 +120,27 @@ struct Sizes {
     d_state: usize,
     /// As many as there are states: the batch, unless it is packed.
     sequences: usize,
+}
+
+impl SsdChunkScan<'_> {
+    /// The op as a part of a fused block, with its outputs.
+    pub(crate) fn part(&self, tracked: bool) -> Result<(Part, [Tensor; 2])> {
+        let (sizes, inputs) = (self.sizes()?, autograd::inputs(self));
+        if sizes.fused(self) {
+            return Part::fused(autograd::Node::new(self, sizes), &inputs, tracked);
+        }
+        let SsdChunkScan { dt_softplus, dt_limit, chunk_size, .. } = *self;
+        let packing = self.packing.cloned();
+        checkpoint::part(OP, &inputs, tracked, move |inputs: [Option<&Tensor>; autograd::SLOTS]| {
+            let [Some(x), Some(dt), Some(a), Some(b), Some(c), d, z, dt_bias, initial_state] = inputs else {
+                return Ok(None);
+            };
+            let args = SsdChunkScan { d, z, dt_bias, initial_state, ..SsdChunkScan::new(x, dt, a, b, c) };
+            let args = SsdChunkScan { dt_softplus, dt_limit, chunk_size, packing: packing.as_ref(), ..args };
+            let output = ssd_chunk_scan(&args)?;
+            Ok(Some([output.y, output.final_state]))
+        })
+    }
 }
 
 impl Sizes {

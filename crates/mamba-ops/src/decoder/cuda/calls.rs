@@ -8,7 +8,7 @@ use super::arguments::{
     EmbedArgs, GATED_RMS, LAYER, Mamba1Args, Mamba2Args, PLAIN, ProjectArgs, RMS, RMS_OF_GATED,
 };
 use crate::decoder::{Conv, Layer, Mamba1, Mamba2, Mixer, Norm, OP, Product, Stack};
-use crate::device::{self, Buffer, Gemm, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::device::{self, Buffer, Factor, Gemm, Gpu, Kernel, Launch, Module, Pointer, int, module};
 use crate::norm::NormKind;
 
 static MODULE: Module = module!("decoder");
@@ -359,14 +359,13 @@ impl Scratch {
         }
         if self.batch > MOST_TILES * 8 && args.bias == 0 {
             let gemm = Gemm {
-                weight: args.weight,
-                x: args.x,
+                a: Factor { address: args.x, stride: args.x_stride as usize, transposed: false },
+                b: Factor { address: args.weight, stride: inputs, transposed: true },
                 y: args.y,
-                rows: self.batch,
-                inputs,
-                outputs,
-                x_stride: args.x_stride as usize,
                 y_stride: args.y_stride as usize,
+                rows: self.batch,
+                inner: inputs,
+                columns: outputs,
                 dtype,
                 add: args.add != 0,
             };

@@ -1,14 +1,11 @@
-//! All of a Mamba block between its first and its last projection, as one node of the graph that keeps only its inputs.
+//! All of a Mamba block between its first and its last projection, as one node of the graph.
 
-use candle_core::{Result, Tensor, bail};
+mod autograd;
+
+use candle_core::{Result, Tensor};
 
 use crate::args::{Checker, Dim};
-use crate::causal_conv1d::{CausalConv1d, causal_conv1d};
-use crate::checkpoint;
-use crate::layout::SequenceLayout;
 use crate::packing::Packing;
-use crate::projection::{channels, project};
-use crate::selective_scan::{SelectiveScan, selective_scan};
 
 const OP: &str = "mamba1_inner";
 
@@ -41,10 +38,12 @@ pub struct Mamba1Inner<'a> {
     pub initial_ssm_state: Option<&'a Tensor>,
     /// Where sequences lie in the batch; each row is one if absent.
     pub packing: Option<&'a Packing>,
+    /// Whether `backward()` computes everything in between again; else it is kept.
+    pub recompute: bool,
 }
 
 impl<'a> Mamba1Inner<'a> {
-    /// The required arguments; everything else absent, but the softplus.
+    /// The required arguments; everything else absent, but the softplus; nothing is kept.
     pub fn new(
         xz: &'a Tensor,
         conv_weight: &'a Tensor,
@@ -66,6 +65,7 @@ impl<'a> Mamba1Inner<'a> {
             initial_conv_state: None,
             initial_ssm_state: None,
             packing: None,
+            recompute: true,
         }
     }
 
@@ -123,19 +123,13 @@ struct Sizes {
     dt_rank: usize,
 }
 
-/// What the function needs besides tensors.
-struct Options {
-    sizes: Sizes,
-    delta_softplus: bool,
-    packing: Option<Packing>,
-}
-
 /// Runs a Mamba block from its first projection on: convolution, projections to `dt`, `B` and `C`, scan and gate, and
 /// the last projection if given.
 ///
 /// `[x | z] = xz`; `x ← silu(conv(x))` as [`causal_conv1d`]; `[dt | B | C] = x · x_projᵀ`; `delta = dt · dt_projᵀ`; `y` is
 /// what [`selective_scan`] makes of them, gated by `silu(z)`, and `y ← y Wᵀ` with `out_proj`. The same as calling these
-/// ops one after another, but while training nothing in between is kept: `backward()` computes it again.
+/// ops one after another, but one node of the graph. While training nothing in between is kept, `backward()` computes it
+/// again, or with `recompute` off all of it is.
 ///
 /// # Shapes
 /// `xz`: `(batch, seqlen, 2 · dim)`; f32, f16, bf16 or f64, which is the dtype of `y` and of the matrix products too ·
@@ -144,7 +138,7 @@ struct Options {
 /// `final_conv_state`: `(batch, dim, width - 1)` · `initial_ssm_state`, `final_ssm_state`: `(batch, dim, d_state)`, both
 /// always `f32` (`f64` if `xz` is), and by sequence instead of batch with [`packing`](Packing).
 /// # Gradients
-/// For every input, through every output, by [`checkpoint`](crate::checkpoint()).
+/// For every input, through every output.
 /// # Errors
 /// If a shape, dtype, device or the packing disagrees with `xz`.
 /// # Example
@@ -168,70 +162,6 @@ struct Options {
 /// `mamba_inner_fn` in state-spaces/mamba.
 pub fn mamba1_inner(args: &Mamba1Inner) -> Result<Mamba1InnerOutput> {
     let sizes = args.sizes()?;
-    let options = Options { sizes, delta_softplus: args.delta_softplus, packing: args.packing.cloned() };
-    let inputs = [
-        Some(args.xz),
-        Some(args.conv_weight),
-        args.conv_bias,
-        Some(args.x_proj),
-        Some(args.dt_proj),
-        args.delta_bias,
-        Some(args.a),
-        args.d,
-        args.out_proj,
-        args.initial_conv_state,
-        args.initial_ssm_state,
-    ];
-    let outputs = checkpoint::with_slots(OP, &inputs, move |inputs| forward(&options, inputs))?;
-    match <[Tensor; 3]>::try_from(outputs) {
-        Ok([y, final_conv_state, final_ssm_state]) => {
-            Ok(Mamba1InnerOutput { y, final_conv_state, final_ssm_state })
-        }
-        Err(outputs) => bail!("{OP}: {} outputs, expected 3", outputs.len()),
-    }
-}
-
-fn forward(options: &Options, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> {
-    let [xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, a, d, out_proj, conv_state, ssm_state] =
-        inputs
-    else {
-        bail!("{OP}: {} inputs, expected 11", inputs.len())
-    };
-    let (Some(xz), Some(conv_weight), Some(x_proj), Some(dt_proj), Some(a)) =
-        (xz, conv_weight, x_proj, dt_proj, a)
-    else {
-        bail!("{OP}: a required input is missing")
-    };
-    let Sizes { dim, d_state, dt_rank } = options.sizes;
-    let (layout, packing) = (SequenceLayout::ChannelsLast, options.packing.as_ref());
-    let conv = causal_conv1d(&CausalConv1d {
-        bias: conv_bias.as_ref(),
-        initial_state: conv_state.as_ref(),
-        layout,
-        packing,
-        ..CausalConv1d::new(&channels(xz, 0, dim)?, conv_weight)
-    })?;
-    let projected = project(&conv.y, x_proj)?;
-    let delta = project(&channels(&projected, 0, dt_rank)?, dt_proj)?;
-    let scan = selective_scan(&SelectiveScan {
-        d: d.as_ref(),
-        z: Some(&channels(xz, dim, dim)?),
-        delta_bias: delta_bias.as_ref(),
-        delta_softplus: options.delta_softplus,
-        initial_state: ssm_state.as_ref(),
-        layout,
-        packing,
-        ..SelectiveScan::new(
-            &conv.y,
-            &delta,
-            a,
-            &channels(&projected, dt_rank, d_state)?,
-            &channels(&projected, dt_rank + d_state, d_state)?,
-        )
-    })?;
-    let y = match out_proj {
-        Some(weight) => project(&scan.y, weight)?,
-        None => scan.y,
-    };
-    Ok(vec![y, conv.final_state, scan.final_state])
+    let [y, final_conv_state, final_ssm_state] = autograd::apply(args, sizes)?;
+    Ok(Mamba1InnerOutput { y, final_conv_state, final_ssm_state })
 }

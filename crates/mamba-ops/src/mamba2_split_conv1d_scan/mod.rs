@@ -1,15 +1,11 @@
-//! All of a Mamba-2 block between its two projections, as one node of the graph that keeps only its inputs.
+//! All of a Mamba-2 block between its two projections, as one node of the graph.
+
+mod autograd;
 
 use candle_core::{Result, Tensor, bail};
 
 use crate::args::{Checker, Dim};
-use crate::causal_conv1d::{CausalConv1d, causal_conv1d};
-use crate::checkpoint;
-use crate::layout::SequenceLayout;
-use crate::norm::{Norm, norm};
 use crate::packing::Packing;
-use crate::projection::{channels, project};
-use crate::ssd::{SsdChunkScan, ssd_chunk_scan};
 
 const OP: &str = "mamba2_split_conv1d_scan";
 
@@ -49,6 +45,8 @@ pub struct Mamba2SplitConv1dScan<'a> {
     pub initial_ssm_state: Option<&'a Tensor>,
     /// Where sequences lie in the batch; each row is one if absent.
     pub packing: Option<&'a Packing>,
+    /// Whether `backward()` computes everything in between again; else it is kept.
+    pub recompute: bool,
 }
 
 /// The norm of [`Mamba2SplitConv1dScan`]: an RMSNorm gated by `silu(z)`.
@@ -65,7 +63,7 @@ pub struct GatedRmsNorm<'a> {
 }
 
 impl<'a> Mamba2SplitConv1dScan<'a> {
-    /// The required arguments; everything else absent, but the softplus, one group, chunks of 64.
+    /// The required arguments; everything else absent, but the softplus, one group, chunks of 64; nothing is kept.
     pub fn new(zxbcdt: &'a Tensor, conv_weight: &'a Tensor, a: &'a Tensor, headdim: usize) -> Self {
         Self {
             zxbcdt,
@@ -84,6 +82,7 @@ impl<'a> Mamba2SplitConv1dScan<'a> {
             initial_conv_state: None,
             initial_ssm_state: None,
             packing: None,
+            recompute: true,
         }
     }
 
@@ -173,24 +172,13 @@ struct Sizes {
     d_state: usize,
 }
 
-/// What the function needs besides tensors.
-struct Options {
-    sizes: Sizes,
-    /// Eps, group size, norm before gate.
-    norm: (f64, Option<usize>, bool),
-    dt_softplus: bool,
-    dt_limit: (f64, f64),
-    chunk_size: usize,
-    packing: Option<Packing>,
-}
-
 /// Runs a Mamba-2 block from its first projection on: convolution, scan, gate and norm, and the second projection if
 /// given.
 ///
 /// `[z | x | B | C | dt] = zxbcdt`; `[x | B | C] ← silu(conv([x | B | C]))` as [`causal_conv1d`]; `y` is what
 /// [`ssd_chunk_scan`] makes of them; then `y ← rms_norm(y, silu(z))` as [`norm`] does, or `y · silu(z)` without a norm,
-/// and `y ← y Wᵀ` with `out_proj`. The same as calling these ops one after another, but while training nothing in
-/// between is kept: `backward()` computes it again.
+/// and `y ← y Wᵀ` with `out_proj`. The same as calling these ops one after another, but one node of the graph. While
+/// training nothing in between is kept, `backward()` computes it again, or with `recompute` off all of it is.
 ///
 /// # Shapes
 /// `zxbcdt`: `(batch, seqlen, 2 · d_ssm + 2 · ngroups · d_state + nheads)` with `d_ssm = nheads · headdim`; f32, f16,
@@ -200,7 +188,7 @@ struct Options {
 /// `(batch, conv_dim, width - 1)` · `initial_ssm_state`, `final_ssm_state`: `(batch, nheads, headdim, d_state)`, both
 /// always `f32` (`f64` if `zxbcdt` is), and by sequence instead of batch with [`packing`](Packing).
 /// # Gradients
-/// For every input, through every output, by [`checkpoint`](crate::checkpoint()).
+/// For every input, through every output.
 /// # Errors
 /// If a shape, dtype, device or the packing disagrees with `zxbcdt`, or an option makes no sense.
 /// # Example
@@ -228,81 +216,6 @@ struct Options {
 /// `mamba_split_conv1d_scan_combined` in state-spaces/mamba.
 pub fn mamba2_split_conv1d_scan(args: &Mamba2SplitConv1dScan) -> Result<Mamba2SplitConv1dScanOutput> {
     let sizes = args.sizes()?;
-    let Mamba2SplitConv1dScan { dt_softplus, dt_limit, chunk_size, .. } = *args;
-    let norm =
-        args.norm.map_or((0.0, None, false), |norm| (norm.eps, norm.group_size, norm.norm_before_gate));
-    let packing = args.packing.cloned();
-    let options = Options { sizes, norm, dt_softplus, dt_limit, chunk_size, packing };
-    let inputs = [
-        Some(args.zxbcdt),
-        Some(args.conv_weight),
-        args.conv_bias,
-        args.dt_bias,
-        Some(args.a),
-        args.d,
-        args.norm.map(|norm| norm.weight),
-        args.out_proj,
-        args.initial_conv_state,
-        args.initial_ssm_state,
-    ];
-    let outputs = checkpoint::with_slots(OP, &inputs, move |inputs| forward(&options, inputs))?;
-    match <[Tensor; 3]>::try_from(outputs) {
-        Ok([y, final_conv_state, final_ssm_state]) => {
-            Ok(Mamba2SplitConv1dScanOutput { y, final_conv_state, final_ssm_state })
-        }
-        Err(outputs) => bail!("{OP}: {} outputs, expected 3", outputs.len()),
-    }
-}
-
-fn forward(options: &Options, inputs: &[Option<Tensor>]) -> Result<Vec<Tensor>> {
-    let [zxbcdt, conv_weight, conv_bias, dt_bias, a, d, norm_weight, out_proj, conv_state, ssm_state] =
-        inputs
-    else {
-        bail!("{OP}: {} inputs, expected 10", inputs.len())
-    };
-    let (Some(zxbcdt), Some(conv_weight), Some(a)) = (zxbcdt, conv_weight, a) else {
-        bail!("{OP}: a required input is missing")
-    };
-    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = options.sizes;
-    let (d_ssm, bc) = (nheads * headdim, ngroups * d_state);
-    let z = channels(zxbcdt, 0, d_ssm)?;
-    let dt = channels(zxbcdt, 2 * d_ssm + 2 * bc, nheads)?;
-    let conv = causal_conv1d(&CausalConv1d {
-        bias: conv_bias.as_ref(),
-        initial_state: conv_state.as_ref(),
-        layout: SequenceLayout::ChannelsLast,
-        packing: options.packing.as_ref(),
-        ..CausalConv1d::new(&channels(zxbcdt, d_ssm, d_ssm + 2 * bc)?, conv_weight)
-    })?;
-    let heads = |x: &Tensor| x.reshape((batch, seqlen, nheads, headdim));
-    let groups = |start: usize| channels(&conv.y, start, bc)?.reshape((batch, seqlen, ngroups, d_state));
-    // Without a norm the scan applies the gate itself.
-    let gate = if norm_weight.is_none() { Some(heads(&z)?) } else { None };
-    let scan = ssd_chunk_scan(&SsdChunkScan {
-        d: d.as_ref(),
-        z: gate.as_ref(),
-        dt_bias: dt_bias.as_ref(),
-        dt_softplus: options.dt_softplus,
-        dt_limit: options.dt_limit,
-        chunk_size: options.chunk_size,
-        initial_state: ssm_state.as_ref(),
-        packing: options.packing.as_ref(),
-        ..SsdChunkScan::new(
-            &heads(&channels(&conv.y, 0, d_ssm)?)?,
-            &dt,
-            a,
-            &groups(d_ssm)?,
-            &groups(d_ssm + bc)?,
-        )
-    })?;
-    let mut y = scan.y.reshape((batch, seqlen, d_ssm))?;
-    if let Some(weight) = norm_weight {
-        let (eps, group_size, norm_before_gate) = options.norm;
-        let args = Norm { z: Some(&z), group_size, norm_before_gate, ..Norm::rms(&y, weight, eps) };
-        y = norm(&args)?.y;
-    }
-    if let Some(weight) = out_proj {
-        y = project(&y, weight)?;
-    }
-    Ok(vec![y, conv.final_state, scan.final_state])
+    let [y, final_conv_state, final_ssm_state] = autograd::apply(args, sizes)?;
+    Ok(Mamba2SplitConv1dScanOutput { y, final_conv_state, final_ssm_state })
 }

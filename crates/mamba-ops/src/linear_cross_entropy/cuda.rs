@@ -1,0 +1,118 @@
+//! Losses and gradients on a GPU: products of cuBLAS whose logits stay in f32, and one kernel between them.
+
+use std::mem::size_of;
+
+use candle_core::{DType, Result};
+
+use super::chunks::{Needs, Sums};
+use super::{LinearCrossEntropy, OP, Sizes};
+use crate::device::{self, Arguments, Factor, Gemm, Kernel, Launch, Module, int, module};
+
+static MODULE: Module = module!("cross_entropy");
+
+/// Logits that exist at once, about: enough rows for products at full speed.
+const ELEMENTS: usize = 1 << 26;
+/// Rows at least.
+const ROWS: usize = 128;
+/// As in the kernel.
+const THREADS: usize = 1024;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CrossEntropy {
+    logits: u64,
+    targets: u64,
+    grad: u64,
+    losses: u64,
+    ignore_index: i64,
+    classes: i32,
+    scale: f32,
+}
+const _: () = assert!(size_of::<CrossEntropy>() == 48);
+// SAFETY: as `CrossEntropy` in `cross_entropy.cu`.
+unsafe impl Arguments for CrossEntropy {}
+
+/// Everything at once, of detached arguments, some rows of which there are.
+pub(super) fn run(args: &LinearCrossEntropy, sizes: Sizes, needs: Needs) -> Result<Sums> {
+    let Sizes { rows, dim, classes } = sizes;
+    let dtype = args.x.dtype();
+    let weight = args.weight.to_dtype(dtype)?;
+    let chunk = args.chunk_rows.unwrap_or((ELEMENTS / classes).max(ROWS)).min(rows);
+    device::pointers(OP, [Some(args.x), Some(&weight), Some(args.targets)], |gpu, [x, weight, targets]| {
+        let losses = gpu.buffer(DType::F32, rows)?;
+        let logits = gpu.buffer(DType::F32, chunk * classes)?;
+        let differentiated = needs.x || needs.weight;
+        // In f32 the gradient takes the place of the logits.
+        let narrow = match dtype {
+            DType::F32 => None,
+            _ => differentiated.then(|| gpu.buffer(dtype, chunk * classes)).transpose()?,
+        };
+        let of_logits = narrow.as_ref().unwrap_or(&logits).pointer();
+        let of_x = needs.x.then(|| gpu.buffer(dtype, rows * dim)).transpose()?;
+        let of_weight = needs.weight.then(|| gpu.buffer(DType::F32, classes * dim)).transpose()?;
+        let plain = |address, stride| Factor { address, stride, transposed: false };
+        let turned = |address, stride| Factor { address, stride, transposed: true };
+        for start in (0..rows).step_by(chunk) {
+            let count = chunk.min(rows - start);
+            let x = x.offset(start * dim, dtype).address;
+            let kernel = Kernel { module: &MODULE, name: "cross_entropy", dtype: Some(dtype) };
+            let launch = Launch { blocks: [count, 1, 1], threads: [THREADS, 1], shared: 0 };
+            // SAFETY: the factors have the sizes that were checked, the buffers room for `chunk` rows or all of them.
+            unsafe {
+                gpu.gemm(Gemm {
+                    a: plain(x, dim),
+                    b: turned(weight.address, dim),
+                    y: logits.pointer(),
+                    y_stride: classes,
+                    rows: count,
+                    inner: dim,
+                    columns: classes,
+                    dtype,
+                    add: false,
+                })?;
+                let args = CrossEntropy {
+                    logits: logits.pointer().address,
+                    targets: targets.offset(start, DType::I64).address,
+                    grad: if differentiated { of_logits.address } else { 0 },
+                    losses: losses.pointer().offset(start, DType::F32).address,
+                    ignore_index: args.ignore_index,
+                    classes: int(OP, classes)?,
+                    scale: args.logit_scale as f32,
+                };
+                gpu.launch(kernel, launch, args)?;
+                if let Some(of_x) = &of_x {
+                    gpu.gemm(Gemm {
+                        a: plain(of_logits.address, classes),
+                        b: plain(weight.address, dim),
+                        y: of_x.pointer().offset(start * dim, dtype),
+                        y_stride: dim,
+                        rows: count,
+                        inner: classes,
+                        columns: dim,
+                        dtype,
+                        add: false,
+                    })?;
+                }
+                if let Some(of_weight) = &of_weight {
+                    gpu.gemm(Gemm {
+                        a: turned(of_logits.address, classes),
+                        b: plain(x, dim),
+                        y: of_weight.pointer(),
+                        y_stride: dim,
+                        rows: classes,
+                        inner: count,
+                        columns: dim,
+                        dtype,
+                        add: start > 0,
+                    })?;
+                }
+            }
+        }
+        let of_weight = of_weight.map(|grad| grad.tensor((classes, dim))?.to_dtype(args.weight.dtype()));
+        Ok(Sums {
+            loss: losses.tensor(rows)?.sum_all()?,
+            x: of_x.map(|grad| grad.tensor((rows, dim))).transpose()?,
+            weight: of_weight.transpose()?,
+        })
+    })
+}

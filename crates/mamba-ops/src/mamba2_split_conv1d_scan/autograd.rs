@@ -1,0 +1,226 @@
+//! The block as a node of candle's graph: the chain rule over its parts.
+
+use std::sync::OnceLock;
+
+use candle_core::{Result, Tensor};
+
+use super::{Mamba2SplitConv1dScan, OP, Sizes};
+use crate::autograd::{self, Forward, FusedFn, Part};
+use crate::causal_conv1d::CausalConv1d;
+use crate::host;
+use crate::layout::SequenceLayout;
+use crate::norm::Norm;
+use crate::packing::Packing;
+use crate::projection::{channels, groups, project, project_backward, project_weight_backward, side_by_side};
+use crate::ssd::SsdChunkScan;
+
+// Slots of the inputs.
+const ZXBCDT: usize = 0;
+const CONV_WEIGHT: usize = 1;
+const CONV_BIAS: usize = 2;
+const DT_BIAS: usize = 3;
+const A: usize = 4;
+const D: usize = 5;
+const NORM_WEIGHT: usize = 6;
+const OUT_PROJ: usize = 7;
+const CONV_STATE: usize = 8;
+const SSM_STATE: usize = 9;
+const SLOTS: usize = 10;
+
+type Inputs = [Option<Tensor>; SLOTS];
+
+struct Node {
+    sizes: Sizes,
+    /// Eps, group size, norm before gate.
+    norm: (f64, Option<usize>, bool),
+    dt_softplus: bool,
+    dt_limit: (f64, f64),
+    chunk_size: usize,
+    packing: Option<Packing>,
+    /// What is not computed again in `backward()`.
+    kept: Option<OnceLock<Between>>,
+}
+
+/// What lies between the inputs and the last projection.
+struct Between {
+    conv: Part,
+    scan: Part,
+    norm: Option<Part>,
+    /// What is projected, where there is a last projection.
+    y: Option<Tensor>,
+}
+
+pub(super) fn apply(args: &Mamba2SplitConv1dScan, sizes: Sizes) -> Result<[Tensor; 3]> {
+    let Mamba2SplitConv1dScan { dt_softplus, dt_limit, chunk_size, .. } = *args;
+    let norm =
+        args.norm.map_or((0.0, None, false), |norm| (norm.eps, norm.group_size, norm.norm_before_gate));
+    let kept = (!args.recompute).then(OnceLock::new);
+    let node = Node { sizes, norm, dt_softplus, dt_limit, chunk_size, packing: args.packing.cloned(), kept };
+    let inputs = [
+        Some(args.zxbcdt),
+        Some(args.conv_weight),
+        args.conv_bias,
+        args.dt_bias,
+        Some(args.a),
+        args.d,
+        args.norm.map(|norm| norm.weight),
+        args.out_proj,
+        args.initial_conv_state,
+        args.initial_ssm_state,
+    ];
+    autograd::apply(node, &inputs)
+}
+
+impl Node {
+    /// What lies between, with what is projected and the final states.
+    fn run(&self, inputs: &Inputs, tracked: bool) -> Result<(Between, [Tensor; 3])> {
+        let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = self.sizes;
+        let (d_ssm, bc) = (nheads * headdim, ngroups * d_state);
+        let input = |slot: usize| host::slot(OP, inputs, slot);
+        let zxbcdt = input(ZXBCDT)?;
+        let z = channels(zxbcdt, 0, d_ssm)?;
+        let (conv, [xbc, conv_state]) = CausalConv1d {
+            bias: inputs[CONV_BIAS].as_ref(),
+            initial_state: inputs[CONV_STATE].as_ref(),
+            layout: SequenceLayout::ChannelsLast,
+            packing: self.packing.as_ref(),
+            ..CausalConv1d::new(&channels(zxbcdt, d_ssm, d_ssm + 2 * bc)?, input(CONV_WEIGHT)?)
+        }
+        .part(tracked)?;
+        // Without a norm the scan applies the gate itself.
+        let gate = match &inputs[NORM_WEIGHT] {
+            None => Some(groups(&z, 0, nheads, headdim)?),
+            Some(_) => None,
+        };
+        let (scan, [y, ssm_state]) = SsdChunkScan {
+            d: inputs[D].as_ref(),
+            z: gate.as_ref(),
+            dt_bias: inputs[DT_BIAS].as_ref(),
+            dt_softplus: self.dt_softplus,
+            dt_limit: self.dt_limit,
+            chunk_size: self.chunk_size,
+            initial_state: inputs[SSM_STATE].as_ref(),
+            packing: self.packing.as_ref(),
+            ..SsdChunkScan::new(
+                &groups(&xbc, 0, nheads, headdim)?,
+                &channels(zxbcdt, 2 * d_ssm + 2 * bc, nheads)?,
+                input(A)?,
+                &groups(&xbc, d_ssm, ngroups, d_state)?,
+                &groups(&xbc, d_ssm + bc, ngroups, d_state)?,
+            )
+        }
+        .part(tracked)?;
+        let y = y.reshape((batch, seqlen, d_ssm))?;
+        let (norm, y) = match &inputs[NORM_WEIGHT] {
+            None => (None, y),
+            Some(weight) => {
+                let (eps, group_size, norm_before_gate) = self.norm;
+                let norm = Norm { z: Some(&z), group_size, norm_before_gate, ..Norm::rms(&y, weight, eps) };
+                let (norm, [y]) = norm.part(tracked)?;
+                (Some(norm), y)
+            }
+        };
+        // Without a projection `y` is an output, which has its storage for itself.
+        let kept = inputs[OUT_PROJ].is_some().then(|| y.clone());
+        Ok((Between { conv, scan, norm, y: kept }, [y, conv_state, ssm_state]))
+    }
+
+    fn gradients(
+        &self,
+        between: &Between,
+        inputs: &Inputs,
+        needs: &[bool; SLOTS],
+        grads: &[Option<Tensor>; 3],
+    ) -> Result<Inputs> {
+        let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = self.sizes;
+        let (d_ssm, bc) = (nheads * headdim, ngroups * d_state);
+        let [of_y, of_conv_state, of_ssm_state] = grads.clone();
+        let mut out = [const { None }; SLOTS];
+        let of_y = match (of_y, &inputs[OUT_PROJ], &between.y) {
+            (Some(of_y), Some(weight), Some(y)) => {
+                if needs[OUT_PROJ] {
+                    out[OUT_PROJ] = Some(project_weight_backward(&of_y, y, weight)?);
+                }
+                Some(project_backward(&of_y, weight)?)
+            }
+            (of_y, weight, _) => {
+                out[OUT_PROJ] = weight.as_ref().map(Tensor::zeros_like).transpose()?;
+                of_y
+            }
+        };
+        // Where `y` is not used, neither are the norm and its gate.
+        let (of_y, of_gate) = match (&between.norm, of_y) {
+            (Some(norm), Some(of_y)) => {
+                let needs = [true, needs[NORM_WEIGHT], false, false, needs[ZXBCDT]];
+                let [of_y, of_weight, _, _, of_z] = norm.backward(needs, &[Some(of_y)])?;
+                out[NORM_WEIGHT] = of_weight;
+                (of_y, of_z)
+            }
+            (_, of_y) => {
+                out[NORM_WEIGHT] = inputs[NORM_WEIGHT].as_ref().map(Tensor::zeros_like).transpose()?;
+                (of_y, None)
+            }
+        };
+
+        let of_y = of_y.map(|y| y.reshape((batch, seqlen, nheads, headdim))).transpose()?;
+        let gated_by_scan = inputs[NORM_WEIGHT].is_none();
+        let scan_needs = [
+            true,
+            needs[ZXBCDT],
+            needs[A],
+            true,
+            true,
+            needs[D],
+            needs[ZXBCDT] && gated_by_scan,
+            needs[DT_BIAS],
+            needs[SSM_STATE],
+        ];
+        let [of_x, of_dt, of_a, of_b, of_c, of_d, of_z, of_bias, of_state] =
+            between.scan.backward(scan_needs, &[of_y, of_ssm_state])?;
+        [out[A], out[D], out[DT_BIAS], out[SSM_STATE]] = [of_a, of_d, of_bias, of_state];
+
+        let zxbcdt = host::slot(OP, inputs, ZXBCDT)?;
+        let like = channels(zxbcdt, d_ssm, d_ssm + 2 * bc)?;
+        let of_xbc = side_by_side(&[(of_x, d_ssm), (of_b, bc), (of_c, bc)], &like)?;
+        let conv_needs = [needs[ZXBCDT], needs[CONV_WEIGHT], needs[CONV_BIAS], needs[CONV_STATE]];
+        let [of_xbc, of_weight, of_bias, of_state] =
+            between.conv.backward(conv_needs, &[Some(of_xbc), of_conv_state])?;
+        [out[CONV_WEIGHT], out[CONV_BIAS], out[CONV_STATE]] = [of_weight, of_bias, of_state];
+        if needs[ZXBCDT] {
+            let parts = [(of_gate.or(of_z), d_ssm), (of_xbc, d_ssm + 2 * bc), (of_dt, nheads)];
+            out[ZXBCDT] = Some(side_by_side(&parts, zxbcdt)?);
+        }
+        Ok(out)
+    }
+}
+
+impl FusedFn<SLOTS, 3> for Node {
+    const NAME: &'static str = OP;
+
+    fn forward(&self, inputs: &Inputs, tracked: bool) -> Result<Forward<3>> {
+        let keep = self.kept.as_ref().filter(|_| tracked);
+        let (between, [y, conv_state, ssm_state]) = self.run(inputs, keep.is_some())?;
+        let y = match &inputs[OUT_PROJ] {
+            Some(weight) => project(&y, weight)?,
+            None => y,
+        };
+        if let Some(keep) = keep {
+            keep.get_or_init(|| between);
+        }
+        let outputs = [autograd::take(&y)?, autograd::take(&conv_state)?, autograd::take(&ssm_state)?];
+        Ok(Forward { outputs, saved: vec![] })
+    }
+
+    fn backward(
+        &self,
+        inputs: &Inputs,
+        needs: &[bool; SLOTS],
+        _saved: &[Tensor],
+        grads: &[Option<Tensor>; 3],
+    ) -> Result<Inputs> {
+        match self.kept.as_ref().and_then(OnceLock::get) {
+            Some(between) => self.gradients(between, inputs, needs, grads),
+            None => self.gradients(&self.run(inputs, true)?.0, inputs, needs, grads),
+        }
+    }
+}
