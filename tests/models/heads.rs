@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use mamba_model::checkpoint::LocalDir;
-use mamba_model::{Batch, Pooling, SequenceClassifier};
+use mamba_model::checkpoint::gguf::{GgmlType, Metadata};
+use mamba_model::families::Family;
+use mamba_model::{Batch, Model, Pooling, SequenceClassifier};
 
 use crate::open;
 use crate::support::golden::{Golden, path};
@@ -72,8 +74,42 @@ fn hidden_states_of_models_without_a_head() {
     for name in ["mamba2_headless", "bamba_headless"] {
         let (golden, ids, _) = input(name);
         let model = open(name, DType::F32);
-        let got = model.hidden_states(&ids.narrow(0, 0, 1).unwrap(), None).unwrap();
+        let ids = ids.narrow(0, 0, 1).unwrap();
+        let got = model.hidden_states(&ids, None).unwrap();
         let gap = max_error(&got, &golden.tensors["hidden"]);
         assert!(gap <= 1e-4, "{name}: off by {gap:.1e}");
+
+        // Nobody makes logits of what is no head, and nothing is read on the way to the error.
+        let mut cache = model.new_cache(1).unwrap();
+        let refused = [
+            model.forward(&ids, Some(&mut cache)).unwrap_err(),
+            model.prefill(&ids, &mut cache).unwrap_err(),
+            model.step(&ids.narrow(1, 0, 1).unwrap().squeeze(1).unwrap(), &mut cache).unwrap_err(),
+            model.head_weight().unwrap_err(),
+        ];
+        for error in refused {
+            let want = "input: the model has no head, and gives hidden states alone";
+            assert_eq!(error.to_string(), want, "{name}");
+        }
+        assert_eq!(cache.position(), 0);
+
+        // It is saved as what it is.
+        let folder = tempfile::tempdir().unwrap();
+        model.save_pretrained(folder.path(), DType::F32).unwrap();
+        let text = std::fs::read_to_string(folder.path().join("config.json")).unwrap();
+        assert!(text.contains("Model\"") && !text.contains("CausalLM"), "{text}");
+        let again = Model::from_pretrained(&LocalDir::new(folder.path()).unwrap(), DType::F32, &Device::Cpu);
+        let again = again.unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(again.config(), model.config(), "{name}");
+        assert_eq!(max_error(&again.hidden_states(&ids, None).unwrap(), &got), 0.0, "{name}");
+        let file = folder.path().join("x.gguf");
+        let error = model.save_gguf(&file, GgmlType::F32, Metadata::default(), |_| {}).unwrap_err();
+        assert!(error.to_string().contains("no architecture of GGUF has words for"), "{name}: {error}");
+        let family = Family::named("state-spaces").unwrap();
+        assert!(model.save_pretrained_as(family, folder.path(), DType::F32).is_err(), "{name}");
     }
+    // Nor is there one under the scores of a classifier.
+    let (_, ids, _) = input("jamba_classifier");
+    let classifier = classifier("jamba_classifier", Pooling::Last);
+    assert!(classifier.model().forward(&ids, None).unwrap_err().to_string().contains("has no head"));
 }

@@ -183,5 +183,10 @@ fn bad_checkpoints_say_what_is_wrong() {
     );
     fails("mamba_tied", &edit("\"vocab_size\": 61", "\"vocab_size\": -1"), &["`vocab_size` is -1"]);
     fails("mamba_tied", &edit("\"vocab_size\": 61", "\"vocab_size\": 1e99"), &["`vocab_size` is 1e"]);
+    fails(
+        "nemotron_h",
+        &edit("\"sliding_window\": null", "\"sliding_window\": 4"),
+        &["config.json: `sliding_window` is 4, expected null"],
+    );
     fails("mamba2_g8", &edit("\"n_groups\": 8", "\"n_groups\": 3"), &["`ngroups` is 3, expected a divisor"]);
 }
