@@ -15,7 +15,7 @@ use crate::support::torch::{self, Order};
 use crate::{in_pieces, open};
 
 /// One checkpoint of each family, and of each kind of mixer and option.
-pub const MODELS: [&str; 23] = [
+pub const MODELS: [&str; 24] = [
     "mamba_tied",
     "mamba_untied_bias",
     "mamba2_g8",
@@ -23,6 +23,7 @@ pub const MODELS: [&str; 23] = [
     "ss_mamba1_layer_norm_mlp",
     "ss_mamba2_partial_ssm",
     "ss_mamba2_d_has_hdim",
+    "ss_mamba2_init_states",
     "ss_mamba2_attention",
     "ss_mamba1_attention_mlp",
     "ss_mamba2_rotary",

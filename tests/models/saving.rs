@@ -59,6 +59,7 @@ fn a_saved_model_is_the_same_model() {
         ("ss_mamba1_layer_norm_mlp", None),
         ("ss_mamba2_partial_ssm", None),
         ("ss_mamba2_d_has_hdim", None),
+        ("ss_mamba2_init_states", None),
         ("ss_mamba2_no_norm", None),
         ("ss_mamba2_attention", None),
         ("ss_mamba1_attention_mlp", None),
