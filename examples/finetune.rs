@@ -83,7 +83,6 @@ fn main() -> Result<()> {
         true => TrainableModel::new(&base, dtype)?,
         false => TrainableModel::lora(&base, &lora, dtype, args.run.seed)?,
     };
-    let model = model.with_recompute(args.run.recompute());
     let name = source.describe();
     // Adapters bear a higher learning rate, and no decay.
     let (lr, weight_decay) = if args.full { (1e-4, 0.1) } else { (1e-3, 0.0) };

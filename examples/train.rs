@@ -62,7 +62,7 @@ fn main() -> Result<()> {
     let config = model_config(&args, &tokenizer)?;
     let device = cli::device(&args.run.device)?;
     let start = Model::random(&config, args.run.seed, &device)?;
-    let model = TrainableModel::new(&start, args.run.model_dtype())?.with_recompute(args.run.recompute());
+    let model = TrainableModel::new(&start, args.run.model_dtype())?;
     training::run(training::Task {
         args: &args.run,
         tokenizer: &tokenizer,

@@ -12,7 +12,9 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use mamba_generate::{Generator, SamplingConfig, TextGenerator, TextOptions};
 use mamba_model::{Model, Recompute};
-use mamba_train::data::{Batching, Dataset, Encoding, Position, TokenFile, encode};
+use mamba_train::data::{
+    Augmentation, Batching, Dataset, Encoding, Position, TokenFile, TokenSplits, encode,
+};
 use mamba_train::record::{Curve, EventWriter, JsonLines, loss_curve};
 use mamba_train::{Decay, TrainOptions, TrainableModel, Trainer, latest, prune};
 use serde_json::json;
@@ -80,7 +82,16 @@ pub struct RunArgs {
     /// Train a moving average too, which keeps so much of itself each step (0.999, say), and use it.
     #[arg(long)]
     pub ema: Option<f64>,
-    /// Of initial values and of the order of the data.
+    /// How much of the embedding and of what each layer adds is left out while training.
+    #[arg(long, default_value_t = 0.0)]
+    pub dropout: f64,
+    /// Cut the text into rows elsewhere in each epoch.
+    #[arg(long)]
+    pub shift: bool,
+    /// How likely a token is split into the two that it was merged of while training, and these again.
+    #[arg(long, default_value_t = 0.0)]
+    pub split_tokens: f64,
+    /// Of initial values, of the order of the data, and of what is left out.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// What the model computes in; values, moments and sums are f32.
@@ -150,8 +161,14 @@ impl RunArgs {
         self.dtype.into()
     }
 
-    pub fn recompute(&self) -> Recompute {
+    fn recompute(&self) -> Recompute {
         if self.recompute { Recompute::Layers } else { Recompute::Nothing }
+    }
+
+    /// How rows differ from epoch to epoch.
+    fn augmentation(&self, tokenizer: &Tokenizer) -> Result<Augmentation> {
+        let splits = (self.split_tokens != 0.0).then(|| TokenSplits::new(tokenizer, self.split_tokens));
+        Ok(Augmentation { shift: self.shift, splits: splits.transpose()? })
     }
 
     /// How rows come into batches.
@@ -233,11 +250,13 @@ pub struct Task<'a> {
 /// Trains to the end, or until Ctrl-C, and leaves the result in `final`.
 pub fn run(task: Task) -> Result<()> {
     let Task { args, tokenizer, model, options, export } = task;
+    let model = model.with_recompute(args.recompute()).with_dropout(args.dropout, args.seed)?;
     let device = model.model().device().clone();
     let (training, validation) = args.datasets(tokenizer)?;
     let trained = model.parameters().elements();
     let mut trainer = Trainer::new(model, options)?;
-    let mut batches = training.shuffled(args.batching(), args.seed)?;
+    let augmentation = args.augmentation(tokenizer)?;
+    let mut batches = training.shuffled(args.batching(), args.seed)?.augmented(augmentation);
     let mut metrics = Metrics::open(&args.out)?;
     if let Some(place) = latest(&args.out) {
         batches.seek(trainer.resume(&place)?)?;

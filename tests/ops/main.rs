@@ -10,6 +10,7 @@ mod blocks;
 mod causal_conv1d;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod dropout;
 mod embedding;
 mod grid;
 mod laws;

@@ -13,7 +13,7 @@ use crate::support::random::Random;
 use crate::support::tolerance::{BACKWARD, relative_rms, values};
 
 /// Both kinds of blocks and an MLP.
-fn config() -> ModelConfig {
+pub fn config() -> ModelConfig {
     let mamba1 = MixerSpec::Mamba1(Mamba1Config { d_state: 4, ..Mamba1Config::new(16) });
     let mamba2 =
         MixerSpec::Mamba2(Mamba2Config { d_state: 8, headdim: 8, ngroups: 2, ..Mamba2Config::new(16) });
@@ -22,25 +22,30 @@ fn config() -> ModelConfig {
     ModelConfig { layers, ..ModelConfig::uniform(40, 16, 2, MixerSpec::Mamba1(Mamba1Config::new(16))) }
 }
 
-fn rows(seed: u64, count: usize, len: usize) -> Vec<Vec<u32>> {
+pub fn rows(seed: u64, count: usize, len: usize) -> Vec<Vec<u32>> {
     let mut random = Random::new(seed);
     (0..count).map(|i| random.ids(len - 3 * i, 40)).collect()
 }
 
-fn batch(rows: &[Vec<u32>]) -> Batch {
+pub fn batch(rows: &[Vec<u32>]) -> Batch {
     Batch::padded(rows, &Device::Cpu).unwrap()
 }
 
-fn trainable(dtype: DType) -> TrainableModel {
+pub fn trainable(dtype: DType) -> TrainableModel {
     TrainableModel::new(&Model::random(&config(), 5, &Device::Cpu).unwrap(), dtype).unwrap()
 }
 
 fn trainer(dtype: DType, ema: Option<f64>) -> Trainer {
-    let schedule = Schedule { lr: 5e-3, warmup: 3, steps: 12, ..Schedule::default() };
-    Trainer::new(trainable(dtype), TrainOptions { schedule, ema, ..TrainOptions::default() }).unwrap()
+    trainer_with_dropout(dtype, ema, 0.0)
 }
 
-fn gradients(model: &TrainableModel, batch: &Batch) -> Gradients {
+fn trainer_with_dropout(dtype: DType, ema: Option<f64>, dropout: f64) -> Trainer {
+    let schedule = Schedule { lr: 5e-3, warmup: 3, steps: 12, ..Schedule::default() };
+    let model = trainable(dtype).with_dropout(dropout, 4).unwrap();
+    Trainer::new(model, TrainOptions { schedule, ema, ..TrainOptions::default() }).unwrap()
+}
+
+pub fn gradients(model: &TrainableModel, batch: &Batch) -> Gradients {
     let loss = language_model_loss(model.model(), batch).unwrap();
     Gradients::of(&(loss / batch.count as f64).unwrap(), model.parameters()).unwrap()
 }
@@ -110,11 +115,15 @@ fn parts_of_a_batch_are_the_batch() {
     }
 }
 
-/// In f32 and bf16, with a moving average: one training, and one that was saved in the middle and resumed by a new process.
+/// In f32 and bf16, with a moving average, with dropout: one training, and one that was saved in the middle and resumed by a new
+/// process.
 #[test]
 fn the_same_bits_again_and_after_a_resume() {
-    for (dtype, ema) in [(DType::F32, Some(0.9)), (DType::BF16, None)] {
-        let step = |trainer: &mut Trainer, i: usize| trainer.step(&[batch(&rows(i as u64, 2, 18))]).unwrap();
+    let trainings = [(DType::F32, Some(0.9), 0.0), (DType::BF16, None, 0.0), (DType::F32, None, 0.2)];
+    for (dtype, ema, dropout) in trainings {
+        let trainer = |dtype: DType, ema: Option<f64>| trainer_with_dropout(dtype, ema, dropout);
+        let part = |i: usize| batch(&rows(i as u64, 2, 18));
+        let step = |trainer: &mut Trainer, i: usize| trainer.step(&[part(i), part(i + 9)]).unwrap();
         let mut once = trainer(dtype, ema);
         let losses: Vec<f64> = (0..6).map(|i| step(&mut once, i).loss).collect();
         let mut again = trainer(dtype, ema);

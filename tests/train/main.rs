@@ -4,7 +4,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod augmentation;
 mod data;
+mod dropout;
 mod laws;
 mod lora;
 mod packed;

@@ -11,6 +11,7 @@ use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
 use crate::config::{BranchSpec, LayerSpec, ModelConfig};
+use crate::dropout::{Mask, Masks};
 use crate::linear::Linear;
 use crate::mixers::{Mixer, build, scaled, wide};
 use crate::params::Params;
@@ -75,6 +76,13 @@ pub enum Recompute {
     Layers,
 }
 
+/// What only a model that is trained asks of its layers, in passes without states.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Training {
+    pub(crate) recompute: Recompute,
+    pub(crate) masks: Option<Masks>,
+}
+
 /// Branches one after another, the first of which may also read a block that other layers use too.
 pub(crate) struct Layer {
     shared: Option<Shared>,
@@ -109,13 +117,20 @@ struct Recipe {
 
 impl Recipe {
     /// Update and stream after a branch of the given parameters.
-    fn run(&self, stream: Stream, sequences: &Sequences, parameters: &[Tensor]) -> Result<Vec<Tensor>> {
+    fn run(
+        &self,
+        stream: Stream,
+        sequences: &Sequences,
+        mask: Option<Mask>,
+        parameters: &[Tensor],
+    ) -> Result<Vec<Tensor>> {
         let device = stream.update.device().clone();
         let tensors: HashMap<String, Tensor> =
             self.names.iter().cloned().zip(parameters.iter().cloned()).collect();
         let params = Params::new(VarBuilder::from_tensors(tensors, self.dtype, &device)).at(&self.prefix);
         let branch = Branch::new(&self.spec, &self.config, &params)?;
-        let Stream { update, residual } = branch.forward(&stream, sequences, &mut std::iter::empty())?;
+        let Stream { update, residual } =
+            branch.forward(&stream, sequences, &mut std::iter::empty(), mask)?;
         Ok([Some(update), residual].into_iter().flatten().collect())
     }
 }
@@ -159,16 +174,21 @@ impl Layer {
         Ok(mixer.decoder()?.map(|mixer| decoder::Layer { norm: branch.norm.decoder(), mixer }))
     }
 
-    /// `recompute` is for passes without states.
+    /// How many branches there are.
+    pub(crate) fn len(&self) -> usize {
+        self.branches.len()
+    }
+
     pub(crate) fn forward<'c>(
         &self,
         mut stream: Stream,
         embedding: &Tensor,
         sequences: &Sequences,
         states: States<'_, 'c>,
-        recompute: Recompute,
+        training: Training,
     ) -> Result<Stream> {
         for (b, branch) in self.branches.iter().enumerate() {
+            let mask = training.masks.map(|masks| masks.of(b));
             stream = match &self.shared {
                 Some(shared) if b == 0 => {
                     // The block reads the stream as it is, so it is added up first.
@@ -181,10 +201,12 @@ impl Layer {
                     let addition = shared.linear.forward(&block)?;
                     let update = (&sum + addition)?;
                     let (x, _) = branch.norm.forward(&Stream { update, residual: None })?;
-                    Stream { update: branch.mix(&x, sequences, states)?, residual: Some(sum) }
+                    Stream { update: branch.mix(&x, sequences, states, mask)?, residual: Some(sum) }
                 }
-                _ if recompute == Recompute::Layers => branch.forward_checkpointed(&stream, sequences)?,
-                _ => branch.forward(&stream, sequences, states)?,
+                _ if training.recompute == Recompute::Layers => {
+                    branch.forward_checkpointed(&stream, sequences, mask)?
+                }
+                _ => branch.forward(&stream, sequences, states, mask)?,
             };
         }
         Ok(stream)
@@ -208,13 +230,24 @@ impl Branch {
         Ok(Self { norm, mixers, recipe: Arc::new(recipe), parameters })
     }
 
-    fn forward<'c>(&self, stream: &Stream, sequences: &Sequences, states: States<'_, 'c>) -> Result<Stream> {
+    fn forward<'c>(
+        &self,
+        stream: &Stream,
+        sequences: &Sequences,
+        states: States<'_, 'c>,
+        mask: Option<Mask>,
+    ) -> Result<Stream> {
         let (x, residual) = self.norm.forward(stream)?;
-        Ok(Stream { update: self.mix(&x, sequences, states)?, residual: Some(residual) })
+        Ok(Stream { update: self.mix(&x, sequences, states, mask)?, residual: Some(residual) })
     }
 
     /// As [`forward`](Self::forward) without states, as one node of the graph that keeps only its inputs.
-    fn forward_checkpointed(&self, stream: &Stream, sequences: &Sequences) -> Result<Stream> {
+    fn forward_checkpointed(
+        &self,
+        stream: &Stream,
+        sequences: &Sequences,
+        mask: Option<Mask>,
+    ) -> Result<Stream> {
         let (recipe, sequences) = (self.recipe.clone(), sequences.clone());
         let streams = 1 + usize::from(stream.residual.is_some());
         let inputs: Vec<&Tensor> = [Some(&stream.update), stream.residual.as_ref()]
@@ -225,7 +258,7 @@ impl Branch {
         let outputs = mamba_ops::checkpoint("layer", &inputs, move |inputs| {
             let (stream, parameters) = inputs.split_at(streams);
             let stream = Stream { update: stream[0].clone(), residual: stream.get(1).cloned() };
-            Ok(recipe.run(stream, &sequences, parameters)?)
+            Ok(recipe.run(stream, &sequences, mask, parameters)?)
         })?;
         let mut outputs = outputs.into_iter();
         match outputs.next() {
@@ -234,7 +267,14 @@ impl Branch {
         }
     }
 
-    fn mix<'c>(&self, x: &Tensor, sequences: &Sequences, states: States<'_, 'c>) -> Result<Tensor> {
+    /// The sum of the mixers, of which a mask leaves out a part.
+    fn mix<'c>(
+        &self,
+        x: &Tensor,
+        sequences: &Sequences,
+        states: States<'_, 'c>,
+        mask: Option<Mask>,
+    ) -> Result<Tensor> {
         let mut update: Option<Tensor> = None;
         for (scale, mixer) in &self.mixers {
             let mut y = mixer.forward(x, sequences, states.next())?;
@@ -247,9 +287,13 @@ impl Branch {
                 None => y,
             });
         }
-        match update {
-            Some(update) => Ok(update.to_dtype(x.dtype())?),
-            None => Ok(x.zeros_like()?),
+        let update = match update {
+            Some(update) => update.to_dtype(x.dtype())?,
+            None => x.zeros_like()?,
+        };
+        match mask {
+            Some(mask) => mask.apply(&update),
+            None => Ok(update),
         }
     }
 }

@@ -66,6 +66,7 @@ mod cache;
 pub mod checkpoint;
 mod classifier;
 pub mod config;
+mod dropout;
 pub mod error;
 pub mod families;
 mod fingerprint;

@@ -12,8 +12,9 @@ use crate::batch::{Batch, Sequences};
 use crate::cache::{self, InferenceCache};
 use crate::checkpoint::{Checkpoint, Form, Forms, ModelSource, NameMap};
 use crate::config::{Fields, ModelConfig};
+use crate::dropout::Dropout;
 use crate::init::Initializer;
-use crate::layer::{Layer, Recompute, Stream, StreamNorm};
+use crate::layer::{Layer, Recompute, Stream, StreamNorm, Training};
 use crate::linear::Linear;
 use crate::mixers::scaled;
 use crate::params::Params;
@@ -48,6 +49,7 @@ pub struct Model {
     embedding: Tensor,
     embedding_adapter: Option<LowRank>,
     recompute: Recompute,
+    dropout: Option<Dropout>,
     layers: Vec<Layer>,
     norm_f: StreamNorm,
     lm_head: Option<Linear>,
@@ -109,6 +111,7 @@ impl Model {
             embedding,
             embedding_adapter,
             recompute: Recompute::default(),
+            dropout: None,
             layers,
             norm_f,
             lm_head,
@@ -204,6 +207,24 @@ impl Model {
     /// The same model, which computes a part of itself again in `backward()`: see [`Recompute`]. Numbers do not change.
     pub fn with_recompute(self, recompute: Recompute) -> Self {
         Self { recompute, ..self }
+    }
+
+    /// The same model, which leaves out elements of the embedding and of what each branch adds to the stream with probability
+    /// `rate`, and scales the others by `1 / (1 - rate)`, in every pass without a cache: for training alone. The first pass
+    /// draws the masks of number 0 of `seed`, the next ones those that follow; see [`dropout`](fn@mamba_ops::dropout) for
+    /// what a mask depends on.
+    ///
+    /// # Errors
+    /// If `rate` is not from 0 to less than 1.
+    pub fn with_dropout(self, rate: f64, seed: u64) -> Result<Self> {
+        Ok(Self { dropout: Dropout::new(rate, seed)?, ..self })
+    }
+
+    /// The next pass draws the masks of this number, and not of the one that follows the last pass. Numbers go up to 2^48.
+    pub fn seek_dropout(&self, pass: u64) {
+        if let Some(dropout) = &self.dropout {
+            dropout.seek(pass);
+        }
     }
 
     /// What the model is made of.
@@ -355,20 +376,27 @@ impl Model {
         if let Some(adapter) = &self.embedding_adapter {
             embedding = adapter.embed(&ids, embedding)?;
         }
-        let embedding = scaled(embedding, self.config.embedding_scale)?;
+        let mut embedding = scaled(embedding, self.config.embedding_scale)?;
+        let dropout = self.dropout.as_ref().filter(|_| cache.is_none());
+        let mut masks = dropout.map(Dropout::next_pass);
+        if let Some(masks) = &mut masks {
+            embedding = masks.next(1).of(0).apply(&embedding)?;
+        }
         let mut stream = Stream { update: embedding.clone(), residual: None };
         match cache {
             None => {
                 for layer in &self.layers {
                     let states = &mut std::iter::empty();
-                    stream = layer.forward(stream, &embedding, &sequences, states, self.recompute)?;
+                    let masks = masks.as_mut().map(|masks| masks.next(layer.len()));
+                    let training = Training { recompute: self.recompute, masks };
+                    stream = layer.forward(stream, &embedding, &sequences, states, training)?;
                 }
             }
             Some(cache) => {
                 let mut states = cache.states_mut();
                 for layer in &self.layers {
-                    stream =
-                        layer.forward(stream, &embedding, &sequences, &mut states, Recompute::Nothing)?;
+                    let training = Training::default();
+                    stream = layer.forward(stream, &embedding, &sequences, &mut states, training)?;
                 }
                 drop(states);
                 cache.advance(&sequences);

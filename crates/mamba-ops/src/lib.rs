@@ -8,6 +8,7 @@
 //! | [`norm`](fn@norm) | RMSNorm and layer norm with the residual stream, a gate and groups, in one pass |
 //! | [`linear`](fn@linear) | the product with a weight matrix as checkpoints store it, at the speed of memory for few rows |
 //! | [`embedding`](fn@embedding) | the rows of a table, with gradients added up in one order |
+//! | [`dropout`](fn@dropout) | elements left out at random, by a mask that is drawn again instead of kept |
 //! | [`linear_cross_entropy`](fn@linear_cross_entropy) | the loss of a language model from its hidden states, without the logits of all tokens |
 //! | [`attention`](fn@attention) | softmax attention over keys and values in blocks, never holding a matrix of scores |
 //! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
@@ -76,6 +77,7 @@ mod checkpoint;
 pub mod decoder;
 #[cfg(feature = "cuda")]
 mod device;
+pub mod dropout;
 pub mod embedding;
 mod host;
 mod layout;
@@ -99,6 +101,7 @@ pub use causal_conv1d::{
     CausalConv1d, CausalConv1dOutput, CausalConv1dUpdate, causal_conv1d, causal_conv1d_update,
 };
 pub use checkpoint::checkpoint;
+pub use dropout::{Dropout, dropout};
 pub use embedding::{Embedding, embedding};
 pub use layout::{Activation, SequenceLayout};
 pub use linear::{Linear, linear};

@@ -75,6 +75,17 @@ impl TrainableModel {
         Self { model: self.model.with_recompute(recompute), ..self }
     }
 
+    /// Leaves out elements of the embedding and of what each branch adds while training, and never in a
+    /// [`view`](Self::view) or [`snapshot`](Self::snapshot); see [`Model::with_dropout`]. Part `i` of step `s` of a
+    /// [`Trainer`](crate::Trainer) draws the masks of pass `65536 s + i`, so that a training that is resumed draws those of
+    /// one that was not interrupted.
+    ///
+    /// # Errors
+    /// If `rate` is not from 0 to less than 1.
+    pub fn with_dropout(self, rate: f64, seed: u64) -> Result<Self> {
+        Ok(Self { model: self.model.with_dropout(rate, seed)?, ..self })
+    }
+
     /// The model, which sees each change of the parameters at once.
     pub fn model(&self) -> &Model {
         &self.model

@@ -132,6 +132,7 @@ impl Trainer {
             return Err(Error::Data("a batch without predictions".into()));
         }
         let (mut gradients, mut loss) = (Gradients::default(), 0.0);
+        self.model.model().seek_dropout((self.step as u64) << 16);
         for part in parts {
             let mean = (language_model_loss(self.model.model(), part)? / tokens as f64)?;
             loss += mean.to_dtype(DType::F64)?.to_scalar::<f64>()?;

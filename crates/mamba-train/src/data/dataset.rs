@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
+use super::augment::Augmentation;
 use super::batch::{Batch, Batching};
 use super::order::Permutation;
 use super::tokens::TokenFile;
@@ -97,7 +98,27 @@ impl Dataset {
     /// # Errors
     /// If the file cannot be read.
     pub fn row(&self, index: usize) -> Result<Vec<u32>> {
-        let (start, len) = self.rows[index];
+        self.shifted_row(index, 0)
+    }
+
+    /// The row that lies `shift` tokens further on in the same document, if that has more than a row. Its last row gets shorter
+    /// by that, unless nothing would be left of it.
+    pub(super) fn shifted_row(&self, index: usize, shift: usize) -> Result<Vec<u32>> {
+        let (mut start, mut len) = self.rows[index];
+        // A row that goes on begins with the last token of the one before.
+        let goes_on = |i: usize| {
+            let next =
+                self.rows.get(i + 1).filter(|next| next.0 + 1 == self.rows[i].0 + u64::from(self.rows[i].1));
+            next.map(|next| next.1 - 1)
+        };
+        let further = goes_on(index);
+        if further.is_some() || index.checked_sub(1).is_some_and(|before| goes_on(before).is_some()) {
+            let shift = (shift % self.seqlen) as u32;
+            let end = len + further.unwrap_or(0).min(shift);
+            if end >= shift + 2 {
+                (start, len) = (start + u64::from(shift), end - shift);
+            }
+        }
         Ok(self.tokens.read(start, len as usize)?.into_iter().map(|(id, _)| id).collect())
     }
 
@@ -127,7 +148,8 @@ impl Dataset {
     /// ```
     pub fn shuffled(&self, batching: Batching, seed: u64) -> Result<Batches> {
         self.check(batching)?;
-        Ok(Batches { dataset: self.clone(), batching, seed, position: Position::default() })
+        let augmentation = Augmentation::default();
+        Ok(Batches { dataset: self.clone(), batching, seed, augmentation, position: Position::default() })
     }
 
     /// Every row once, in order.
@@ -191,10 +213,16 @@ pub struct Batches {
     dataset: Dataset,
     batching: Batching,
     seed: u64,
+    augmentation: Augmentation,
     position: Position,
 }
 
 impl Batches {
+    /// The same order of rows that differ from epoch to epoch.
+    pub fn augmented(self, augmentation: Augmentation) -> Self {
+        Self { augmentation, ..self }
+    }
+
     /// Where the next batch begins.
     pub fn position(&self) -> Position {
         self.position
@@ -218,10 +246,18 @@ impl Batches {
     /// # Errors
     /// If the data cannot be read; the position stays as it was.
     pub fn next_batch(&mut self, device: &Device) -> Result<Batch> {
-        let positions = std::iter::successors(Some(self.position), |position| Some(self.after(*position)));
-        let rows = self.dataset.fill(self.batching, positions.map(|position| self.row(position)));
-        let batch = self.dataset.batch(self.batching, &rows, device)?;
-        self.position = rows.iter().fold(self.position, |position, _| self.after(position));
+        let (mut rows, mut predictions, mut position) = (vec![], 0, self.position);
+        loop {
+            let row = self.augmentation.row(&self.dataset, self.row(position), self.seed, position)?;
+            predictions += row.len() - 1;
+            if !self.batching.holds(rows.len() + 1, predictions) {
+                break;
+            }
+            rows.push(row);
+            position = self.after(position);
+        }
+        let batch = self.batching.batch(&rows, device)?;
+        self.position = position;
         Ok(batch)
     }
 

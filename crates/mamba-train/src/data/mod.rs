@@ -5,12 +5,14 @@
 //! Nothing here holds more than a batch, a piece of a text or a list of rows in memory, and where a training stands in
 //! its data is two numbers: [`Position`].
 
+mod augment;
 mod batch;
 mod dataset;
 mod encode;
 mod order;
 mod tokens;
 
+pub use augment::{Augmentation, TokenSplits};
 pub use batch::{Batch, Batching, IGNORED};
 pub use dataset::{Batches, Dataset, Position};
 pub use encode::{Encoding, encode, pieces};
