@@ -26,14 +26,13 @@ use crate::parallel::World;
 /// ```
 /// use candle_core::{Device, Tensor};
 /// use mamba_train::parallel::{Collective, Ring};
-/// let sums = Ring::threads(3)?.into_iter().map(|ring| {
-///     std::thread::spawn(move || {
-///         let x = Tensor::new(&[1f32, ring.rank() as f32], &Device::Cpu)?;
-///         mamba_train::Result::Ok(ring.all_reduce_sum(&x)?.to_vec1::<f32>()?)
-///     })
-/// });
-/// for sum in sums.collect::<Vec<_>>() {
-///     assert_eq!(sum.join().expect("no panic")?, [3.0, 0.0 + 1.0 + 2.0]);
+/// let sum = |ring: Ring| -> mamba_train::Result<Vec<f32>> {
+///     let x = Tensor::new(&[1f32, ring.rank() as f32], &Device::Cpu)?;
+///     Ok(ring.all_reduce_sum(&x)?.to_vec1()?)
+/// };
+/// let ranks: Vec<_> = Ring::threads(3)?.into_iter().map(|ring| std::thread::spawn(move || sum(ring))).collect();
+/// for rank in ranks {
+///     assert_eq!(rank.join().expect("no panic")?, [3.0, 0.0 + 1.0 + 2.0]);
 /// }
 /// # Ok::<_, Box<dyn std::error::Error>>(())
 /// ```
