@@ -33,6 +33,9 @@ struct Args {
     /// Tokens of a sequence.
     #[arg(long, default_value_t = 2048)]
     tokens: usize,
+    /// Layers of the models.
+    #[arg(long, default_value_t = 24)]
+    layers: usize,
     /// Steps that are measured.
     #[arg(long, default_value_t = 7)]
     steps: usize,
@@ -136,7 +139,7 @@ fn main() -> Result<()> {
             if !(args.case.is_empty() || args.case.iter().any(|part| case.ends_with(part))) {
                 continue;
             }
-            let config = ModelConfig::uniform(vocab, 768, 24, mixer.clone());
+            let config = ModelConfig::uniform(vocab, 768, args.layers, mixer.clone());
             let mut row = measure(&args, &config, recompute, &device)?;
             let figure = |key: &str| row[key].as_f64().unwrap_or(f64::NAN);
             let [ms, gib, tokens, forward, backward, update] =

@@ -16,18 +16,19 @@ struct Conv {
     Any bias;                    // (d), or absent
     const float* initial_state;  // (b, d, width - 1), or null
     int64_t row_stride;          // channels first: from one row of x, y and their gradients to the next
+    int64_t token_stride;        // channels last: from one token of x to the next; of the others it is dim
     int batch, dim, seqlen, width;
     int silu;
     int run;  // channels last: tokens of a thread
 };
-static_assert(sizeof(Conv) == 80, "as in cuda.rs");
+static_assert(sizeof(Conv) == 88, "as in cuda.rs");
 
 struct ConvForward {
     Conv conv;
     void* y;
     float* final_state;  // (b, d, width - 1)
 };
-static_assert(sizeof(ConvForward) == 96, "as in cuda.rs");
+static_assert(sizeof(ConvForward) == 104, "as in cuda.rs");
 
 struct ConvBackward {
     Conv conv;
@@ -37,7 +38,7 @@ struct ConvBackward {
     float* dinitial;          // or null
     Any dweight, dbias;       // one partial sum a block along the grid's reduced axis, or absent
 };
-static_assert(sizeof(ConvBackward) == 144, "as in cuda.rs");
+static_assert(sizeof(ConvBackward) == 152, "as in cuda.rs");
 
 struct ConvUpdate {
     const void* x;
@@ -237,7 +238,8 @@ constexpr int UNROLL = 4;  // times whose inputs are on their way at once
 template <int V, typename T>
 __device__ inline void load_token(float (&out)[V], const Conv& conv, int b, int64_t t, int c) {
     if (t >= 0 && t < conv.seqlen) {
-        load<V, true>(out, static_cast<const T*>(conv.x) + (static_cast<int64_t>(b) * conv.seqlen + t) * conv.dim + c);
+        const int64_t token = static_cast<int64_t>(b) * conv.seqlen + t;
+        load<V, true>(out, static_cast<const T*>(conv.x) + token * conv.token_stride + c);
     } else {
 #pragma unroll
         for (int v = 0; v < V; v++)
@@ -275,7 +277,8 @@ __device__ void forward_last(const ConvForward& args) {
     const int end = min(start + conv.run, conv.seqlen);
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (c >= conv.dim) return;
-    const int64_t first = (static_cast<int64_t>(b) * conv.seqlen + start) * conv.dim + c;
+    const int64_t first = static_cast<int64_t>(b) * conv.seqlen + start;
+    const T* inputs = static_cast<const T*>(conv.x) + first * conv.token_stride + c;
     // The next tokens are on their way while these are computed.
     Raw<T, V> next[UNROLL];
     const auto fetch_tokens = [&](int t) {
@@ -283,7 +286,7 @@ __device__ void forward_last(const ConvForward& args) {
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
             const int64_t token = min(t + i, end - 1) - start;
-            next[i].load(static_cast<const T*>(conv.x) + first + token * conv.dim);
+            next[i].load(inputs + token * conv.token_stride);
         }
     };
     fetch_tokens(start);
@@ -299,7 +302,7 @@ __device__ void forward_last(const ConvForward& args) {
 #pragma unroll
         for (int v = 0; v < V; v++) x[v][i] = token[v];
     }
-    T* out = static_cast<T*>(args.y) + first;
+    T* out = static_cast<T*>(args.y) + first * conv.dim + c;
     for (int t = start; t < end; t += UNROLL) {
         const int left = end - t;
         Raw<T, V> tokens[UNROLL];
@@ -370,12 +373,12 @@ __device__ void backward_last(const ConvBackward& args) {
             constexpr bool INTERIOR = decltype(interior)::value;
             float tokens[UNROLL][V], grads[UNROLL][V];
             const int64_t first = (plane + s) * conv.dim + c;
-            const T* inputs = static_cast<const T*>(conv.x) + first;
+            const T* inputs = static_cast<const T*>(conv.x) + (plane + s) * conv.token_stride + c;
             const T* outputs = static_cast<const T*>(args.grad_y) + first;
 #pragma unroll
             for (int i = 0; i < UNROLL; i++) {
                 if (INTERIOR) {
-                    load<V, true>(tokens[i], inputs + static_cast<int64_t>(i) * conv.dim);
+                    load<V, true>(tokens[i], inputs + i * conv.token_stride);
                 } else {
                     load_token<V, T>(tokens[i], conv, b, s + i, c);
                 }

@@ -1,9 +1,10 @@
 """Makes goldens/models/ss_*: tiny random checkpoints in the state-spaces format, with the options the published ones lack.
 
-Run: python mamba_ssm_models.py
+Run: python mamba_ssm_models.py [name ...]
 
 The models are mamba_ssm's own MambaLMHeadModel, on the CPU: each CUDA or Triton function that the modules call is replaced by
-the reference function that the same package (or causal_conv1d, or flash_attn) publishes for it. Parameters, `io.safetensors` and checks are
+the reference function that the same package (or causal_conv1d, or flash_attn) publishes for it. Learned initial states are known to
+its class Mamba2Simple alone, which takes the place of Mamba2 for them. Parameters, `io.safetensors` and checks are
 as in transformers_models.py. Steps are left out, and `step_logits` in the metadata says why, where mamba_ssm's own step is
 not the model's forward.
 """
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import sys
 import zlib
 from unittest import mock
 
@@ -25,7 +27,7 @@ from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv
 from flash_attn.layers import rotary
 from mamba_ssm.models import mixer_seq_simple
 from mamba_ssm.models.config_mamba import MambaConfig
-from mamba_ssm.modules import block, mamba2, mamba_simple, mha
+from mamba_ssm.modules import block, mamba2, mamba2_simple, mamba_simple, mha
 from mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton import layer_norm, layernorm_gated
@@ -65,15 +67,17 @@ def conv(x, weight, bias=None, seq_idx=None, activation=None):
     return causal_conv1d_ref(x, weight, bias, seq_idx=seq_idx, activation=activation)
 
 
-def chunk_scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False, seq_idx=None, cu_seqlens=None,
-               dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False):
+def chunk_scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, dt_softplus=False, seq_idx=None,
+               cu_seqlens=None, dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False):
     # The listing of the paper, with bias, softplus, limit, groups, D and z around it, as ops.py checks it against the kernel.
-    assert dt_softplus and seq_idx is None and cu_seqlens is None and not return_varlen_states
+    assert seq_idx is None and cu_seqlens is None and not return_varlen_states
     dtype, (x, dt, A, B, C) = x.dtype, (m.float() for m in (x, dt, A, B, C))  # as the kernels, which round once
-    dt = F.softplus(dt if dt_bias is None else dt + dt_bias).clamp(*dt_limit)
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
     B, C = (m.repeat_interleave(x.shape[2] // m.shape[2], dim=2) for m in (B, C))
     length = chunk_size if x.shape[1] % chunk_size == 0 else x.shape[1]
-    y, state = ssd_minimal_discrete(x * dt[..., None], A * dt, B, C, length)
+    first = None if initial_states is None else initial_states.float()[:, None]
+    y, state = ssd_minimal_discrete(x * dt[..., None], A * dt, B, C, length, first)
     y = y if D is None else y + x * (D[:, None] if D.dim() == 1 else D)
     y = (y if z is None else y * F.silu(z.float())).to(dtype)
     return (y, state) if return_final_states else y
@@ -97,6 +101,7 @@ def references():
                                 selective_scan_fn=selective_scan_ref, selective_state_update=selective_state_update_ref),
             mock.patch.multiple(mamba2, causal_conv1d_fn=conv, causal_conv1d_update=causal_conv1d_update_ref,
                                 mamba_chunk_scan_combined=chunk_scan, selective_state_update=selective_state_update_ref),
+            mock.patch.multiple(mamba2_simple, causal_conv1d_fn=conv, mamba_chunk_scan_combined=chunk_scan),
             mock.patch.multiple(mha, causal_conv1d_fn=conv, causal_conv1d_update=causal_conv1d_update_ref,
                                 flash_attn_with_kvcache=None),
             mock.patch.multiple(rotary, apply_rotary_emb_func=turned, apply_rotary_emb_kv_=turned_keys),
@@ -157,14 +162,24 @@ def relative(got, want):
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
+class Mamba2Simple(mamba2_simple.Mamba2Simple):
+    """For a model that hands its cache down, which this class knows nothing of."""
+
+    def forward(self, u, inference_params=None):
+        assert inference_params is None or inference_params.seqlen_offset == 0, "no steps"
+        return super().forward(u)
+
+
 def build(config, dtype):
-    model = mixer_seq_simple.MambaLMHeadModel(config, device="cpu", dtype=dtype).eval()
+    simple = config.ssm_cfg.get("learnable_init_states", False)
+    with mock.patch.object(mixer_seq_simple, "Mamba2", Mamba2Simple) if simple else contextlib.nullcontext():
+        model = mixer_seq_simple.MambaLMHeadModel(config, device="cpu", dtype=dtype).eval()
     for layer in model.backbone.layers:  # the fused paths of the two mixers have no reference with all options
         layer.mixer.use_mem_eff_path = layer.mixer.use_fast_path = False
     return model
 
 
-def make(name, prefill, *, steps=None, **config):
+def record(name, prefill, *, steps=None, **config):
     seed = zlib.crc32(f"models/{name}".encode())
     rng = np.random.Generator(np.random.PCG64(seed))
     config = MambaConfig(**(dict(d_model=24, n_layer=2, vocab_size=61) | config))
@@ -213,6 +228,11 @@ def make(name, prefill, *, steps=None, **config):
           f"logits {logits.shape}")
 
 
+def make(name, *args, **kwargs):
+    if not sys.argv[1:] or name in sys.argv[1:]:
+        record(name, *args, **kwargs)
+
+
 def main():
     make("ss_mamba1_options", 7, ssm_cfg={"layer": "Mamba1", "d_state": 5, "d_conv": 3, "dt_rank": 3, "conv_bias": False,
                                           "bias": True, "expand": 3})
@@ -231,6 +251,9 @@ def main():
     make("ss_mamba2_dt_limit", 7, ssm_cfg={"layer": "Mamba2", "d_state": 6, "headdim": 6, "ngroups": 2, "chunk_size": 8,
                                            "dt_limit": [0.02, 0.08]},
          steps="left out: Mamba2.step of mamba_ssm does not apply dt_limit")
+    make("ss_mamba2_init_states", 7, ssm_cfg={"layer": "Mamba2", "d_state": 6, "headdim": 6, "chunk_size": 8,
+                                              "learnable_init_states": True},
+         steps="left out: Mamba2Simple of mamba_ssm has no step")
     make("ss_mamba2_attention", 7, n_layer=3, attn_layer_idx=[1], attn_cfg={
         "num_heads": 4, "num_heads_kv": 2, "head_dim": 5, "causal": True, "d_conv": 4, "qkv_proj_bias": False,
         "out_proj_bias": False, "rotary_emb_dim": 0},

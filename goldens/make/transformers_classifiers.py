@@ -3,7 +3,9 @@
 Run: python transformers_classifiers.py
 
 As transformers_hybrids.py. `logits` of the classifier are those of the last token that is not padding: `input_ids` is padded on
-the right with `pad_token_id`, `lengths` are the tokens of each row. `hidden` of the model without a head is its last hidden state.
+the right with `pad_token_id`, `lengths` are the tokens of each row. `hidden` of the model without a head is the last hidden state of
+the first row. `left_logits` and `left_hidden` are what transformers gives, at once and with an attention mask, for `left_ids`, the same
+rows padded on the left.
 """
 
 import shutil
@@ -29,13 +31,22 @@ def make(name, kind, config, ask):
     ids = torch.tensor(rng.integers(3, config.vocab_size, (3, 9)))
     lengths = torch.tensor([9, 4, 6])
     ids[torch.arange(9)[None, :] >= lengths[:, None]] = config.pad_token_id
+    left = torch.stack([row.roll(9 - int(length)) for row, length in zip(ids, lengths)])
+    mask = (torch.arange(9)[None, :] >= 9 - lengths[:, None]).long()
     with torch.no_grad(), upstream.float64():
         answers = ask(model.double(), ids, lengths)
+        out = model(left, attention_mask=mask, use_cache=False)
+        if "logits" in answers:
+            answers["left_logits"] = out.logits
+            assert torch.allclose(out.logits, answers["logits"], rtol=0, atol=1e-9), name
+        else:
+            answers["left_hidden"] = out.last_hidden_state * mask[..., None]
+            assert torch.allclose(out.last_hidden_state[:1], answers["hidden"], rtol=0, atol=1e-9), name
     folder = base.MODELS / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base.safetensors(model.half(), folder)
-    tensors = {"input_ids": ids.numpy(), "lengths": lengths.numpy()}
+    tensors = {"input_ids": ids.numpy(), "lengths": lengths.numpy(), "left_ids": left.numpy()}
     golden_file.write(folder / "io.safetensors", tensors | {k: v.numpy().astype(np.float32) for k, v in answers.items()}, {
         "producer": f"transformers {type(model).__name__}, PyTorch path, float64", "producer_version": base.VERSION, "seed": str(seed),
     })
@@ -51,6 +62,8 @@ def main():
     make("jamba_classifier", AutoModelForSequenceClassification, hybrids.jamba(num_labels=3, num_experts=1, num_hidden_layers=2),
          lambda model, ids, lengths: {"logits": rows(model, ids, lengths)})
     make("zamba2_classifier", AutoModelForSequenceClassification, hybrids.zamba2(["linear_attention", "hybrid"], num_labels=4),
+         lambda model, ids, lengths: {"logits": rows(model, ids, lengths)})
+    make("zamba_classifier", AutoModelForSequenceClassification, hybrids.zamba(num_labels=2),
          lambda model, ids, lengths: {"logits": rows(model, ids, lengths)})
     make("mamba2_headless", AutoModel, base.mamba2(num_hidden_layers=1),
          lambda model, ids, lengths: {"hidden": model(ids[:1], use_cache=False).last_hidden_state})

@@ -16,6 +16,8 @@ pub fn all() -> Vec<(String, Model)> {
     names.sort();
     let models: Vec<(String, Model)> =
         names.into_iter().filter_map(|name| Some((name.clone(), load(&name)?))).collect();
+    // Without a head there is nothing to generate from.
+    let models: Vec<_> = models.into_iter().filter(|(_, model)| model.config().has_head).collect();
     assert!(models.len() >= 14, "only {} checkpoints load", models.len());
     models
 }

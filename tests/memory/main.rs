@@ -237,5 +237,6 @@ fn memory() {
     generic_checkpoint();
     head();
     layers();
+    loading::writing_gguf();
     loading::one_tensor_at_a_time();
 }

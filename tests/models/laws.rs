@@ -1,20 +1,21 @@
 //! What every model keeps, whatever it is made of.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use mamba_model::checkpoint::LocalDir;
+use mamba_model::checkpoint::{Checkpoint, LocalDir};
 use mamba_model::config::{MixerSpec, ModelConfig};
 use mamba_model::{Batch, InferenceCache, Model};
 
 use crate::support::golden::path;
 use crate::support::random::Random;
 use crate::support::tolerance::max_error;
+use crate::support::torch::{self, Order};
 use crate::{in_pieces, open};
 
 /// One checkpoint of each family, and of each kind of mixer and option.
-pub const MODELS: [&str; 23] = [
+pub const MODELS: [&str; 24] = [
     "mamba_tied",
     "mamba_untied_bias",
     "mamba2_g8",
@@ -22,6 +23,7 @@ pub const MODELS: [&str; 23] = [
     "ss_mamba1_layer_norm_mlp",
     "ss_mamba2_partial_ssm",
     "ss_mamba2_d_has_hdim",
+    "ss_mamba2_init_states",
     "ss_mamba2_attention",
     "ss_mamba1_attention_mlp",
     "ss_mamba2_rotary",
@@ -291,18 +293,23 @@ fn saved_caches_go_on() {
     assert!(InferenceCache::load(&file, model.config(), &Device::Cpu).is_err());
 }
 
-/// Bytes of one sequence after so many tokens, by the sizes of the mixers.
-fn expected_bytes(config: &ModelConfig, tokens: usize) -> usize {
+/// Bytes of one sequence after so many tokens, by the sizes of the mixers: states and windows of convolutions are `f32` in every
+/// model, keys and values of its own type.
+fn expected_bytes(config: &ModelConfig, dtype: DType, tokens: usize) -> usize {
     // Keys and values come in blocks of 256 tokens.
-    let kv = |nheads_kv: usize, headdim: usize| tokens.next_multiple_of(256) * 2 * nheads_kv * headdim;
+    let kv = |nheads_kv: usize, headdim: usize| {
+        tokens.next_multiple_of(256) * 2 * nheads_kv * headdim * dtype.size_in_bytes()
+    };
     let mixer = |mixer: &MixerSpec| match mixer {
-        MixerSpec::Mamba1(c) => c.d_inner * (c.d_conv - 1 + c.d_state),
-        MixerSpec::Mamba2(c) => (c.d_ssm + 2 * c.ngroups * c.d_state) * (c.d_conv - 1) + c.d_ssm * c.d_state,
+        MixerSpec::Mamba1(c) => 4 * c.d_inner * (c.d_conv - 1 + c.d_state),
+        MixerSpec::Mamba2(c) => {
+            4 * ((c.d_ssm + 2 * c.ngroups * c.d_state) * (c.d_conv - 1) + c.d_ssm * c.d_state)
+        }
         MixerSpec::Attention(c) => {
             let window = c.packed.map_or(0, |packed| packed.d_conv.saturating_sub(1));
-            kv(c.nheads_kv, c.headdim) + (c.nheads + 2 * c.nheads_kv) * c.headdim * window
+            kv(c.nheads_kv, c.headdim) + 4 * (c.nheads + 2 * c.nheads_kv) * c.headdim * window
         }
-        MixerSpec::ShortConv(c) => config.d_model * (c.d_conv - 1),
+        MixerSpec::ShortConv(c) => 4 * config.d_model * (c.d_conv - 1),
         _ => 0,
     };
     let layers = config.layers.iter().map(|layer| {
@@ -310,21 +317,30 @@ fn expected_bytes(config: &ModelConfig, tokens: usize) -> usize {
         let mixers = layer.branches.iter().flat_map(|branch| &branch.mixers);
         block.map_or(0, |c| kv(c.nheads_kv, c.headdim)) + mixers.map(|(_, m)| mixer(m)).sum::<usize>()
     });
-    4 * layers.sum::<usize>()
+    layers.sum()
 }
 
 #[test]
 fn cache_bytes_are_what_the_formula_says() {
     // d_inner · (d_state + d_conv - 1) floats a layer: see the config.json of mamba_tied.
     let model = open("mamba_tied", DType::F32);
-    assert_eq!(expected_bytes(model.config(), 50), 2 * 48 * (6 + 3) * 4);
+    for dtype in [DType::F32, DType::BF16] {
+        assert_eq!(expected_bytes(model.config(), dtype, 50), 2 * 48 * (6 + 3) * 4);
+    }
+    // Two heads of 8 channels, keys and values of 2 bytes: see the config.json of nemotron_h.
+    let states = |model: &Model| expected_bytes(model.config(), DType::BF16, 0);
+    let hybrid = open("nemotron_h", DType::BF16);
+    assert_eq!(expected_bytes(hybrid.config(), DType::BF16, 300), states(&hybrid) + 512 * 2 * 8 * 2 * 2);
     for name in MODELS {
-        let model = open(name, DType::F32);
-        let mut cache = model.new_cache(2).unwrap();
-        for tokens in [0, 1, 256, 257] {
-            let new = tokens - cache.position();
-            model.forward(&ids(2, new, model.config().vocab_size), Some(&mut cache)).unwrap();
-            assert_eq!(cache.bytes(), 2 * expected_bytes(model.config(), tokens), "{name} after {tokens}");
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let model = open(name, dtype);
+            let mut cache = model.new_cache(2).unwrap();
+            for tokens in [0, 1, 256, 257] {
+                let new = tokens - cache.position();
+                model.forward(&ids(2, new, model.config().vocab_size), Some(&mut cache)).unwrap();
+                let want = 2 * expected_bytes(model.config(), dtype, tokens);
+                assert_eq!(cache.bytes(), want, "{name} in {dtype:?} after {tokens}");
+            }
         }
     }
 }
@@ -332,36 +348,112 @@ fn cache_bytes_are_what_the_formula_says() {
 /// Each tensor is read once; one that is not there, or that nobody reads, is named.
 #[test]
 fn surplus_and_missing_tensors_are_named() {
+    type Tensors = BTreeMap<String, Tensor>;
+    let safetensors = |folder: &Path, tensors: &Tensors| {
+        let tensors: HashMap<_, _> = tensors.clone().into_iter().collect();
+        candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
+    };
+    let torch = |folder: &Path, tensors: &Tensors| torch::write(folder, tensors, Order::Rows, 1);
+    let shards = |folder: &Path, tensors: &Tensors| torch::write(folder, tensors, Order::Columns, 2);
+    let formats: [(&str, &dyn Fn(&Path, &Tensors)); 3] =
+        [("safetensors", &safetensors), ("torch", &torch), ("torch in shards", &shards)];
+    let (mut without_one, mut without_head) = (0, 0);
     for name in MODELS {
         let source = path("models").join(name);
-        let weights = source.join("model.safetensors");
-        if !weights.exists() {
-            continue; // torch files are read by the same loader
+        let tensors = tensors(&source);
+        let tied = open(name, DType::F32).config().tie_embeddings;
+        for (format, write) in formats {
+            let load = |tensors: &Tensors| {
+                let folder = tempfile::tempdir().unwrap();
+                std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
+                write(folder.path(), tensors);
+                load(folder.path())
+            };
+            load(&tensors).unwrap_or_else(|e| panic!("{name}, {format}: {e}"));
+            let mut surplus = tensors.clone();
+            surplus.insert(
+                "model.layers.0.stray.weight".into(),
+                Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap(),
+            );
+            let error = load(&surplus).unwrap_err().to_string();
+            assert!(error.contains("unread: model.layers.0.stray.weight"), "{name}, {format}: {error}");
+            let body: Vec<_> = tensors.keys().filter(|name| *name != "lm_head.weight").collect();
+            let head = tensors.keys().filter(|name| *name == "lm_head.weight" && !tied);
+            for missing in body.into_iter().step_by(7).chain(head) {
+                let mut without = tensors.clone();
+                without.remove(missing);
+                if tied && missing.contains("embedding") {
+                    without.remove("lm_head.weight"); // which would stand for it
+                }
+                let error = load(&without).unwrap_err().to_string();
+                assert!(
+                    error.contains(&format!("`{missing}`")),
+                    "{name}, {format}, without {missing}: {error}"
+                );
+                without_one += 1;
+                without_head += usize::from(missing == "lm_head.weight");
+            }
         }
-        let tensors = candle_core::safetensors::load(&weights, &Device::Cpu).unwrap();
-        let load = |tensors: &HashMap<String, Tensor>| {
-            let folder = tempfile::tempdir().unwrap();
-            std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
-            candle_core::safetensors::save(tensors, folder.path().join("model.safetensors")).unwrap();
-            load(folder.path())
+    }
+    assert!(
+        without_one > 300 && without_head == 3 * 13,
+        "{without_one} without one, {without_head} without a head"
+    );
+}
+
+/// The tensors of a checkpoint as they are stored.
+fn tensors(folder: &Path) -> BTreeMap<String, Tensor> {
+    let checkpoint = Checkpoint::open(&LocalDir::new(folder).unwrap()).unwrap();
+    let read = |name: &str| (name.to_owned(), checkpoint.tensor(name, &Device::Cpu).unwrap());
+    checkpoint.names().map(read).collect()
+}
+
+/// As in transformers: a head that is said to be the embedding is one of its own where a file has both and they differ, and where a
+/// file has one of them it is the other.
+#[test]
+fn tied_heads() {
+    let input = ids(1, 9, 61);
+    let load = |name: &str, tied: bool, tensors: &BTreeMap<String, Tensor>| {
+        let folder = tempfile::tempdir().unwrap();
+        let text = std::fs::read_to_string(path("models").join(name).join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config["tie_word_embeddings"] = tied.into();
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        torch::write(folder.path(), tensors, Order::Rows, 1);
+        load(folder.path())
+    };
+    for (name, embedding) in
+        [("mamba_tied", "backbone.embeddings.weight"), ("bamba_options", "model.embed_tokens.weight")]
+    {
+        let tensors = tensors(&path("models").join(name));
+        assert!(!tensors.contains_key("lm_head.weight"), "{name}");
+        let want = open(name, DType::F32).forward(&input, None).unwrap();
+        let with = |head: Tensor| {
+            let mut tensors = tensors.clone();
+            tensors.insert("lm_head.weight".into(), head);
+            tensors
         };
-        load(&tensors).unwrap();
-        let mut surplus = tensors.clone();
-        surplus.insert(
-            "model.layers.0.stray.weight".into(),
-            Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap(),
-        );
-        let error = load(&surplus).unwrap_err().to_string();
-        assert!(error.contains("unread: model.layers.0.stray.weight"), "{name}: {error}");
-        let mut names: Vec<&String> =
-            tensors.keys().filter(|name| name.as_str() != "lm_head.weight").collect();
-        names.sort();
-        for missing in names.iter().step_by(7) {
-            let mut without = tensors.clone();
-            without.remove(*missing);
-            let error = load(&without).unwrap_err().to_string();
-            assert!(error.contains(&format!("`{missing}`")), "{name} without {missing}: {error}");
-        }
+        let logits = |tied, tensors: &BTreeMap<String, Tensor>| {
+            let model = load(name, tied, tensors).unwrap();
+            (model.config().tie_embeddings, model.forward(&input, None).unwrap())
+        };
+        let both = with(tensors[embedding].clone());
+        let (tied, same) = logits(true, &both);
+        assert!(tied && max_error(&same, &want) == 0.0, "{name} with both");
+        let mut alone = both.clone();
+        alone.remove(embedding);
+        let (tied, same) = logits(true, &alone);
+        assert!(tied && max_error(&same, &want) == 0.0, "{name} with the head alone");
+
+        let other = with((&tensors[embedding] * 0.5).unwrap());
+        let (tied, half) = logits(true, &other);
+        assert!(!tied && max_error(&half, &(&want * 0.5).unwrap()) <= 1e-5, "{name} with another head");
+        assert_eq!(max_error(&half, &logits(false, &other).1), 0.0, "{name}");
+
+        let error = load(name, false, &tensors).unwrap_err().to_string();
+        assert!(error.contains("no tensor `lm_head.weight`"), "{name}: {error}");
+        let error = load(name, false, &alone).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{embedding}`")), "{name}: {error}");
     }
 }
 

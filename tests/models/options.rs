@@ -112,7 +112,8 @@ fn rope_scaling_of_one() {
     }
 }
 
-/// A learned state before the first token: zeros are nothing, others are what every sequence begins with, however it is read.
+/// A learned state before the first token: zeros are nothing, others are what every sequence begins with, however it is read. The
+/// numbers of mamba_ssm are in `ss_mamba2_init_states`.
 #[test]
 fn learnable_init_states() {
     let with = |learnable_init_states| {

@@ -59,6 +59,7 @@ fn a_saved_model_is_the_same_model() {
         ("ss_mamba1_layer_norm_mlp", None),
         ("ss_mamba2_partial_ssm", None),
         ("ss_mamba2_d_has_hdim", None),
+        ("ss_mamba2_init_states", None),
         ("ss_mamba2_no_norm", None),
         ("ss_mamba2_attention", None),
         ("ss_mamba1_attention_mlp", None),
@@ -183,5 +184,10 @@ fn bad_checkpoints_say_what_is_wrong() {
     );
     fails("mamba_tied", &edit("\"vocab_size\": 61", "\"vocab_size\": -1"), &["`vocab_size` is -1"]);
     fails("mamba_tied", &edit("\"vocab_size\": 61", "\"vocab_size\": 1e99"), &["`vocab_size` is 1e"]);
+    fails(
+        "nemotron_h",
+        &edit("\"sliding_window\": null", "\"sliding_window\": 4"),
+        &["config.json: `sliding_window` is 4, expected null"],
+    );
     fails("mamba2_g8", &edit("\"n_groups\": 8", "\"n_groups\": 3"), &["`ngroups` is 3, expected a divisor"]);
 }

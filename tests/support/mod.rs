@@ -6,6 +6,7 @@ pub mod golden;
 pub mod random;
 pub mod target;
 pub mod tolerance;
+pub mod torch;
 
 /// The message of an error of Candle, without the backtrace that `RUST_BACKTRACE` adds to it.
 pub fn message(error: candle_core::Error) -> String {

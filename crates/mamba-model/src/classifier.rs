@@ -105,8 +105,7 @@ impl SequenceClassifier {
     /// # Errors
     /// If the configuration cannot be, or a parameter is missing or has another shape.
     pub fn new(config: &ModelConfig, labels: usize, pooling: Pooling, weights: VarBuilder) -> Result<Self> {
-        // A tied head has no parameters of its own.
-        let config = ModelConfig { tie_embeddings: true, ..config.clone() };
+        let config = ModelConfig { has_head: false, ..config.clone() };
         let model = Model::new(&config, weights.clone())?;
         let params = Params::new(weights);
         let score = Linear::new(&params.at("score"), config.d_model, labels, false)?;

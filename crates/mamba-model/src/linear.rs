@@ -1,6 +1,6 @@
 //! A matrix product with a weight as checkpoints store it.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use mamba_ops::decoder::Product;
 use mamba_ops::linear;
 
@@ -38,6 +38,11 @@ impl Linear {
     pub(crate) fn decoder(&self) -> Option<Product> {
         let product = Product { weight: self.weight.clone(), bias: self.bias.clone() };
         self.adapter.is_none().then_some(product)
+    }
+
+    /// Of the weight, and of what it gives.
+    pub(crate) fn dtype(&self) -> DType {
+        self.weight.dtype()
     }
 
     /// The weight, if there is nothing else to the product.

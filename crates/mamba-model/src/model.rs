@@ -52,7 +52,7 @@ pub struct Model {
     dropout: Option<Dropout>,
     layers: Vec<Layer>,
     norm_f: StreamNorm,
-    lm_head: Linear,
+    lm_head: Option<Linear>,
     parameters: Vec<(String, Tensor)>,
     /// The sizes that a cache must have.
     cache_sizes: String,
@@ -92,14 +92,18 @@ impl Model {
             layers.map(|(l, layer)| Layer::new(layer, &config, &params.at("layers").at(l), &mut blocks));
         let layers = layers.collect::<Result<_>>()?;
         let norm_f = StreamNorm::new(&config, &params.at("norm_f"))?;
-        let head = match config.tie_embeddings {
-            true => embedding.clone(),
-            false => params.at("lm_head").get(vocabulary, "weight")?,
+        let lm_head = match (config.has_head, config.tie_embeddings) {
+            (false, _) => None,
+            (true, true) => Some(embedding.clone()),
+            (true, false) => Some(params.at("lm_head").get(vocabulary, "weight")?),
         };
-        // Ids past the vocabulary exist for alignment only: they get no logits.
-        let adapter = LowRank::find(&params.at("lm_head"), config.padded_vocab_size, config.d_model)?;
-        let adapter = adapter.map(|adapter| adapter.narrowed(config.vocab_size)).transpose()?;
-        let lm_head = Linear::from_weight(head.narrow(0, 0, config.vocab_size)?).with_adapter(adapter);
+        let lm_head = lm_head.map(|head| -> Result<Linear> {
+            // Ids past the vocabulary exist for alignment only: they get no logits.
+            let adapter = LowRank::find(&params.at("lm_head"), config.padded_vocab_size, config.d_model)?;
+            let adapter = adapter.map(|adapter| adapter.narrowed(config.vocab_size)).transpose()?;
+            Ok(Linear::from_weight(head.narrow(0, 0, config.vocab_size)?).with_adapter(adapter))
+        });
+        let lm_head = lm_head.transpose()?;
         let parameters = params.noted();
         let cache_sizes = cache::fingerprint(&config);
         Ok(Self {
@@ -120,7 +124,12 @@ impl Model {
 
     /// Loads a published checkpoint: `config.json` says which family it is of, and the weights are safetensors or
     /// torch files, whole or in shards; or a GGUF file is all there is, and its weights are dequantized one by one.
-    /// `dtype` is that of the model; `A_log`, `D` and `dt_bias` are always `f32`.
+    /// `dtype` is that of the model; `A_log`, `D` and `dt_bias` are always `f32`. It takes the memory of the model and of one
+    /// tensor.
+    ///
+    /// A head that the configuration ties to the embedding is one of its own if the file has both and they differ, as in
+    /// transformers. What transformers saves of a class without a head, such as `Mamba2Model`, gives
+    /// [`hidden_states`](Self::hidden_states) alone, unless the head is the embedding.
     ///
     /// # Errors
     /// If a file is missing or damaged, or the tensors are not exactly those of the configuration; the error names
@@ -166,11 +175,15 @@ impl Model {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        if names.resolve("lm_head.weight", |name| checkpoint.contains(name)).is_none() {
-            config.tie_embeddings = true; // what a file without a head means, whatever its configuration says
+        let stored = |canonical| names.resolve(canonical, |name| checkpoint.contains(name));
+        if let Some(head) = stored("lm_head.weight") {
+            config.has_head = true;
+            if let (true, Some(embedding)) = (config.tie_embeddings, stored("embedding.weight")) {
+                config.tie_embeddings = checkpoint.same(&head, &embedding)?;
+            }
         }
         if config.tie_embeddings {
-            names = names.with_unread(&["lm_head.weight"]);
+            names = names.with_tied_head();
         }
         let model = Self::new(&config, checkpoint.clone().var_builder_with(names, forms, dtype, device))?;
         let coverage = checkpoint.coverage(&names);
@@ -238,9 +251,14 @@ impl Model {
     /// `(vocab_size, d_model)`: for losses that never form the logits of a whole batch.
     ///
     /// # Errors
-    /// If the device is out of memory.
+    /// If the model has no head, or the device is out of memory.
     pub fn head_weight(&self) -> Result<Tensor> {
-        self.lm_head.weight()
+        self.head()?.weight()
+    }
+
+    fn head(&self) -> Result<&Linear> {
+        let missing = || Error::Input("the model has no head, and gives hidden states alone".into());
+        self.lm_head.as_ref().ok_or_else(missing)
     }
 
     /// An empty cache for `batch` sequences.
@@ -255,12 +273,13 @@ impl Model {
     /// from `cache` and leaves it after the last token, if given one. Differentiable if the model was built from `Var`s.
     ///
     /// # Errors
-    /// If an id is out of range, or the cache does not fit the model and the batch.
+    /// If an id is out of range, the cache does not fit the model and the batch, or the model has no head.
     pub fn forward<'a>(
         &self,
         input: impl Into<Batch<'a>>,
         cache: Option<&mut InferenceCache>,
     ) -> Result<Tensor> {
+        self.head()?; // before the cache has moved on
         self.logits(&self.hidden_states(input, cache)?)
     }
 
@@ -285,6 +304,7 @@ impl Model {
     /// # Errors
     /// If a prompt is empty; otherwise as [`forward`](Self::forward).
     pub fn prefill<'a>(&self, input: impl Into<Batch<'a>>, cache: &mut InferenceCache) -> Result<Tensor> {
+        self.head()?;
         let batch = input.into();
         let (_, sequences) = batch.tokens()?;
         let last = sequences.last_tokens()?;
@@ -320,7 +340,7 @@ impl Model {
         let layers: Option<Vec<_>> = self.layers.iter().map(Layer::decoder).collect::<Result<_>>()?;
         let scaled = self.config.embedding_scale != 1.0 || self.config.logits_scale != 1.0;
         let (Some(layers), Some(head), false, None) =
-            (layers, self.lm_head.decoder(), scaled, &self.embedding_adapter)
+            (layers, self.head()?.decoder(), scaled, &self.embedding_adapter)
         else {
             return Ok(None);
         };
@@ -331,7 +351,7 @@ impl Model {
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        scaled(self.lm_head.forward(hidden)?, self.config.logits_scale)
+        scaled(self.head()?.forward(hidden)?, self.config.logits_scale)
     }
 
     /// Hidden states of the tokens alone, and how they lie.
@@ -340,8 +360,8 @@ impl Model {
         batch: &Batch,
         cache: Option<&mut InferenceCache>,
     ) -> Result<(Tensor, Sequences)> {
-        let (ids, mut sequences) = batch.tokens()?;
-        self.check_ids(&ids)?;
+        let (tokens, mut sequences) = batch.tokens()?;
+        self.check_tokens(&tokens)?;
         if let Some(cache) = &cache {
             cache.check(&self.cache_sizes, &mut sequences)?;
         }
@@ -351,12 +371,11 @@ impl Model {
             let shape = (rows, seqlen, self.config.d_model);
             return Ok((Tensor::zeros(shape, self.dtype(), self.device())?, sequences));
         }
-        let ids = ids.reshape((rows, seqlen))?;
-        let mut embedding = mamba_ops::embedding(&Embedding::new(&ids, &self.embedding))?;
-        if let Some(adapter) = &self.embedding_adapter {
-            embedding = adapter.embed(&ids, embedding)?;
-        }
-        let mut embedding = scaled(embedding, self.config.embedding_scale)?;
+        let mut embedding = match tokens.dtype().is_float() {
+            true => tokens.reshape((rows, seqlen, self.config.d_model))?.to_dtype(self.dtype())?,
+            false => self.embed(&tokens.reshape((rows, seqlen))?)?,
+        };
+        embedding = scaled(embedding, self.config.embedding_scale)?;
         let dropout = self.dropout.as_ref().filter(|_| cache.is_none());
         let mut masks = dropout.map(Dropout::next_pass);
         if let Some(masks) = &mut masks {
@@ -385,7 +404,22 @@ impl Model {
         Ok((self.norm_f.forward(&stream)?.0, sequences))
     }
 
-    fn check_ids(&self, ids: &Tensor) -> Result<()> {
+    /// The rows of the table, `(batch, seqlen, d_model)`.
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let embedding = mamba_ops::embedding(&Embedding::new(ids, &self.embedding))?;
+        match &self.embedding_adapter {
+            Some(adapter) => adapter.embed(ids, embedding),
+            None => Ok(embedding),
+        }
+    }
+
+    fn check_tokens(&self, ids: &Tensor) -> Result<()> {
+        if ids.dtype().is_float() {
+            let (got, d_model) = (ids.dim(1)?, self.config.d_model);
+            let fits = got == d_model;
+            let message = || format!("embeddings have {got} channels, expected d_model {d_model}");
+            return if fits { Ok(()) } else { Err(Error::Input(message())) };
+        }
         // A synchronisation on a GPU, where the gather checks on its own.
         if ids.device().is_cpu() {
             let vocab_size = self.config.vocab_size as i64;

@@ -159,6 +159,11 @@ where
 
 /// The elements of a tensor in contiguous storage of their own: it may be a view of an input.
 pub(crate) fn storage(x: &Tensor) -> Result<Output> {
+    if x.elem_count() == 0 {
+        // A GPU has no memory of 0 bytes: an element that the shape does not reach.
+        let (storage, _) = storage(&Tensor::zeros(1, x.dtype(), x.device())?)?;
+        return Ok((storage, x.shape().clone()));
+    }
     let (storage, layout) = x.storage_and_layout();
     let copy = match &*storage {
         Storage::Cpu(storage) => Storage::Cpu(storage.to_dtype(layout, x.dtype())?),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::host::uninit;
-use crate::reference::part;
+use crate::reference::{self, part};
 
 /// Neighbouring tokens of one row that are a sequence of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,7 +170,7 @@ impl Packing {
         let zeros = |batch: usize, tokens: usize| {
             let mut dims = like.dims().to_vec();
             (dims[0], dims[axis]) = (batch, tokens);
-            Tensor::zeros(dims, like.dtype(), like.device())
+            reference::zeros(&dims, like.dtype(), like.device())
         };
         let (mut states, mut rows) = (vec![], vec![]);
         let mut sequences = self.sequences.iter().enumerate().peekable();
@@ -197,7 +197,7 @@ impl Packing {
         }
         let y = if rows.is_empty() { zeros(0, self.seqlen)? } else { Tensor::cat(&rows, 0)? };
         let states = match states.is_empty() {
-            true => Tensor::zeros([&[0], state.0].concat(), state.1, like.device())?,
+            true => reference::zeros(&[&[0], state.0].concat(), state.1, like.device())?,
             false => Tensor::cat(&states, 0)?,
         };
         Ok((y, states))

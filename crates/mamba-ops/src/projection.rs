@@ -2,13 +2,13 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::reference::part;
+use crate::reference::{part, zeros};
 
 /// `x Wᵀ` over the last axis of `(batch, seqlen, in)`, in the dtype of `x`; `weight`: `(out, in)`.
 pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let ((batch, seqlen, _), d_out) = (x.dims3()?, weight.dim(0)?);
     if x.elem_count() == 0 {
-        return Tensor::zeros((batch, seqlen, d_out), x.dtype(), x.device());
+        return zeros(&[batch, seqlen, d_out], x.dtype(), x.device());
     }
     let weight = weight.to_dtype(x.dtype())?;
     rows(x)?.matmul(&weight.t()?)?.reshape((batch, seqlen, d_out))
@@ -18,7 +18,7 @@ pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 pub(crate) fn project_backward(grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let ((batch, seqlen, _), d_in) = (grad.dims3()?, weight.dim(1)?);
     if grad.elem_count() == 0 {
-        return Tensor::zeros((batch, seqlen, d_in), grad.dtype(), grad.device());
+        return zeros(&[batch, seqlen, d_in], grad.dtype(), grad.device());
     }
     rows(grad)?.matmul(&weight.to_dtype(grad.dtype())?)?.reshape((batch, seqlen, d_in))
 }
@@ -29,6 +29,19 @@ pub(crate) fn project_weight_backward(grad: &Tensor, x: &Tensor, weight: &Tensor
         return weight.zeros_like();
     }
     rows(grad)?.t()?.matmul(&rows(x)?)?.to_dtype(weight.dtype())
+}
+
+/// The gradients of `x` and `weight` in [`project`], as far as they are needed.
+pub(crate) fn project_both_backward(
+    grad: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    [of_x, of_weight]: [bool; 2],
+) -> Result<[Option<Tensor>; 2]> {
+    Ok([
+        of_x.then(|| project_backward(grad, weight)).transpose()?,
+        of_weight.then(|| project_weight_backward(grad, x, weight)).transpose()?,
+    ])
 }
 
 /// `(batch · seqlen, channels)`.
@@ -56,11 +69,11 @@ pub(crate) fn side_by_side(parts: &[(Option<Tensor>, usize)], like: &Tensor) -> 
     let (batch, seqlen, _) = like.dims3()?;
     let part = |(part, width): &(Option<Tensor>, usize)| match part {
         Some(part) if part.elem_count() > 0 => part.reshape((batch, seqlen, *width)),
-        _ => Tensor::zeros((batch, seqlen, *width), like.dtype(), like.device()),
+        _ => zeros(&[batch, seqlen, *width], like.dtype(), like.device()),
     };
     let parts = parts.iter().filter(|(_, width)| *width > 0).map(part).collect::<Result<Vec<_>>>()?;
     if like.elem_count() == 0 {
-        return like.zeros_like();
+        return zeros(like.dims(), like.dtype(), like.device());
     }
     Tensor::cat(&parts, 2)
 }

@@ -1,12 +1,12 @@
 //! What the references are made of: elementwise functions, differentiable everywhere and free of overflow, and views that
 //! candle can read.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 /// An input in the dtype of the computation. An empty one is made anew: a view of nothing may begin past the end of its
 /// storage, and candle then panics when it reads it.
 pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
-    if x.elem_count() == 0 { Tensor::zeros(x.shape(), dtype, x.device()) } else { x.to_dtype(dtype) }
+    if x.elem_count() == 0 { zeros(x.dims(), dtype, x.device()) } else { x.to_dtype(dtype) }
 }
 
 /// The part `[start, start + len)` of an axis, which candle can read even if it is empty.
@@ -16,7 +16,14 @@ pub(crate) fn part(x: &Tensor, axis: usize, start: usize, len: usize) -> Result<
     }
     let mut dims = x.dims().to_vec();
     dims[axis] = len;
-    Tensor::zeros(dims, x.dtype(), x.device())
+    zeros(&dims, x.dtype(), x.device())
+}
+
+/// Zeros, perhaps none: on a GPU candle makes no empty tensor, but takes a part of another one.
+pub(crate) fn zeros(dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    let some: Vec<usize> = dims.iter().map(|n| (*n).max(1)).collect();
+    let empty = dims.iter().enumerate().filter(|(_, n)| **n == 0);
+    empty.map(|(axis, _)| axis).try_fold(Tensor::zeros(some, dtype, device)?, |x, axis| x.narrow(axis, 0, 0))
 }
 
 /// `x · sigmoid(x)`.

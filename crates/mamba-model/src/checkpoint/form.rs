@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Shape, Tensor};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// How a tensor of a model is kept in files, if not as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,20 +79,24 @@ impl Form {
         shape: &Shape,
         dtype: DType,
     ) -> Result<Tensor> {
-        let read = |dtype: DType, part: Option<(usize, usize)>| -> Result<Tensor> {
-            let parts = names.iter().map(|name| file(name, dtype, part)).collect::<Result<Vec<_>>>()?;
-            match parts.as_slice() {
-                [one] => Ok(one.clone()),
-                several => Ok(Tensor::cat(several, rows_axis(shape.dims()))?),
-            }
-        };
+        let [first, others @ ..] = names else { return Err(Error::Input("a tensor without a name".into())) };
         let tensor = match self {
-            Self::Decay | Self::DecayColumn => {
-                logarithms(&read(DType::F64, None)?.neg()?)?.to_dtype(dtype)?
+            Self::Decay | Self::DecayColumn => logarithms(file(first, DType::F32, None)?)?.to_dtype(dtype)?,
+            Self::Expert { index, count } => file(first, dtype, Some((index, count)))?,
+            Self::Turned { heads } => turned(&file(first, dtype, None)?, heads, |half| (half, 2))?,
+            Self::GateUp => {
+                let (axis, half) = (rows_axis(shape.dims()), self.shape_in_file(shape.dims()));
+                let part = file(first, dtype, None)?.reshape(half.as_slice())?;
+                let whole = Tensor::zeros(shape, dtype, part.device())?;
+                whole.slice_set(&part, axis, 0)?;
+                drop(part); // there is never more than one beside the whole
+                for (place, name) in others.iter().enumerate() {
+                    let part = file(name, dtype, None)?.reshape(half.as_slice())?;
+                    whole.slice_set(&part, axis, (place + 1) * half[axis])?;
+                }
+                whole
             }
-            Self::Expert { index, count } => read(dtype, Some((index, count)))?,
-            Self::Turned { heads } => turned(&read(dtype, None)?, heads, |half| (half, 2))?,
-            _ => read(dtype, None)?,
+            _ => file(first, dtype, None)?,
         };
         Ok(if tensor.shape() == shape { tensor } else { tensor.reshape(shape)? })
     }
@@ -116,17 +120,21 @@ impl Form {
     }
 }
 
-/// Logarithms that are `f32`, and of which `exp` in `f32` gives the same values to the bit, if there are such.
-fn logarithms(values: &Tensor) -> Result<Tensor> {
+/// Logarithms of values with the sign turned, all `f32`, of which `exp` in `f32` gives the same values to the bit, if there are such.
+fn logarithms(negative: Tensor) -> Result<Tensor> {
     // `exp` is not always rounded to the nearest: look from the value itself outwards, as far as half a unit in its last place.
     const STEP: f64 = 1.0 / (1 << 27) as f64;
     let steps = [0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8].map(f64::from);
-    let log = |x: f64| {
+    let log = |negative: f32| {
+        let x = -f64::from(negative);
         let mut logs = steps.into_iter().map(|step| (x * (1.0 + step * STEP)).ln() as f32);
-        logs.find(|log| log.exp() == x as f32).unwrap_or(x.ln() as f32)
+        logs.find(|log| log.exp() == -negative).unwrap_or(x.ln() as f32)
     };
-    let logs: Vec<_> = values.flatten_all()?.to_vec1::<f64>()?.into_iter().map(log).collect();
-    Ok(Tensor::from_vec(logs, values.shape(), values.device())?)
+    let (shape, device) = (negative.shape().clone(), negative.device().clone());
+    let mut values = negative.flatten_all()?.to_vec1::<f32>()?;
+    drop(negative); // what is made of it takes its place
+    values.iter_mut().for_each(|value| *value = log(*value));
+    Ok(Tensor::from_vec(values, shape, &device)?)
 }
 
 /// The axis of a matrix, of a stack of them or of a vector along which its outputs lie.

@@ -10,6 +10,11 @@
 //! | `pytorch_model.bin` | `torch.save` of a dictionary of tensors, torch 1.6 or later |
 //! | `pytorch_model.bin.index.json` and the files it lists | the same |
 //! | a single file `*.gguf`, or its parts `*-00001-of-00003.gguf` and so on | [GGUF](gguf), quantized or not |
+//!
+//! A tensor goes from its file into the type and the order of the model without a second one beside it, but where a torch file has
+//! a matrix column by column, or a GGUF file the rows of queries and keys in another order, or in two halves what the model has in
+//! one: then one tensor of the file, or one of the model, is there beside the model. So loading takes the memory of the model and
+//! of one tensor.
 
 mod coverage;
 mod form;
@@ -22,6 +27,7 @@ pub(crate) mod safetensors;
 mod shards;
 mod source;
 mod stored;
+mod unique;
 mod var_builder;
 
 use std::borrow::Cow;
@@ -33,6 +39,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 
+use self::gguf::GgmlType;
 use self::stored::{Encoding, Stored};
 use crate::{Error, Result};
 
@@ -268,9 +275,19 @@ impl Checkpoint {
             }
             Encoding::Plain(stored) => {
                 // A type that grows is converted on the device, so that fewer bytes travel.
-                let shrinks = stored.size_in_bytes() > dtype.size_in_bytes();
-                let first = if shrinks { &Device::Cpu } else { device };
-                Tensor::from_raw_buffer(elements, stored, shape, first)?.to_dtype(dtype)?.to_device(device)?
+                let grows = stored.size_in_bytes() < dtype.size_in_bytes();
+                let kind = if grows && !device.is_cpu() { None } else { GgmlType::of_plain(stored) };
+                match kind.filter(|_| stored != dtype) {
+                    // Straight from the file, without a tensor of the one type beside that of the other.
+                    Some(kind) => {
+                        gguf::dequantize::dequantize(kind, elements, shape, dtype)?.to_device(device)?
+                    }
+                    None => {
+                        let first = if grows { device } else { &Device::Cpu };
+                        let tensor = Tensor::from_raw_buffer(elements, stored, shape, first)?;
+                        tensor.to_dtype(dtype)?.to_device(device)?
+                    }
+                }
             }
         };
         entry.reads.fetch_add(1, Ordering::Relaxed);

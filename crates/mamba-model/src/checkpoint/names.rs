@@ -33,12 +33,19 @@ pub struct NameMap {
     optional: Option<&'static str>,
     unread: &'static [&'static str],
     unread_from: Option<(&'static str, usize)>,
+    tied_head: bool,
 }
+
+/// The embedding by its canonical name.
+const EMBEDDING: &str = "embedding.weight";
+
+/// The head, which has the same name everywhere but in GGUF files.
+const HEAD: &str = "lm_head.weight";
 
 impl NameMap {
     /// A map with these rows of canonical and file prefixes.
     pub const fn new(rows: &'static [(&'static str, &'static str)]) -> Self {
-        Self { rows, leading: None, optional: None, unread: &[], unread_from: None }
+        Self { rows, leading: None, optional: None, unread: &[], unread_from: None, tied_head: false }
     }
 
     /// The same map for checkpoints in which every name may stand behind `leading` (with its dot), as in Codestral.
@@ -51,8 +58,8 @@ impl NameMap {
         Self { optional: Some(prefix), ..self }
     }
 
-    /// The same map with a list of prefixes of file names that a model may leave unread: aliases such as a tied
-    /// `lm_head.weight`, buffers that are computed, heads that are not used.
+    /// The same map with a list of prefixes of file names that a model may leave unread: buffers that are computed, heads that
+    /// are not used.
     pub const fn with_unread(self, unread: &'static [&'static str]) -> Self {
         Self { unread, ..self }
     }
@@ -61,6 +68,12 @@ impl NameMap {
     /// number is at least `first`: `prefix` with a placeholder last says where the number stands, as in `blk.{l}`.
     pub const fn with_unread_from(self, prefix: &'static str, first: usize) -> Self {
         Self { unread_from: Some((prefix, first)), ..self }
+    }
+
+    /// The same map for models whose head is their embedding: a file may hold both, of which the head stays unread, or the
+    /// head alone, as files do whose writer kept the first of two names of one tensor.
+    pub const fn with_tied_head(self) -> Self {
+        Self { tied_head: true, ..self }
     }
 
     /// The names under which a file may hold the tensor `canonical`, the preferred one first.
@@ -78,6 +91,9 @@ impl NameMap {
             .collect();
         if names.is_empty() {
             names.push(canonical.to_string());
+        }
+        if self.tied_head && canonical == EMBEDDING {
+            names.push(HEAD.into());
         }
         if let Some(optional) = self.optional {
             let bare: Vec<_> =
@@ -103,7 +119,8 @@ impl NameMap {
             let number = match_prefix(prefix, bare).and_then(|found| found.numbers.last()?.1.parse().ok());
             number.is_some_and(|number: usize| number >= first)
         });
-        beyond || self.unread.iter().any(|prefix| match_prefix(prefix, bare).is_some())
+        let head = self.tied_head && bare == HEAD;
+        head || beyond || self.unread.iter().any(|prefix| match_prefix(prefix, bare).is_some())
     }
 }
 
@@ -203,6 +220,13 @@ mod tests {
         assert_eq!(names.candidates("c"), ["c", "model.c"]);
         assert!(names.may_stay_unread("b.3.inv_freq") && names.may_stay_unread("model.b.3.inv_freq"));
         assert!(!names.may_stay_unread("b.3.inv") && !names.may_stay_unread("b.x.inv_freq"));
+        assert!(!names.may_stay_unread("lm_head.weight"));
+        let tied = names.with_tied_head();
+        assert!(tied.may_stay_unread("model.lm_head.weight") && tied.may_stay_unread("b.3.inv_freq"));
+        assert_eq!(
+            tied.candidates("embedding.weight").join(" "),
+            "embedding.weight lm_head.weight model.embedding.weight model.lm_head.weight"
+        );
         let names = names.with_unread_from("blk.{l}", 12);
         assert!(names.may_stay_unread("blk.12.x") && names.may_stay_unread("blk.100.y.weight"));
         assert!(!names.may_stay_unread("blk.2.x") && !names.may_stay_unread("blk.y"));

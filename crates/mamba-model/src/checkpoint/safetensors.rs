@@ -6,8 +6,10 @@ use std::path::Path;
 use candle_core::DType;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
+use serde::de::IgnoredAny;
 
 use super::stored::{Encoding, Stored, elem_count};
+use super::unique::Unique;
 use crate::{Error, Result};
 
 /// The header's length stands in the first eight bytes.
@@ -50,8 +52,8 @@ pub(crate) fn notes(path: &Path, file: &[u8]) -> Result<HashMap<String, String>>
 
 /// The header, and where the bytes of the tensors begin.
 ///
-/// It is parsed by the safetensors crate; the length is compared here, because version 0.8 of the crate adds lengths
-/// unchecked in `SafeTensors::read_metadata`.
+/// It is parsed by the safetensors crate; what is done here is what version 0.8 of the crate leaves out: it adds lengths unchecked
+/// in `SafeTensors::read_metadata`, and takes the last of several tensors of one name that lie at the same place.
 fn header(path: &Path, file: &[u8]) -> Result<(Metadata, usize)> {
     let fail = |message: String| Error::checkpoint(path, message);
     if file.is_empty() {
@@ -68,8 +70,9 @@ fn header(path: &Path, file: &[u8]) -> Result<(Metadata, usize)> {
         let message = format!("is truncated: its header has {length} bytes, {} are there", rest.len());
         return Err(fail(message));
     };
-    let metadata: Metadata =
-        serde_json::from_slice(header).map_err(|e| fail(format!("has no valid safetensors header: {e}")))?;
+    let invalid = |e: serde_json::Error| fail(format!("has no valid safetensors header: {e}"));
+    let metadata: Metadata = serde_json::from_slice(header).map_err(invalid)?;
+    let _: Unique<IgnoredAny> = serde_json::from_slice(header).map_err(invalid)?;
     let (want, have) = (metadata.data_len(), data.len());
     if want != have {
         let what = if have < want { "is truncated" } else { "is too long" };
@@ -152,6 +155,41 @@ mod tests {
         assert!(
             error(&file(&tensor("F32", "[4611686018427387904,0,8]", "[0,0]"), &[])).contains("impossible")
         );
+    }
+
+    /// The same bytes under one name twice, with escapes or without, and notes of one name.
+    #[test]
+    fn names_are_not_there_twice() {
+        let tensor = r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#;
+        for (first, second) in [("a", "a"), ("a", "\\u0061"), ("", "")] {
+            let header = format!(r#"{{"{first}":{tensor},"{second}":{tensor}}}"#);
+            let expected = format!("has no valid safetensors header: `{first}` is there twice at line 1");
+            assert!(error(&file(&header, &[0; 8])).contains(&expected));
+        }
+        let twice = r#"{"a":{"dtype":"F32","shape":[1],"shape":[2],"data_offsets":[0,8]}}"#;
+        assert!(error(&file(twice, &[0; 8])).contains("duplicate field `shape`"));
+        let notes = r#"{"__metadata__":{"a":"1"},"__metadata__":{"a":"1"}}"#;
+        assert!(error(&file(notes, &[])).contains("__metadata__`"));
+    }
+
+    /// In the name of a tensor, that of a note, its text, a type, and anywhere else.
+    #[test]
+    fn what_is_not_utf_8_is_an_error() {
+        let good = r#"{"~":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":{"note":"~"}}"#;
+        assert!(read(Path::new("m"), &file(good, &[0; 8])).is_ok());
+        let places: Vec<usize> = (0..good.len()).collect();
+        let mut named = 0;
+        for bytes in [&[0xff][..], &[0xc3, 0x28], &[0xed, 0xa0, 0x80], &[0xf0, 0x9f]] {
+            for &at in &places {
+                let header = [&good.as_bytes()[..at], bytes, &good.as_bytes()[at + 1..]].concat();
+                let whole = [&(header.len() as u64).to_le_bytes(), header.as_slice(), &[0; 8]].concat();
+                let error = error(&whole);
+                assert!(error.contains("has no valid safetensors header: "), "{error}");
+                named +=
+                    usize::from(good.as_bytes()[at] == b'~' && error.contains("invalid unicode code point"));
+            }
+        }
+        assert_eq!(named, 8, "in the name and in the note, four times");
     }
 
     #[test]

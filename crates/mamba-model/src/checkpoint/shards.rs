@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::source::is_inside;
+use super::unique::Unique;
 use crate::{Error, Result};
 
 /// An index larger than this is refused.
@@ -13,7 +14,7 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 
 #[derive(Deserialize)]
 struct Index {
-    weight_map: BTreeMap<String, String>,
+    weight_map: Unique<String>,
 }
 
 /// Reads which file holds which tensor.
@@ -32,16 +33,17 @@ pub(super) fn read(path: &Path) -> Result<BTreeMap<String, String>> {
 
 fn parse(text: &[u8]) -> std::result::Result<BTreeMap<String, String>, String> {
     let index: Index = serde_json::from_slice(text).map_err(|e| format!("is no index of weights: {e}"))?;
-    if index.weight_map.is_empty() {
+    let Unique(files) = index.weight_map;
+    if files.is_empty() {
         return Err("is an index that lists no tensors".into());
     }
-    for (tensor, file) in &index.weight_map {
+    for (tensor, file) in &files {
         if !is_inside(file) {
             let (tensor, file) = (tensor.escape_default(), file.escape_default());
             return Err(format!("places tensor `{tensor}` in `{file}`, which is outside its folder"));
         }
     }
-    Ok(index.weight_map)
+    Ok(files)
 }
 
 #[cfg(test)]
@@ -74,6 +76,27 @@ mod tests {
             ["", "[]", "{}", "{", r#"{"weight_map":[]}"#, r#"{"weight_map":{}}"#, r#"{"weight_map":{"a":1}}"#]
         {
             assert!(parse(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+
+    /// Whether the two places are one or not.
+    #[test]
+    fn names_are_not_there_twice() {
+        for second in ["m-1-of-2.bin", "m-2-of-2.bin"] {
+            let text = format!(r#"{{"weight_map":{{"a.b":"m-1-of-2.bin","a.b":"{second}"}}}}"#);
+            let error = parse(text.as_bytes()).unwrap_err();
+            assert!(error.starts_with("is no index of weights: `a.b` is there twice"), "{error}");
+        }
+        let maps = r#"{"weight_map":{"a":"m.bin"},"weight_map":{"a":"m.bin"}}"#;
+        assert!(parse(maps.as_bytes()).unwrap_err().contains("duplicate field `weight_map`"));
+    }
+
+    #[test]
+    fn what_is_not_utf_8_is_an_error() {
+        for (name, file) in [(&b"\xff"[..], &b"m.bin"[..]), (b"a", b"\xffm.bin"), (b"\xc3\x28", b"m.bin")] {
+            let text = [b"{\"weight_map\":{\"", name, b"\":\"", file, b"\"}}"].concat();
+            let error = parse(&text).unwrap_err();
+            assert!(error.starts_with("is no index of weights: invalid unicode code point"), "{error}");
         }
     }
 

@@ -41,6 +41,8 @@ pub struct ModelConfig {
     pub norm_eps: f64,
     /// Whether the residual stream stays `f32` in a model of another dtype.
     pub residual_in_f32: bool,
+    /// Whether there is a head: a model without one gives hidden states and no logits.
+    pub has_head: bool,
     /// Whether the head is the embedding.
     pub tie_embeddings: bool,
     /// Tokens that end a text.
@@ -110,7 +112,7 @@ impl LayerSpec {
 
 impl ModelConfig {
     /// A model of `n_layer` equal layers with one mixer each, with the published defaults: RMSNorm with eps 1e-5,
-    /// residual stream in `f32`, tied embeddings.
+    /// residual stream in `f32`, a head that is the embedding.
     pub fn uniform(vocab_size: usize, d_model: usize, n_layer: usize, mixer: MixerSpec) -> Self {
         Self::of_layers(vocab_size, d_model, vec![LayerSpec::new([mixer]); n_layer])
     }
@@ -125,6 +127,7 @@ impl ModelConfig {
             norm: NormKind::Rms,
             norm_eps: 1e-5,
             residual_in_f32: true,
+            has_head: true,
             tie_embeddings: true,
             eos_token_ids: vec![],
             embedding_scale: 1.0,

@@ -50,11 +50,20 @@ impl Family {
         FAMILIES.into_iter().find(|family| family.name() == name)
     }
 
+    /// Reads a configuration, and whether it is that of a model without a head: what transformers saves of its classes `*Model`.
+    fn read(&self, fields: &Fields) -> Result<ModelConfig> {
+        let config = (self.parse)(fields)?;
+        let is_base = |name: &String| name.ends_with("Model") && !name.ends_with("LMHeadModel");
+        let base = fields.strs_opt("architectures")?.is_some_and(|names| names.iter().any(is_base));
+        // Where the head would be the embedding, there is one as soon as somebody asks for it.
+        Ok(ModelConfig { has_head: config.tie_embeddings || !base, ..config })
+    }
+
     /// The configuration in the words of this family, if reading them gives the same model again.
     pub(crate) fn words(&self, config: &ModelConfig) -> Option<Value> {
         let written = (self.write)(config)?;
         let text = serde_json::to_string(&written).ok()?;
-        let mut again = (self.parse)(&Fields::parse(&text, None).ok()?).ok()?;
+        let mut again = self.read(&Fields::parse(&text, None).ok()?).ok()?;
         again.validate().ok()?;
         if again.vocab_size == config.padded_vocab_size {
             // Most families cannot say that some ids exist for alignment only.
@@ -102,7 +111,7 @@ pub(crate) fn parse(text: &str, file: Option<&Path>) -> Result<(ModelConfig, &'s
             format!("is \"{got}\", expected none (state-spaces) or one of {}", known.join(", ")),
         )
     })?;
-    let config = (family.parse)(&fields)?;
+    let config = family.read(&fields)?;
     config.validate().map_err(|error| match error {
         Error::Config { field, message, .. } => fields.error(&field, message),
         other => other,

@@ -56,6 +56,11 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
     let mamba = mamba2(fields, d_model, norm_eps)?;
     let headdim = fields.usize_or("head_dim", 128)?;
     let heads = fields.usize_or("num_attention_heads", 32)?;
+    if let Some(window) = fields.usize_opt("sliding_window")? {
+        // transformers reads the field and looks at all tokens; who looks at the last ones alone gives other logits.
+        let message = format!("is {window}, expected null: transformers passes over it, others do not");
+        return Err(fields.error("sliding_window", message));
+    }
     let attention = AttentionConfig::new(heads, fields.usize_or("num_key_value_heads", 8)?, headdim);
     let mlp = |d_hidden: usize, bias: bool| -> Result<MlpConfig> {
         let activation = transformer::activation(fields, "mlp_hidden_act", MlpActivation::Relu2)?;

@@ -71,6 +71,10 @@ pub(super) fn object(config: &ModelConfig, model_type: &str, architecture: &str,
         [id] => json!(id),
         ids => json!(ids),
     };
+    let architecture = match config.has_head {
+        true => architecture.to_owned(),
+        false => architecture.replace("ForCausalLM", "Model"),
+    };
     let mut object = Map::new();
     let common = json!({
         "architectures": [architecture], "model_type": model_type, "vocab_size": config.padded_vocab_size,

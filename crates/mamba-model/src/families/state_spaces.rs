@@ -141,6 +141,9 @@ fn mamba2(ssm: &Fields, d_model: usize) -> Result<Mamba2Config> {
 }
 
 fn write(config: &ModelConfig) -> Option<Value> {
+    if !config.has_head {
+        return None;
+    }
     let parts = Parts::of(config);
     let d_intermediate = parts.mlp.map_or(0, |mlp| mlp.d_hidden);
     let types = parts::types(config)?;

@@ -108,22 +108,26 @@ impl Mamba1 {
         Ok([Tensor::cat(&dt, 2)?, Tensor::stack(&b, 2)?, Tensor::stack(&c, 2)?])
     }
 
-    /// Everything after the first projection, without a state, as one function; none if there is more to this block than that.
-    fn fused(&self, xz: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
+    /// The whole block without a state as one function, or as much of it as has no adapter; none if the block has parts that
+    /// the function does not have.
+    fn fused(&self, x: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
         let ([x_proj], [dt_proj], None, None) =
             (&*self.x_proj, &*self.dt_proj, &self.norms, self.config.nheads)
         else {
             return Ok(None);
         };
         let (Some(x_proj), Some(dt_proj)) = (x_proj.plain(), dt_proj.plain()) else { return Ok(None) };
+        let x = x.to_dtype(self.in_proj.dtype())?;
+        let xz = if self.in_proj.plain().is_some() { x } else { self.in_proj.forward(&x)? };
         let output = mamba1_inner(&Mamba1Inner {
+            in_proj: self.in_proj.plain(),
             conv_bias: self.conv1d.bias(),
             delta_bias: Some(&self.dt_bias),
             d: Some(&self.d),
             out_proj: self.out_proj.plain(),
             packing: sequences.packing().as_ref(),
             recompute: false,
-            ..Mamba1Inner::new(xz, &self.conv1d.filters()?, x_proj, dt_proj, &self.a.get()?)
+            ..Mamba1Inner::new(&xz, &self.conv1d.filters()?, x_proj, dt_proj, &self.a.get()?)
         })?;
         match self.out_proj.plain() {
             Some(_) => Ok(Some(output.y)),
@@ -195,12 +199,12 @@ fn by_head(weights: &Tensor) -> Result<Vec<Linear>> {
 
 impl Mixer for Mamba1 {
     fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
-        let xz = self.in_proj.forward(x)?;
         if state.is_none()
-            && let Some(y) = self.fused(&xz, sequences)?
+            && let Some(y) = self.fused(x, sequences)?
         {
             return Ok(y);
         }
+        let xz = self.in_proj.forward(x)?;
         self.out_proj.forward(&self.core(&xz, sequences, state)?)
     }
 

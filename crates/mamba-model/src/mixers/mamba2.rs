@@ -126,8 +126,9 @@ impl Mamba2 {
         Ok(output.y.reshape((batch, seqlen, d_ssm))?)
     }
 
-    /// Everything after the first projection, without a state, as one function; none if there is more to this block than that.
-    fn fused(&self, projected: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
+    /// The whole block without a state as one function, or as much of it as has no adapter and no multipliers; none if the block
+    /// has parts that the function does not have.
+    fn fused(&self, x: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
         if self.config.d_bypass() > 0 {
             return Ok(None);
         }
@@ -138,7 +139,13 @@ impl Mamba2 {
             group_size: Some(d_ssm / ngroups),
             norm_before_gate: *before_gate,
         });
+        let in_proj = self.in_proj.plain().filter(|_| self.scales.is_none());
+        let input = match in_proj {
+            Some(weight) => scaled(x.to_dtype(weight.dtype())?, self.config.input_scale)?,
+            None => self.project(x)?,
+        };
         let output = mamba2_split_conv1d_scan(&Mamba2SplitConv1dScan {
+            in_proj,
             conv_bias: self.conv1d.bias(),
             dt_bias: Some(&self.dt_bias),
             d: Some(&self.skip()?),
@@ -150,11 +157,20 @@ impl Mamba2 {
             initial_ssm_state: self.initial(sequences, None)?.as_ref(),
             packing: sequences.packing().as_ref(),
             recompute: false,
-            ..Mamba2SplitConv1dScan::new(projected, &self.conv1d.filters()?, &self.a.get()?, headdim)
+            ..Mamba2SplitConv1dScan::new(&input, &self.conv1d.filters()?, &self.a.get()?, headdim)
         })?;
         match self.out_proj.plain() {
             Some(_) => Ok(Some(output.y)),
             None => self.out_proj.forward(&output.y).map(Some),
+        }
+    }
+
+    /// What the first projection gives, multiplied as configured.
+    fn project(&self, x: &Tensor) -> Result<Tensor> {
+        let projected = self.in_proj.forward(&scaled(x.clone(), self.config.input_scale)?)?;
+        match &self.scales {
+            Some(scales) => Ok(wide(&projected)?.broadcast_mul(scales)?.to_dtype(projected.dtype())?),
+            None => Ok(projected),
         }
     }
 
@@ -227,16 +243,12 @@ fn scales(config: &Mamba2Config, params: &Params) -> Result<Option<Tensor>> {
 
 impl Mixer for Mamba2 {
     fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
-        let mut projected = self.in_proj.forward(&scaled(x.clone(), self.config.input_scale)?)?;
-        if let Some(scales) = &self.scales {
-            projected = wide(&projected)?.broadcast_mul(scales)?.to_dtype(projected.dtype())?;
-        }
         if state.is_none()
-            && let Some(y) = self.fused(&projected, sequences)?
+            && let Some(y) = self.fused(x, sequences)?
         {
             return Ok(y);
         }
-        self.out_proj.forward(&self.core(&projected, sequences, state)?)
+        self.out_proj.forward(&self.core(&self.project(x)?, sequences, state)?)
     }
 
     fn decoder(&self) -> Result<Option<decoder::Mixer>> {

@@ -31,6 +31,7 @@ struct Conv {
     bias: Pointer,
     initial_state: u64,
     row_stride: i64,
+    token_stride: i64,
     batch: i32,
     dim: i32,
     seqlen: i32,
@@ -77,9 +78,9 @@ struct ConvUpdate {
     padding: i32,
 }
 
-const _: () = assert!(size_of::<Conv>() == 80);
-const _: () = assert!(size_of::<ConvForward>() == 96);
-const _: () = assert!(size_of::<ConvBackward>() == 144);
+const _: () = assert!(size_of::<Conv>() == 88);
+const _: () = assert!(size_of::<ConvForward>() == 104);
+const _: () = assert!(size_of::<ConvBackward>() == 152);
 const _: () = assert!(size_of::<ConvUpdate>() == 96);
 // SAFETY: as the structs of `causal_conv1d.cu`.
 unsafe impl Arguments for ConvForward {}
@@ -114,6 +115,30 @@ fn segments(node: &Node) -> Vec<Segment> {
     sequences.iter().enumerate().map(segment).collect()
 }
 
+/// The inputs as kernels read them, contiguous but for tokens of `x`, channels last, which may lie further apart; how far.
+fn prepare(
+    node: &Node,
+    inputs: &[Option<Tensor>; SLOTS],
+) -> Result<([Option<Tensor>; SLOTS], usize)> {
+    let Sizes { batch, dim, seqlen, .. } = node.sizes;
+    let mut prepared = inputs.clone();
+    let mut token_stride = dim;
+    for (slot, x) in prepared.iter_mut().enumerate() {
+        let Some(input) = x.as_ref().filter(|x| x.elem_count() > 0) else { continue };
+        let apart = match (node.layout, input.stride()) {
+            (ChannelsLast, &[rows, tokens, 1]) if slot == X => {
+                ((batch == 1 || rows == seqlen * tokens) && tokens >= dim).then_some(tokens)
+            }
+            _ => None,
+        };
+        match apart {
+            Some(stride) => token_stride = stride,
+            None => *x = Some(input.contiguous()?),
+        }
+    }
+    Ok((prepared, token_stride))
+}
+
 /// Where an element further on is; of no tensor, nowhere.
 fn from(pointer: Pointer, elements: usize, dtype: DType) -> u64 {
     pointer.offset(elements, dtype).address
@@ -128,14 +153,14 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(node: &Node, segments: &[Segment], dtype: DType, pointers: &[Pointer]) -> Self {
+    fn new(node: &Node, token_stride: usize, segments: &[Segment], dtype: DType, pointers: &[Pointer]) -> Self {
         let aligned = |n: usize| n > 0 && n.is_multiple_of(8);
         let rows = match node.layout {
             ChannelsFirst => {
                 let within = |s: &Segment| aligned(s.sizes.seqlen) && s.start.is_multiple_of(8);
                 aligned(node.sizes.seqlen) && segments.iter().all(within)
             }
-            ChannelsLast => aligned(node.sizes.dim),
+            ChannelsLast => aligned(node.sizes.dim) && aligned(token_stride),
         };
         let starts =
             pointers.iter().all(|pointer| pointer.address.is_multiple_of(8 * dtype.size_in_bytes() as u64));
@@ -180,17 +205,23 @@ fn run(gpu: &Gpu, sizes: Sizes, packs: usize, threads: usize, longest: usize) ->
 fn arguments(
     node: &Node,
     segment: &Segment,
+    token_stride: usize,
     dtype: DType,
     [x, weight, bias, initial_state]: [Pointer; SLOTS],
     run: usize,
 ) -> Result<Conv> {
     let Sizes { batch, dim, seqlen, width, .. } = segment.sizes;
+    let start = match node.layout {
+        ChannelsFirst => segment.start,
+        ChannelsLast => segment.start / dim.max(1) * token_stride,
+    };
     Ok(Conv {
-        x: from(x, segment.start, dtype),
+        x: from(x, start, dtype),
         weight,
         bias,
         initial_state: from(initial_state, segment.states(), DType::F32),
         row_stride: node.sizes.seqlen as i64,
+        token_stride: token_stride as i64,
         batch: int(OP, batch)?,
         dim: int(OP, dim)?,
         seqlen: int(OP, seqlen)?,
@@ -258,12 +289,13 @@ fn backward_grid(
 pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<Forward<2>> {
     let x = host::slot(OP, inputs, X)?;
     let dtype = x.dtype();
-    device::pointers(OP, inputs.each_ref().map(Option::as_ref), |gpu, pointers| {
+    let (prepared, token_stride) = prepare(node, inputs)?;
+    device::views(OP, prepared.each_ref().map(Option::as_ref), |gpu, pointers| {
         let y = gpu.room(dtype, x.elem_count(), &node.packing)?;
         let (sequences, dim, window) = node.sizes.state_shape();
         let final_state = gpu.buffer(DType::F32, sequences * dim * window)?;
         let segments = segments(node);
-        let shape = Shape::new(node, &segments, dtype, &[pointers[X], y.pointer()]);
+        let shape = Shape::new(node, token_stride, &segments, dtype, &[pointers[X], y.pointer()]);
         let kernel = Kernel {
             module: &MODULE,
             name: symbol(false, node.layout, node.sizes.width, shape),
@@ -272,7 +304,7 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<F
         for segment in &segments {
             let (launch, run) = forward_grid(gpu, node.layout, segment.sizes, shape);
             let args = ConvForward {
-                conv: arguments(node, segment, dtype, pointers, run)?,
+                conv: arguments(node, segment, token_stride, dtype, pointers, run)?,
                 y: from(y.pointer(), segment.start, dtype),
                 final_state: from(final_state.pointer(), segment.states(), DType::F32),
             };
@@ -292,8 +324,11 @@ pub(super) fn backward(
 ) -> Result<[Option<Tensor>; SLOTS]> {
     let x = host::slot(OP, inputs, X)?;
     let (dtype, Sizes { dim, width, .. }) = (x.dtype(), node.sizes);
-    let [a, b, c, d] = inputs.each_ref().map(Option::as_ref);
-    device::pointers(OP, [a, b, c, d, grads[0].as_ref(), grads[1].as_ref()], |gpu, pointers| {
+    let (prepared, token_stride) = prepare(node, inputs)?;
+    let [a, b, c, d] = prepared.each_ref().map(Option::as_ref);
+    let contiguous = |grad: &Option<Tensor>| grad.as_ref().map(Tensor::contiguous).transpose();
+    let (grad_y, grad_state) = (contiguous(&grads[0])?, contiguous(&grads[1])?);
+    device::views(OP, [a, b, c, d, grad_y.as_ref(), grad_state.as_ref()], |gpu, pointers| {
         let [px, weight, bias, initial_state, grad_y, grad_state] = pointers;
         let like = |slot: usize| gpu.buffer_like(inputs[slot].as_ref(), needs[slot]);
         let dx = needs[X].then(|| gpu.room(dtype, x.elem_count(), &node.packing)).transpose()?;
@@ -301,7 +336,7 @@ pub(super) fn backward(
         let [pdx, pdinitial] = [&dx, &dinitial].map(device::pointer);
 
         let segments = segments(node);
-        let shape = Shape::new(node, &segments, dtype, &[px, grad_y, pdx]);
+        let shape = Shape::new(node, token_stride, &segments, dtype, &[px, grad_y, pdx]);
         let kernel = Kernel {
             module: &MODULE,
             name: symbol(true, node.layout, node.sizes.width, shape),
@@ -322,7 +357,7 @@ pub(super) fn backward(
         let mut part = 0;
         for (segment, (launch, run, splits)) in segments.iter().zip(grids) {
             let args = ConvBackward {
-                conv: arguments(node, segment, dtype, [px, weight, bias, initial_state], run)?,
+                conv: arguments(node, segment, token_stride, dtype, [px, weight, bias, initial_state], run)?,
                 grad_y: from(grad_y, segment.start, dtype),
                 grad_state: from(grad_state, segment.states(), DType::F32),
                 dx: from(pdx, segment.start, dtype),

@@ -8,24 +8,29 @@ use super::{Linear, OP, Sizes};
 use crate::args::state_dtype;
 
 /// `x Wᵀ + bias` with a graph, where none of the extents is 0. The dtypes are those of the reference.
-pub(super) fn apply(args: &Linear, sizes: Sizes) -> Result<Tensor> {
+pub(super) fn apply(args: &Linear, _: Sizes) -> Result<Tensor> {
     let Linear { x, weight, bias } = *args;
     let dtype = if weight.dtype() == x.dtype() { x.dtype() } else { state_dtype(x.dtype()) };
-    let rows = x.to_dtype(dtype)?.reshape((sizes.rows, sizes.d_in))?;
-    let mut y = rows.apply_op2(&weight.to_dtype(dtype)?, Product)?;
+    let mut y = x.to_dtype(dtype)?.contiguous()?.apply_op2(&weight.to_dtype(dtype)?, Product)?;
     if let Some(bias) = bias {
         y = y.broadcast_add(&bias.to_dtype(dtype)?)?;
     }
-    y.reshape(args.shape())?.to_dtype(x.dtype())
+    y.to_dtype(x.dtype())
 }
 
-/// `(rows, in) · (out, in)ᵀ`.
+/// `(.., in) · (out, in)ᵀ`, of contiguous rows.
 struct Product;
 
 fn product<S: BackendStorage>(x: &S, x_at: &Layout, weight: &S, weight_at: &Layout) -> Result<(S, Shape)> {
-    let ((rows, d_in), (d_out, _)) = (x_at.shape().dims2()?, weight_at.shape().dims2()?);
-    let y = x.matmul(weight, (1, rows, d_out, d_in), x_at, &weight_at.transpose(0, 1)?)?;
-    Ok((y, Shape::from((rows, d_out))))
+    let (d_out, d_in) = weight_at.shape().dims2()?;
+    let rows = x_at.shape().elem_count() / d_in;
+    let x_rows = Layout::contiguous_with_offset((rows, d_in), x_at.start_offset());
+    let y = x.matmul(weight, (1, rows, d_out, d_in), &x_rows, &weight_at.transpose(0, 1)?)?;
+    let mut shape = x_at.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = d_out;
+    }
+    Ok((y, Shape::from(shape)))
 }
 
 impl CustomOp2 for Product {
@@ -60,9 +65,13 @@ impl CustomOp2 for Product {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.detach().contiguous()?;
-        let of_x = x.track_op().then(|| grad.matmul(&weight.detach()));
-        let of_weight = weight.track_op().then(|| grad.t()?.matmul(&x.detach()));
+        let rows = |x: &Tensor| -> Result<Tensor> {
+            let d = x.dims().last().copied().unwrap_or(1);
+            x.detach().contiguous()?.reshape(((), d))
+        };
+        let grad = rows(grad)?;
+        let of_x = x.track_op().then(|| grad.matmul(&weight.detach())?.reshape(x.shape()));
+        let of_weight = weight.track_op().then(|| grad.t()?.matmul(&rows(x)?));
         Ok((of_x.transpose()?, of_weight.transpose()?))
     }
 }

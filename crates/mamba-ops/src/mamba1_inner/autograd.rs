@@ -10,7 +10,9 @@ use crate::causal_conv1d::CausalConv1d;
 use crate::host;
 use crate::layout::SequenceLayout;
 use crate::packing::Packing;
-use crate::projection::{channels, project, project_backward, project_weight_backward, side_by_side};
+use crate::projection::{
+    channels, project, project_backward, project_both_backward, project_weight_backward, side_by_side,
+};
 use crate::selective_scan::SelectiveScan;
 
 // Slots of the inputs.
@@ -25,7 +27,8 @@ const D: usize = 7;
 const OUT_PROJ: usize = 8;
 const CONV_STATE: usize = 9;
 const SSM_STATE: usize = 10;
-const SLOTS: usize = 11;
+const IN_PROJ: usize = 11;
+const SLOTS: usize = 12;
 
 type Inputs = [Option<Tensor>; SLOTS];
 
@@ -39,6 +42,8 @@ struct Node {
 
 /// What lies between the inputs and the last projection.
 struct Between {
+    /// `[x | z]`.
+    xz: Tensor,
     conv: Part,
     /// The convolved `x`.
     x: Tensor,
@@ -64,6 +69,7 @@ pub(super) fn apply(args: &Mamba1Inner, sizes: Sizes) -> Result<[Tensor; 3]> {
         args.out_proj,
         args.initial_conv_state,
         args.initial_ssm_state,
+        args.in_proj,
     ];
     autograd::apply(node, &inputs)
 }
@@ -74,20 +80,23 @@ impl Node {
         let Sizes { dim, d_state, dt_rank } = self.sizes;
         let (layout, packing) = (SequenceLayout::ChannelsLast, self.packing.as_ref());
         let input = |slot: usize| host::slot(OP, inputs, slot);
-        let xz = input(XZ)?;
+        let xz = match &inputs[IN_PROJ] {
+            Some(weight) => project(input(XZ)?, weight)?,
+            None => input(XZ)?.clone(),
+        };
         let (conv, [x, conv_state]) = CausalConv1d {
             bias: inputs[CONV_BIAS].as_ref(),
             initial_state: inputs[CONV_STATE].as_ref(),
             layout,
             packing,
-            ..CausalConv1d::new(&channels(xz, 0, dim)?, input(CONV_WEIGHT)?)
+            ..CausalConv1d::new(&channels(&xz, 0, dim)?, input(CONV_WEIGHT)?)
         }
         .part(tracked)?;
         let projected = project(&x, input(X_PROJ)?)?;
         let delta = project(&channels(&projected, 0, dt_rank)?, input(DT_PROJ)?)?;
         let (scan, [y, ssm_state]) = SelectiveScan {
             d: inputs[D].as_ref(),
-            z: Some(&channels(xz, dim, dim)?),
+            z: Some(&channels(&xz, dim, dim)?),
             delta_bias: inputs[DELTA_BIAS].as_ref(),
             delta_softplus: self.delta_softplus,
             initial_state: inputs[SSM_STATE].as_ref(),
@@ -104,7 +113,7 @@ impl Node {
         .part(tracked)?;
         // Without a projection `y` is an output, which has its storage for itself.
         let kept = inputs[OUT_PROJ].is_some().then(|| y.clone());
-        Ok((Between { conv, x, projected, scan, y: kept }, [y, conv_state, ssm_state]))
+        Ok((Between { xz, conv, x, projected, scan, y: kept }, [y, conv_state, ssm_state]))
     }
 
     fn gradients(
@@ -132,8 +141,10 @@ impl Node {
         };
 
         let varying = [true, true, needs[A], true, true];
+        // Of the first projection, both factors need the gradient of what it gives.
+        let needs_xz = needs[XZ] || needs[IN_PROJ];
         let scan_needs = |[u, delta, a, b, c]: [bool; 5]| {
-            [u, delta, a, b, c, needs[D], needs[XZ], needs[DELTA_BIAS], needs[SSM_STATE]]
+            [u, delta, a, b, c, needs[D], needs_xz, needs[DELTA_BIAS], needs[SSM_STATE]]
         };
         let [of_u, of_delta, of_a, of_b, of_c, of_d, of_z, of_bias, of_state] =
             between.scan.backward(scan_needs(varying), &[of_y, of_ssm_state])?;
@@ -155,12 +166,16 @@ impl Node {
             _ => (of_u + project_backward(&of_projected, input(X_PROJ)?)?)?,
         };
 
-        let conv_needs = [needs[XZ], needs[CONV_WEIGHT], needs[CONV_BIAS], needs[CONV_STATE]];
+        let conv_needs = [needs_xz, needs[CONV_WEIGHT], needs[CONV_BIAS], needs[CONV_STATE]];
         let [of_x, of_weight, of_bias, of_state] =
             between.conv.backward(conv_needs, &[Some(of_x), of_conv_state])?;
         [out[CONV_WEIGHT], out[CONV_BIAS], out[CONV_STATE]] = [of_weight, of_bias, of_state];
-        if needs[XZ] {
-            out[XZ] = Some(side_by_side(&[(of_x, dim), (of_z, dim)], input(XZ)?)?);
+        if needs_xz {
+            let of_xz = side_by_side(&[(of_x, dim), (of_z, dim)], &between.xz)?;
+            [out[XZ], out[IN_PROJ]] = match &inputs[IN_PROJ] {
+                Some(weight) => project_both_backward(&of_xz, input(XZ)?, weight, [needs[XZ], needs[IN_PROJ]])?,
+                None => [Some(of_xz), None],
+            };
         }
         Ok(out)
     }

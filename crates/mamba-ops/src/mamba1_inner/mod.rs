@@ -12,8 +12,10 @@ const OP: &str = "mamba1_inner";
 /// Arguments of [`mamba1_inner`]; see there for shapes.
 #[derive(Debug, Clone, Copy)]
 pub struct Mamba1Inner<'a> {
-    /// What the first projection gives, `[x | z]`: `(batch, seqlen, 2 · dim)`.
+    /// What the first projection gives, `[x | z]`: `(batch, seqlen, 2 · dim)`; or what it takes, if it is given.
     pub xz: &'a Tensor,
+    /// The first projection, `(2 · dim, d_model)`: then `xz` is `(batch, seqlen, d_model)`.
+    pub in_proj: Option<&'a Tensor>,
     /// One filter a channel, `(dim, width)`.
     pub conv_weight: &'a Tensor,
     /// `(dim,)`.
@@ -53,6 +55,7 @@ impl<'a> Mamba1Inner<'a> {
     ) -> Self {
         Self {
             xz,
+            in_proj: None,
             conv_weight,
             conv_bias: None,
             x_proj,
@@ -71,9 +74,17 @@ impl<'a> Mamba1Inner<'a> {
 
     fn sizes(&self) -> Result<Sizes> {
         let check = Checker::new(OP, "xz", self.xz)?;
-        let [batch, seqlen, channels] = check.main_dims(["batch", "seqlen", "2 dim"])?;
+        let [batch, seqlen, width] = check.main_dims(["batch", "seqlen", "2 dim"])?;
+        let (name, channels) = match self.in_proj {
+            None => ("xz", width),
+            Some(in_proj) => {
+                let channels = in_proj.dims().first().copied().unwrap_or(0);
+                check.parameter("in_proj", in_proj, &[("2 dim", channels), ("d_model", width)])?;
+                ("in_proj", channels)
+            }
+        };
         check.require(channels.is_multiple_of(2), || {
-            format!("`xz` has shape {:?}, expected (batch, seqlen, 2 dim)", self.xz.dims())
+            format!("`{name}` has {channels} channels to give, expected 2 dim")
         })?;
         let dim = channels / 2;
         let last = |x: &Tensor| x.dims().last().copied().unwrap_or(0);
@@ -126,13 +137,13 @@ struct Sizes {
 /// Runs a Mamba block from its first projection on: convolution, projections to `dt`, `B` and `C`, scan and gate, and
 /// the last projection if given.
 ///
-/// `[x | z] = xz`; `x ← silu(conv(x))` as [`causal_conv1d`]; `[dt | B | C] = x · x_projᵀ`; `delta = dt · dt_projᵀ`; `y` is
+/// `[x | z] = xz`, or `xz · in_projᵀ`; `x ← silu(conv(x))` as [`causal_conv1d`]; `[dt | B | C] = x · x_projᵀ`; `delta = dt · dt_projᵀ`; `y` is
 /// what [`selective_scan`] makes of them, gated by `silu(z)`, and `y ← y Wᵀ` with `out_proj`. The same as calling these
 /// ops one after another, but one node of the graph. While training nothing in between is kept, `backward()` computes it
 /// again, or with `recompute` off all of it is.
 ///
 /// # Shapes
-/// `xz`: `(batch, seqlen, 2 · dim)`; f32, f16, bf16 or f64, which is the dtype of `y` and of the matrix products too ·
+/// `xz`: `(batch, seqlen, 2 · dim)`, or `(batch, seqlen, d_model)` with `in_proj`, `(2 · dim, d_model)`; f32, f16, bf16 or f64, which is the dtype of `y` and of the matrix products too ·
 /// `conv_weight`: `(dim, width)` · `x_proj`: `(dt_rank + 2 · d_state, dim)` · `dt_proj`: `(dim, dt_rank)` · `a`:
 /// `(dim, d_state)` · `conv_bias`, `delta_bias`, `d`: `(dim,)` · `out_proj`: `(d_model, dim)` · `initial_conv_state`,
 /// `final_conv_state`: `(batch, dim, width - 1)` · `initial_ssm_state`, `final_ssm_state`: `(batch, dim, d_state)`, both

@@ -11,7 +11,7 @@ use crate::host;
 use crate::layout::SequenceLayout;
 use crate::norm::Norm;
 use crate::packing::Packing;
-use crate::projection::{channels, groups, project, project_backward, project_weight_backward, side_by_side};
+use crate::projection::{channels, groups, project, project_backward, project_both_backward, project_weight_backward, side_by_side};
 use crate::ssd::SsdChunkScan;
 
 // Slots of the inputs.
@@ -25,7 +25,8 @@ const NORM_WEIGHT: usize = 6;
 const OUT_PROJ: usize = 7;
 const CONV_STATE: usize = 8;
 const SSM_STATE: usize = 9;
-const SLOTS: usize = 10;
+const IN_PROJ: usize = 10;
+const SLOTS: usize = 11;
 
 type Inputs = [Option<Tensor>; SLOTS];
 
@@ -43,6 +44,8 @@ struct Node {
 
 /// What lies between the inputs and the last projection.
 struct Between {
+    /// `[z | x | B | C | dt]`.
+    zxbcdt: Tensor,
     conv: Part,
     scan: Part,
     norm: Option<Part>,
@@ -67,6 +70,7 @@ pub(super) fn apply(args: &Mamba2SplitConv1dScan, sizes: Sizes) -> Result<[Tenso
         args.out_proj,
         args.initial_conv_state,
         args.initial_ssm_state,
+        args.in_proj,
     ];
     autograd::apply(node, &inputs)
 }
@@ -77,14 +81,17 @@ impl Node {
         let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = self.sizes;
         let (d_ssm, bc) = (nheads * headdim, ngroups * d_state);
         let input = |slot: usize| host::slot(OP, inputs, slot);
-        let zxbcdt = input(ZXBCDT)?;
-        let z = channels(zxbcdt, 0, d_ssm)?;
+        let zxbcdt = match &inputs[IN_PROJ] {
+            Some(weight) => project(input(ZXBCDT)?, weight)?,
+            None => input(ZXBCDT)?.clone(),
+        };
+        let z = channels(&zxbcdt, 0, d_ssm)?;
         let (conv, [xbc, conv_state]) = CausalConv1d {
             bias: inputs[CONV_BIAS].as_ref(),
             initial_state: inputs[CONV_STATE].as_ref(),
             layout: SequenceLayout::ChannelsLast,
             packing: self.packing.as_ref(),
-            ..CausalConv1d::new(&channels(zxbcdt, d_ssm, d_ssm + 2 * bc)?, input(CONV_WEIGHT)?)
+            ..CausalConv1d::new(&channels(&zxbcdt, d_ssm, d_ssm + 2 * bc)?, input(CONV_WEIGHT)?)
         }
         .part(tracked)?;
         // Without a norm the scan applies the gate itself.
@@ -103,7 +110,7 @@ impl Node {
             packing: self.packing.as_ref(),
             ..SsdChunkScan::new(
                 &groups(&xbc, 0, nheads, headdim)?,
-                &channels(zxbcdt, 2 * d_ssm + 2 * bc, nheads)?,
+                &channels(&zxbcdt, 2 * d_ssm + 2 * bc, nheads)?,
                 input(A)?,
                 &groups(&xbc, d_ssm, ngroups, d_state)?,
                 &groups(&xbc, d_ssm + bc, ngroups, d_state)?,
@@ -122,7 +129,7 @@ impl Node {
         };
         // Without a projection `y` is an output, which has its storage for itself.
         let kept = inputs[OUT_PROJ].is_some().then(|| y.clone());
-        Ok((Between { conv, scan, norm, y: kept }, [y, conv_state, ssm_state]))
+        Ok((Between { zxbcdt, conv, scan, norm, y: kept }, [y, conv_state, ssm_state]))
     }
 
     fn gradients(
@@ -135,6 +142,8 @@ impl Node {
         let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = self.sizes;
         let (d_ssm, bc) = (nheads * headdim, ngroups * d_state);
         let [of_y, of_conv_state, of_ssm_state] = grads.clone();
+        // Of the first projection, both factors need the gradient of what it gives.
+        let needs_zxbcdt = needs[ZXBCDT] || needs[IN_PROJ];
         let mut out = [const { None }; SLOTS];
         let of_y = match (of_y, &inputs[OUT_PROJ], &between.y) {
             (Some(of_y), Some(weight), Some(y)) => {
@@ -151,7 +160,7 @@ impl Node {
         // Where `y` is not used, neither are the norm and its gate.
         let (of_y, of_gate) = match (&between.norm, of_y) {
             (Some(norm), Some(of_y)) => {
-                let needs = [true, needs[NORM_WEIGHT], false, false, needs[ZXBCDT]];
+                let needs = [true, needs[NORM_WEIGHT], false, false, needs_zxbcdt];
                 let [of_y, of_weight, _, _, of_z] = norm.backward(needs, &[Some(of_y)])?;
                 out[NORM_WEIGHT] = of_weight;
                 (of_y, of_z)
@@ -166,12 +175,12 @@ impl Node {
         let gated_by_scan = inputs[NORM_WEIGHT].is_none();
         let scan_needs = [
             true,
-            needs[ZXBCDT],
+            needs_zxbcdt,
             needs[A],
             true,
             true,
             needs[D],
-            needs[ZXBCDT] && gated_by_scan,
+            needs_zxbcdt && gated_by_scan,
             needs[DT_BIAS],
             needs[SSM_STATE],
         ];
@@ -179,16 +188,22 @@ impl Node {
             between.scan.backward(scan_needs, &[of_y, of_ssm_state])?;
         [out[A], out[D], out[DT_BIAS], out[SSM_STATE]] = [of_a, of_d, of_bias, of_state];
 
-        let zxbcdt = host::slot(OP, inputs, ZXBCDT)?;
-        let like = channels(zxbcdt, d_ssm, d_ssm + 2 * bc)?;
+        let like = channels(&between.zxbcdt, d_ssm, d_ssm + 2 * bc)?;
         let of_xbc = side_by_side(&[(of_x, d_ssm), (of_b, bc), (of_c, bc)], &like)?;
-        let conv_needs = [needs[ZXBCDT], needs[CONV_WEIGHT], needs[CONV_BIAS], needs[CONV_STATE]];
+        let conv_needs = [needs_zxbcdt, needs[CONV_WEIGHT], needs[CONV_BIAS], needs[CONV_STATE]];
         let [of_xbc, of_weight, of_bias, of_state] =
             between.conv.backward(conv_needs, &[Some(of_xbc), of_conv_state])?;
         [out[CONV_WEIGHT], out[CONV_BIAS], out[CONV_STATE]] = [of_weight, of_bias, of_state];
-        if needs[ZXBCDT] {
+        if needs_zxbcdt {
             let parts = [(of_gate.or(of_z), d_ssm), (of_xbc, d_ssm + 2 * bc), (of_dt, nheads)];
-            out[ZXBCDT] = Some(side_by_side(&parts, zxbcdt)?);
+            let of_zxbcdt = side_by_side(&parts, &between.zxbcdt)?;
+            [out[ZXBCDT], out[IN_PROJ]] = match &inputs[IN_PROJ] {
+                Some(weight) => {
+                    let needs = [needs[ZXBCDT], needs[IN_PROJ]];
+                    project_both_backward(&of_zxbcdt, host::slot(OP, inputs, ZXBCDT)?, weight, needs)?
+                }
+                None => [Some(of_zxbcdt), None],
+            };
         }
         Ok(out)
     }

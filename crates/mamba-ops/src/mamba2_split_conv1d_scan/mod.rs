@@ -13,8 +13,10 @@ const OP: &str = "mamba2_split_conv1d_scan";
 #[derive(Debug, Clone, Copy)]
 pub struct Mamba2SplitConv1dScan<'a> {
     /// What the first projection gives, `[z | x | B | C | dt]`:
-    /// `(batch, seqlen, 2 · d_ssm + 2 · ngroups · d_state + nheads)`.
+    /// `(batch, seqlen, 2 · d_ssm + 2 · ngroups · d_state + nheads)`; or what it takes, if it is given.
     pub zxbcdt: &'a Tensor,
+    /// The first projection, by `d_model`: then `zxbcdt` is `(batch, seqlen, d_model)`.
+    pub in_proj: Option<&'a Tensor>,
     /// One filter for each channel of `[x | B | C]`, `(conv_dim, width)`.
     pub conv_weight: &'a Tensor,
     /// `(conv_dim,)`.
@@ -67,6 +69,7 @@ impl<'a> Mamba2SplitConv1dScan<'a> {
     pub fn new(zxbcdt: &'a Tensor, conv_weight: &'a Tensor, a: &'a Tensor, headdim: usize) -> Self {
         Self {
             zxbcdt,
+            in_proj: None,
             conv_weight,
             conv_bias: None,
             dt_bias: None,
@@ -88,7 +91,15 @@ impl<'a> Mamba2SplitConv1dScan<'a> {
 
     fn sizes(&self) -> Result<Sizes> {
         let check = Checker::new(OP, "zxbcdt", self.zxbcdt)?;
-        let [batch, seqlen, channels] = check.main_dims(["batch", "seqlen", "channels"])?;
+        let [batch, seqlen, width] = check.main_dims(["batch", "seqlen", "channels"])?;
+        let (name, whole, channels) = match self.in_proj {
+            None => ("zxbcdt", self.zxbcdt, width),
+            Some(in_proj) => {
+                let channels = in_proj.dims().first().copied().unwrap_or(0);
+                check.parameter("in_proj", in_proj, &[("channels", channels), ("d_model", width)])?;
+                ("in_proj", in_proj, channels)
+            }
+        };
         let nheads = self.a.dims().first().copied().unwrap_or(0);
         let h: Dim = ("nheads", nheads);
         check.parameter("a", self.a, &[h])?;
@@ -103,9 +114,11 @@ impl<'a> Mamba2SplitConv1dScan<'a> {
             d_ssm.checked_mul(2).and_then(|z_and_x| channels.checked_sub(z_and_x)?.checked_sub(nheads));
         let Some(bc) = rest.filter(|rest| rest.is_multiple_of(2 * ngroups)) else {
             bail!(
-                "{OP}: `zxbcdt` has shape {:?}, expected (batch, seqlen, 2 d_ssm + 2 ngroups d_state + nheads) with \
+                "{OP}: `{name}` has shape {:?}, expected ({} 2 d_ssm + 2 ngroups d_state + nheads{}) with \
                  d_ssm {nheads} · {headdim}, ngroups {ngroups}, nheads {nheads}",
-                self.zxbcdt.dims()
+                whole.dims(),
+                if self.in_proj.is_none() { "batch, seqlen," } else { "" },
+                if self.in_proj.is_none() { "" } else { ", d_model" }
             )
         };
         let d_state = bc / (2 * ngroups);
@@ -175,14 +188,14 @@ struct Sizes {
 /// Runs a Mamba-2 block from its first projection on: convolution, scan, gate and norm, and the second projection if
 /// given.
 ///
-/// `[z | x | B | C | dt] = zxbcdt`; `[x | B | C] ← silu(conv([x | B | C]))` as [`causal_conv1d`]; `y` is what
+/// `[z | x | B | C | dt] = zxbcdt`, or `zxbcdt · in_projᵀ`; `[x | B | C] ← silu(conv([x | B | C]))` as [`causal_conv1d`]; `y` is what
 /// [`ssd_chunk_scan`] makes of them; then `y ← rms_norm(y, silu(z))` as [`norm`] does, or `y · silu(z)` without a norm,
 /// and `y ← y Wᵀ` with `out_proj`. The same as calling these ops one after another, but one node of the graph. While
 /// training nothing in between is kept, `backward()` computes it again, or with `recompute` off all of it is.
 ///
 /// # Shapes
-/// `zxbcdt`: `(batch, seqlen, 2 · d_ssm + 2 · ngroups · d_state + nheads)` with `d_ssm = nheads · headdim`; f32, f16,
-/// bf16 or f64, which is the dtype of `y` too · `conv_weight`: `(conv_dim, width)`, `conv_bias`: `(conv_dim,)` with
+/// `zxbcdt`: `(batch, seqlen, channels)` with `channels = 2 · d_ssm + 2 · ngroups · d_state + nheads` and
+/// `d_ssm = nheads · headdim`, or `(batch, seqlen, d_model)` with `in_proj`, `(channels, d_model)`; f32, f16, bf16 or f64, which is the dtype of `y` too · `conv_weight`: `(conv_dim, width)`, `conv_bias`: `(conv_dim,)` with
 /// `conv_dim = d_ssm + 2 · ngroups · d_state` · `a`, `dt_bias`: `(nheads,)` · `d`: `(nheads,)` or `(nheads, headdim)` ·
 /// `norm.weight`: `(d_ssm,)` · `out_proj`: `(d_model, d_ssm)` · `initial_conv_state`, `final_conv_state`:
 /// `(batch, conv_dim, width - 1)` · `initial_ssm_state`, `final_ssm_state`: `(batch, nheads, headdim, d_state)`, both

@@ -1,5 +1,5 @@
-//! From the blocks of quantized tensors to numbers: the arithmetic of ggml, operation by operation, so that results are
-//! the same to the bit.
+//! From the blocks of quantized tensors, and from plain numbers, to numbers of another type: the arithmetic of ggml, operation by
+//! operation, so that results are the same to the bit.
 //!
 //! Of Candle's own types only some are in files and MXFP4 is missing, and it takes a copy of the blocks and an `f32` of
 //! every element on the way to other types. Here each block goes straight from the mapped file to its place.
@@ -13,6 +13,9 @@ use crate::Result;
 
 /// Blocks that are one piece of work for a thread.
 const PIECE: usize = 256;
+
+/// The same of plain numbers.
+const NUMBERS: usize = 1 << 14;
 
 /// A number that an `f32` can be rounded to.
 trait FromF32: WithDType {
@@ -84,14 +87,23 @@ fn decode<T: FromF32>(kind: GgmlType, bytes: &[u8], out: &mut [T]) {
         GgmlType::IQ4_NL => blocks(bytes, out, iq4_nl),
         GgmlType::IQ4_XS => blocks(bytes, out, iq4_xs),
         GgmlType::MXFP4 => blocks(bytes, out, mxfp4),
-        GgmlType::F32 => blocks(bytes, out, |b: &[u8; 4], y| *y = [f32::from_le_bytes(*b)]),
-        GgmlType::F16 => blocks(bytes, out, |b: &[u8; 2], y| *y = [f16::from_le_bytes(*b).to_f32()]),
-        GgmlType::BF16 => blocks(bytes, out, |b: &[u8; 2], y| *y = [bf16::from_le_bytes(*b).to_f32()]),
-        GgmlType::F64 => blocks(bytes, out, |b: &[u8; 8], y| *y = [f64::from_le_bytes(*b) as f32]),
-        GgmlType::I16 => blocks(bytes, out, |b: &[u8; 2], y| *y = [i16::from_le_bytes(*b).into()]),
-        GgmlType::I32 => blocks(bytes, out, |b: &[u8; 4], y| *y = [i32::from_le_bytes(*b) as f32]),
-        GgmlType::I64 => blocks(bytes, out, |b: &[u8; 8], y| *y = [i64::from_le_bytes(*b) as f32]),
+        GgmlType::F32 => numbers(bytes, out, f32::from_le_bytes),
+        GgmlType::F16 => numbers(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+        GgmlType::BF16 => numbers(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        GgmlType::F64 => numbers(bytes, out, |b| f64::from_le_bytes(b) as f32),
+        GgmlType::I16 => numbers(bytes, out, |b| i16::from_le_bytes(b).into()),
+        GgmlType::I32 => numbers(bytes, out, |b| i32::from_le_bytes(b) as f32),
+        GgmlType::I64 => numbers(bytes, out, |b| i64::from_le_bytes(b) as f32),
     }
+}
+
+/// Converts numbers of `B` bytes, in parallel.
+fn numbers<T: FromF32, const B: usize>(bytes: &[u8], out: &mut [T], number: impl Fn([u8; B]) -> f32 + Sync) {
+    out.par_chunks_mut(NUMBERS).zip(bytes.par_chunks(NUMBERS * B)).for_each(|(places, bytes)| {
+        for (place, bytes) in places.iter_mut().zip(bytes.as_chunks::<B>().0) {
+            *place = T::from_f32(number(*bytes));
+        }
+    });
 }
 
 /// Decodes blocks of `B` bytes to `N` elements each, in parallel.

@@ -178,6 +178,11 @@ impl GgmlType {
         })
     }
 
+    /// The type of the same numbers as Candle's, if an `f32` holds each of them.
+    pub(in crate::checkpoint) fn of_plain(dtype: DType) -> Option<Self> {
+        [Self::F32, Self::F16, Self::BF16].into_iter().find(|kind| kind.dtype() == Some(dtype))
+    }
+
     /// The bytes of a tensor with `count` elements in rows of `row`, if such a tensor can be.
     pub(super) fn bytes(self, row: usize, count: usize) -> Option<usize> {
         let block = self.block_size();
