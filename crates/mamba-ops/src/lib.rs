@@ -85,6 +85,7 @@ pub mod linear;
 pub mod linear_cross_entropy;
 mod mamba1_inner;
 mod mamba2_split_conv1d_scan;
+mod memory_pool;
 pub mod norm;
 pub mod optimizer;
 mod packing;
@@ -111,6 +112,7 @@ pub use mamba1_inner::{Mamba1Inner, Mamba1InnerOutput, mamba1_inner};
 pub use mamba2_split_conv1d_scan::{
     GatedRmsNorm, Mamba2SplitConv1dScan, Mamba2SplitConv1dScanOutput, mamba2_split_conv1d_scan,
 };
+pub use memory_pool::keep_freed_memory;
 pub use norm::{Norm, NormKind, NormOutput, norm};
 pub use optimizer::{AdamWUpdate, adamw_update, sum_of_squares};
 pub use packing::{PackedSequence, Packing};

@@ -5,12 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use mamba_ops::sum_of_squares;
 
-use crate::Result;
 use crate::parameters::Parameters;
-<<<<<<< HEAD
-=======
-use crate::{Error, Result, slices};
->>>>>>> main
+use crate::{Error, Result};
 
 /// Gradients by the names of the parameters, in `f32` (`f64` for those of `f64`), and a factor that is still to be applied.
 ///

@@ -101,6 +101,7 @@ impl Trainer {
         if model.parameters().is_empty() {
             return Err(Error::State("no parameter is trained".into()));
         }
+        mamba_ops::keep_freed_memory(model.model().device())?;
         let optimizer = AdamW::new(model.parameters(), options.optimizer.clone())?;
         let ema = options.ema.map(|decay| Ema::new(model.parameters(), decay)).transpose()?;
         Ok(Self { model, optimizer, ema, options, step: 0, collective: Arc::new(Alone) })

@@ -27,6 +27,8 @@ pub struct Mamba1 {
     pub delta_softplus: bool,
     pub packing: Option<Packing>,
     pub recompute: bool,
+    /// Whether the first projection is part of the block.
+    pub in_proj: bool,
 }
 
 impl Mamba1 {
@@ -45,6 +47,7 @@ impl Mamba1 {
             delta_softplus,
             packing: None,
             recompute: true,
+            in_proj: false,
         }
     }
 
@@ -52,7 +55,10 @@ impl Mamba1 {
         let Self { batch, seqlen, dim, d_state, dt_rank, width, .. } = *self;
         let mut inputs = Tensors::new();
         let mut insert = |name: &str, x| inputs.insert(name.to_owned(), x);
-        insert("xz", random.normal(&[batch, seqlen, 2 * dim]));
+        insert("xz", random.normal(&[batch, seqlen, if self.in_proj { 5 } else { 2 * dim }]));
+        if self.in_proj {
+            insert("in_proj", (random.normal(&[2 * dim, 5]) * 0.5).unwrap());
+        }
         insert("conv_weight", random.normal(&[dim, width]));
         insert("x_proj", (random.normal(&[dt_rank + 2 * d_state, dim]) * 0.5).unwrap());
         let dt_proj = random.normal(&[dim, dt_rank]);
@@ -87,6 +93,7 @@ impl Mamba1 {
             initial_ssm_state: inputs.get("initial_ssm_state"),
             packing: self.packing.as_ref(),
             recompute: self.recompute,
+            in_proj: inputs.get("in_proj"),
             ..Mamba1Inner::new(get("xz"), get("conv_weight"), get("x_proj"), get("dt_proj"), get("a"))
         })?;
         Ok(outputs(output.y, output.final_conv_state, output.final_ssm_state))
@@ -103,17 +110,18 @@ impl Mamba1 {
 
     fn unfused(&self, inputs: &Tensors) -> Result<Tensors> {
         let layout = SequenceLayout::ChannelsLast;
+        let xz = self.projected(&inputs["xz"], inputs)?;
         let conv = causal_conv1d(&CausalConv1d {
             bias: inputs.get("conv_bias"),
             initial_state: inputs.get("initial_conv_state"),
             layout,
             packing: self.packing.as_ref(),
-            ..CausalConv1d::new(&channels(&inputs["xz"], 0, self.dim)?, &inputs["conv_weight"])
+            ..CausalConv1d::new(&channels(&xz, 0, self.dim)?, &inputs["conv_weight"])
         })?;
         let [delta, b, c] = self.coefficients(&conv.y, inputs)?;
         let scan = selective_scan(&SelectiveScan {
             d: inputs.get("d"),
-            z: Some(&channels(&inputs["xz"], self.dim, self.dim)?),
+            z: Some(&channels(&xz, self.dim, self.dim)?),
             delta_bias: inputs.get("delta_bias"),
             delta_softplus: self.delta_softplus,
             initial_state: inputs.get("initial_ssm_state"),
@@ -128,7 +136,13 @@ impl Mamba1 {
         Ok(outputs(y, conv.final_state, scan.final_state))
     }
 
+    /// What the first projection gives.
+    fn projected(&self, x: &Tensor, inputs: &Tensors) -> Result<Tensor> {
+        inputs.get("in_proj").map_or_else(|| Ok(x.clone()), |weight| project(x, weight))
+    }
+
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor> {
+        let token = &self.projected(token, inputs)?;
         let x = causal_conv1d_update(&CausalConv1dUpdate {
             bias: inputs.get("conv_bias"),
             layout: SequenceLayout::ChannelsLast,
@@ -221,6 +235,8 @@ pub fn mamba1_cases() -> Vec<Mamba1> {
         cases.push(Mamba1::new([2, seqlen, 6, 4, 2]));
     }
     cases.push(Mamba1 { out_proj: true, ..Mamba1::new([2, 9, 6, 4, 1]) });
+    cases.push(Mamba1 { in_proj: true, ..Mamba1::new([2, 9, 6, 4, 1]) });
+    cases.push(Mamba1 { in_proj: true, out_proj: true, ..Mamba1::new([2, 9, 6, 4, 1]) });
     cases.push(Mamba1 { options: false, states: false, width: 2, ..Mamba1::new([2, 9, 17, 16, 3]) });
     cases.push(Mamba1 { delta_softplus: false, ..Mamba1::new([2, 9, 6, 4, 2]) });
     for packing in laws::packings().into_iter().skip(3) {

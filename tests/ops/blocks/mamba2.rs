@@ -33,6 +33,8 @@ pub struct Mamba2 {
     pub chunk_size: usize,
     pub packing: Option<Packing>,
     pub recompute: bool,
+    /// Whether the first projection is part of the block.
+    pub in_proj: bool,
 }
 
 impl Mamba2 {
@@ -54,6 +56,7 @@ impl Mamba2 {
             chunk_size: 16,
             packing: None,
             recompute: true,
+            in_proj: false,
         }
     }
 
@@ -69,7 +72,11 @@ impl Mamba2 {
         let Self { batch, seqlen, nheads, headdim, d_state, width, .. } = *self;
         let mut inputs = Tensors::new();
         let mut insert = |name: &str, x| inputs.insert(name.to_owned(), x);
-        insert("zxbcdt", random.normal(&[batch, seqlen, self.d_ssm() + self.conv_dim() + nheads]));
+        let channels = self.d_ssm() + self.conv_dim() + nheads;
+        insert("zxbcdt", random.normal(&[batch, seqlen, if self.in_proj { 5 } else { channels }]));
+        if self.in_proj {
+            insert("in_proj", (random.normal(&[channels, 5]) * 0.5).unwrap());
+        }
         insert("conv_weight", random.normal(&[self.conv_dim(), width]));
         insert("a", random.tensor(&[nheads], -4.0, -0.2));
         if self.options {
@@ -113,6 +120,7 @@ impl Mamba2 {
             initial_ssm_state: inputs.get("initial_ssm_state"),
             packing: self.packing.as_ref(),
             recompute: self.recompute,
+            in_proj: inputs.get("in_proj"),
             ..Mamba2SplitConv1dScan::new(
                 &inputs["zxbcdt"],
                 &inputs["conv_weight"],
@@ -155,7 +163,7 @@ impl Mamba2 {
     fn unfused(&self, inputs: &Tensors) -> Result<Tensors> {
         let Self { nheads, headdim, ngroups, d_state, .. } = *self;
         let (batch, seqlen, _) = inputs["zxbcdt"].dims3()?;
-        let [z, xbc, dt] = self.split(&inputs["zxbcdt"])?;
+        let [z, xbc, dt] = self.split(&self.projected(&inputs["zxbcdt"], inputs)?)?;
         let conv = causal_conv1d(&CausalConv1d {
             bias: inputs.get("conv_bias"),
             initial_state: inputs.get("initial_conv_state"),
@@ -188,10 +196,15 @@ impl Mamba2 {
         Ok(outputs(y, conv.final_state, scan.final_state))
     }
 
+    /// What the first projection gives.
+    fn projected(&self, x: &Tensor, inputs: &Tensors) -> Result<Tensor> {
+        inputs.get("in_proj").map_or_else(|| Ok(x.clone()), |weight| project(x, weight))
+    }
+
     /// One token, states changed in place.
     fn step(&self, inputs: &Tensors, token: &Tensor, conv: &Tensor, ssm: &Tensor) -> Result<Tensor> {
         let Self { batch, nheads, headdim, ngroups, d_state, .. } = *self;
-        let [z, xbc, dt] = self.split(token)?;
+        let [z, xbc, dt] = self.split(&self.projected(token, inputs)?)?;
         let xbc = causal_conv1d_update(&CausalConv1dUpdate {
             bias: inputs.get("conv_bias"),
             layout: SequenceLayout::ChannelsLast,
@@ -287,6 +300,8 @@ pub fn mamba2_cases() -> Vec<Mamba2> {
     }
     cases.push(Mamba2 { out_proj: true, ..Mamba2::new([2, 9, 2, 4, 1, 3]) });
     cases.push(Mamba2 { out_proj: true, norm: None, ..Mamba2::new([2, 9, 2, 4, 1, 3]) });
+    cases.push(Mamba2 { in_proj: true, norm: None, ..Mamba2::new([2, 9, 2, 4, 1, 3]) });
+    cases.push(Mamba2 { in_proj: true, out_proj: true, ..Mamba2::new([2, 9, 2, 4, 2, 3]) });
     cases.push(Mamba2 { d_has_headdim: true, width: 3, ..Mamba2::new([2, 9, 2, 4, 2, 3]) });
     cases.push(Mamba2 { options: false, states: false, ..Mamba2::new([2, 9, 4, 4, 2, 3]) });
     cases.push(Mamba2 { dt_limit: (0.2, 0.7), chunk_size: 64, ..Mamba2::new([2, 70, 4, 4, 2, 3]) });

@@ -255,9 +255,9 @@ fn packed() {
 fn partial_gradients() {
     laws::partial_gradients::<Subject<Mamba2, false>>(&Mamba2::new([2, 20, 4, 3, 2, 5]));
     laws::partial_gradients::<Subject<Mamba1, false>>(&Mamba1::new([2, 20, 6, 4, 2]));
-    let case = Mamba2 { out_proj: true, ..Mamba2::new([2, 20, 4, 3, 2, 5]) };
+    let case = Mamba2 { in_proj: true, out_proj: true, ..Mamba2::new([2, 20, 4, 3, 2, 5]) };
     laws::partial_gradients::<Subject<Mamba2, false>>(&case.keeping());
-    let case = Mamba1 { out_proj: true, ..Mamba1::new([2, 20, 6, 4, 2]) };
+    let case = Mamba1 { in_proj: true, out_proj: true, ..Mamba1::new([2, 20, 6, 4, 2]) };
     laws::partial_gradients::<Subject<Mamba1, false>>(&case.keeping());
 }
 
@@ -282,7 +282,7 @@ fn finite_differences() {
     ]);
     laws::finite_differences::<Subject<Mamba1, true>>(&[
         Mamba1::new([2, 5, 4, 3, 2]),
-        Mamba1 { out_proj: true, ..Mamba1::new([1, 5, 4, 3, 2]) }.keeping(),
+        Mamba1 { in_proj: true, out_proj: true, ..Mamba1::new([1, 5, 4, 3, 2]) }.keeping(),
     ]);
 }
 

@@ -116,10 +116,7 @@ fn segments(node: &Node) -> Vec<Segment> {
 }
 
 /// The inputs as kernels read them, contiguous but for tokens of `x`, channels last, which may lie further apart; how far.
-fn prepare(
-    node: &Node,
-    inputs: &[Option<Tensor>; SLOTS],
-) -> Result<([Option<Tensor>; SLOTS], usize)> {
+fn prepare(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<([Option<Tensor>; SLOTS], usize)> {
     let Sizes { batch, dim, seqlen, .. } = node.sizes;
     let mut prepared = inputs.clone();
     let mut token_stride = dim;
@@ -153,7 +150,13 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(node: &Node, token_stride: usize, segments: &[Segment], dtype: DType, pointers: &[Pointer]) -> Self {
+    fn new(
+        node: &Node,
+        token_stride: usize,
+        segments: &[Segment],
+        dtype: DType,
+        pointers: &[Pointer],
+    ) -> Self {
         let aligned = |n: usize| n > 0 && n.is_multiple_of(8);
         let rows = match node.layout {
             ChannelsFirst => {

@@ -173,7 +173,9 @@ impl Node {
         if needs_xz {
             let of_xz = side_by_side(&[(of_x, dim), (of_z, dim)], &between.xz)?;
             [out[XZ], out[IN_PROJ]] = match &inputs[IN_PROJ] {
-                Some(weight) => project_both_backward(&of_xz, input(XZ)?, weight, [needs[XZ], needs[IN_PROJ]])?,
+                Some(weight) => {
+                    project_both_backward(&of_xz, input(XZ)?, weight, [needs[XZ], needs[IN_PROJ]])?
+                }
                 None => [Some(of_xz), None],
             };
         }

@@ -84,7 +84,11 @@ impl<'a> Mamba1Inner<'a> {
             }
         };
         check.require(channels.is_multiple_of(2), || {
-            format!("`{name}` has {channels} channels to give, expected 2 dim")
+            let (whole, rest) = match self.in_proj {
+                None => (self.xz, "batch, seqlen, 2 dim"),
+                Some(in_proj) => (in_proj, "2 dim, d_model"),
+            };
+            format!("`{name}` has shape {:?}, expected ({rest})", whole.dims())
         })?;
         let dim = channels / 2;
         let last = |x: &Tensor| x.dims().last().copied().unwrap_or(0);

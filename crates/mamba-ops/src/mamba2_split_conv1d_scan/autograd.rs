@@ -11,7 +11,9 @@ use crate::host;
 use crate::layout::SequenceLayout;
 use crate::norm::Norm;
 use crate::packing::Packing;
-use crate::projection::{channels, groups, project, project_backward, project_both_backward, project_weight_backward, side_by_side};
+use crate::projection::{
+    channels, groups, project, project_backward, project_both_backward, project_weight_backward, side_by_side,
+};
 use crate::ssd::SsdChunkScan;
 
 // Slots of the inputs.
