@@ -30,6 +30,10 @@ pub(crate) struct LowRank {
 }
 
 impl LowRank {
+    pub(crate) fn is_trained(&self) -> bool {
+        [Some(&self.a), Some(&self.b), self.magnitude.as_ref()].into_iter().flatten().any(Tensor::track_op)
+    }
+
     /// The change of a matrix `(out, in)` below `params`, if there is one.
     pub(crate) fn find(params: &Params, d_out: usize, d_in: usize) -> Result<Option<Self>> {
         Self::named(params, ["lora_A.weight", "lora_B.weight"], d_out, d_in)

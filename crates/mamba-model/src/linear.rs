@@ -40,6 +40,12 @@ impl Linear {
         self.adapter.is_none().then_some(product)
     }
 
+    pub(crate) fn is_trained(&self) -> bool {
+        self.weight.track_op()
+            || self.bias.as_ref().is_some_and(Tensor::track_op)
+            || self.adapter.as_ref().is_some_and(LowRank::is_trained)
+    }
+
     /// Of the weight, and of what it gives.
     pub(crate) fn dtype(&self) -> DType {
         self.weight.dtype()

@@ -300,20 +300,6 @@ impl Gpu {
         Ok(CudaStorage::wrap_cuda_slice(slice, self.device.clone()))
     }
 
-    /// See [`keep_freed_memory`](crate::keep_freed_memory).
-    pub(crate) fn keep_freed_memory(device: &CudaDevice) -> Result<()> {
-        use candle_core::cuda_backend::cudarc::driver::sys;
-        let (mut pool, mut threshold) = (std::ptr::null_mut(), u64::MAX);
-        // SAFETY: the device is that of a context; the attribute is a u64, which is read before the call returns.
-        unsafe {
-            sys::cuDeviceGetDefaultMemPool(&mut pool, device.cuda_stream().context().cu_device())
-                .result()
-                .w()?;
-            let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast()).result().w()
-        }
-    }
-
     /// How many multiprocessors there are to fill.
     pub(crate) fn multiprocessors(&self) -> usize {
         multiprocessors(&self.device)
@@ -630,6 +616,18 @@ pub(crate) fn gradients<const I: usize>(
         }
     }
     Ok(grads)
+}
+
+/// See [`keep_freed_memory`](crate::keep_freed_memory).
+pub(crate) fn keep_freed_memory(device: &CudaDevice) -> Result<()> {
+    use candle_core::cuda_backend::cudarc::driver::sys;
+    let (mut pool, mut threshold) = (std::ptr::null_mut(), u64::MAX);
+    // SAFETY: the device is that of a context; the attribute is a u64, which is read before the call returns.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, device.cuda_stream().context().cu_device()).result().w()?;
+        let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast()).result().w()
+    }
 }
 
 /// How many multiprocessors there are to fill.

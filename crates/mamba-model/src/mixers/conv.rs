@@ -37,6 +37,12 @@ impl CausalConv {
         Ok(Some(decoder::Conv { weight: self.weight.squeeze(1)?, bias: self.bias.clone() }))
     }
 
+    pub(super) fn is_trained(&self) -> bool {
+        self.weight.track_op()
+            || self.bias.as_ref().is_some_and(Tensor::track_op)
+            || self.adapter.as_ref().is_some_and(LowRank::is_trained)
+    }
+
     /// Added to what the filters give.
     pub(super) fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()

@@ -108,9 +108,23 @@ impl Mamba1 {
         Ok([Tensor::cat(&dt, 2)?, Tensor::stack(&b, 2)?, Tensor::stack(&c, 2)?])
     }
 
-    /// The whole block without a state as one function, or as much of it as has no adapter; none if the block has parts that
+    /// Whether there is something to differentiate by.
+    fn is_trained(&self, x: &Tensor) -> bool {
+        let Self { in_proj, conv1d, x_proj, dt_proj, dt_bias, a, d, out_proj, .. } = self;
+        let linears = [in_proj, out_proj].into_iter().chain(x_proj).chain(dt_proj);
+        x.track_op()
+            || linears.into_iter().any(Linear::is_trained)
+            || conv1d.is_trained()
+            || a.fixed().is_none()
+            || [dt_bias, d].into_iter().any(Tensor::track_op)
+    }
+
+    /// The whole block while training as one function, or as much of it as has no adapter; none if the block has parts that
     /// the function does not have.
     fn fused(&self, x: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
+        if !self.is_trained(x) {
+            return Ok(None);
+        }
         let ([x_proj], [dt_proj], None, None) =
             (&*self.x_proj, &*self.dt_proj, &self.norms, self.config.nheads)
         else {

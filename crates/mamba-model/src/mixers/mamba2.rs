@@ -126,10 +126,24 @@ impl Mamba2 {
         Ok(output.y.reshape((batch, seqlen, d_ssm))?)
     }
 
-    /// The whole block without a state as one function, or as much of it as has no adapter and no multipliers; none if the block
+    /// Whether there is something to differentiate by.
+    fn is_trained(&self, x: &Tensor) -> bool {
+        let Self { in_proj, conv1d, dt_bias, a, d, norm, init_states, out_proj, .. } = self;
+        let weight = norm.as_ref().map(|(_, weight)| weight);
+        x.track_op()
+            || [in_proj, out_proj].into_iter().any(Linear::is_trained)
+            || conv1d.is_trained()
+            || a.fixed().is_none()
+            || [Some(dt_bias), Some(d), weight, init_states.as_ref()]
+                .into_iter()
+                .flatten()
+                .any(Tensor::track_op)
+    }
+
+    /// The whole block while training as one function, or as much of it as has no adapter and no multipliers; none if the block
     /// has parts that the function does not have.
     fn fused(&self, x: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
-        if self.config.d_bypass() > 0 {
+        if self.config.d_bypass() > 0 || !self.is_trained(x) {
             return Ok(None);
         }
         let Mamba2Config { d_ssm, headdim, ngroups, dt_limit, chunk_size, .. } = self.config;
