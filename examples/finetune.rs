@@ -58,12 +58,13 @@ struct Args {
 fn main() -> Result<()> {
     cli::start();
     let args = Args::parse();
+    let processes = args.run.processes()?;
     let model_args = cli::ModelArgs {
         model: args.model.clone(),
         revision: args.revision.clone(),
         tokenizer: args.tokenizer.clone(),
         dtype: args.run.dtype,
-        device: args.run.device.clone(),
+        device: processes.device.clone(),
     };
     let (mut base, source) = cli::load(&model_args)?;
     let tokenizer = cli::tokenizer(&model_args, &base, source.as_ref())?;
@@ -93,6 +94,7 @@ fn main() -> Result<()> {
     defaults.optimizer.weight_decay = weight_decay;
     training::run(training::Task {
         args: &args.run,
+        processes: &processes,
         tokenizer: &tokenizer,
         model,
         options: args.run.train_options(defaults)?,

@@ -19,6 +19,9 @@ use tokenizers::Tokenizer;
 ///
 /// Shows loss, speed and the time that is left, validates, generates a sample, and writes checkpoints, metrics.jsonl,
 /// TensorBoard events and loss.svg. Ctrl-C saves; the same command goes on. The result loads as any published model.
+///
+/// Started several times, as torchrun, srun or Kubernetes do (RANK, WORLD_SIZE, MASTER_ADDR), it is one training on as many
+/// GPUs, or CPUs, which share the work of each batch.
 #[derive(Debug, Parser)]
 struct Args {
     #[command(flatten)]
@@ -60,11 +63,13 @@ fn main() -> Result<()> {
     let tokenizer =
         Tokenizer::from_file(&tokenizer).map_err(|e| anyhow::anyhow!("{}: {e}", tokenizer.display()))?;
     let config = model_config(&args, &tokenizer)?;
-    let device = cli::device(&args.run.device)?;
+    let processes = args.run.processes()?;
+    let device = cli::device(&processes.device)?;
     let start = Model::random(&config, args.run.seed, &device)?;
     let model = TrainableModel::new(&start, args.run.model_dtype())?;
     training::run(training::Task {
         args: &args.run,
+        processes: &processes,
         tokenizer: &tokenizer,
         model,
         options: args.run.train_options(TrainOptions::default())?,

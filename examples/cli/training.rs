@@ -4,10 +4,10 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use candle_core::DType;
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use mamba_generate::{Generator, SamplingConfig, TextGenerator, TextOptions};
@@ -15,6 +15,7 @@ use mamba_model::{Model, Recompute};
 use mamba_train::data::{
     Augmentation, Batching, Dataset, Encoding, Position, TokenFile, TokenSplits, encode,
 };
+use mamba_train::parallel::{Alone, Backend, Collective, World, connect, on_first};
 use mamba_train::record::{Curve, EventWriter, JsonLines, loss_curve};
 use mamba_train::{Decay, TrainOptions, TrainableModel, Trainer, latest, prune};
 use serde_json::json;
@@ -49,7 +50,7 @@ pub struct RunArgs {
     /// Optimizer steps.
     #[arg(long)]
     pub steps: Option<usize>,
-    /// Rows of a batch; a packed one has as many tokens at most as so many rows of full length.
+    /// Rows of a batch, of all processes together; a packed one has as many tokens at most as so many rows of full length.
     #[arg(long, default_value_t = 8)]
     pub batch: usize,
     /// Batches whose gradients are added for one step.
@@ -97,9 +98,15 @@ pub struct RunArgs {
     /// What the model computes in; values, moments and sums are f32.
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     pub dtype: Precision,
-    /// auto, cpu, cuda or cuda:N.
+    /// auto, cpu, cuda or cuda:N; of several processes on a machine, auto and cuda give each another GPU.
     #[arg(long, default_value = "auto")]
     pub device: String,
+    /// What several processes, started as by torchrun or srun, add their gradients over; auto is nccl on GPUs.
+    #[arg(long, value_enum, default_value_t = BackendKind::Auto)]
+    pub backend: BackendKind,
+    /// Seconds after which a process that does not come, or does not answer, is given up.
+    #[arg(long, default_value_t = 600.0)]
+    pub timeout: f64,
     /// Compute layers again in backward, to need less memory.
     #[arg(long)]
     pub recompute: bool,
@@ -129,7 +136,52 @@ pub enum DecayKind {
     Wsd,
 }
 
+/// Backends by name.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum BackendKind {
+    Auto,
+    Nccl,
+    Tcp,
+}
+
+/// This process among those of a training: alone, unless the environment says otherwise.
+pub struct Processes {
+    world: Option<World>,
+    /// Its device by name.
+    pub device: String,
+}
+
+impl Processes {
+    fn connect(&self, args: &RunArgs, device: &Device) -> Result<Arc<dyn Collective>> {
+        let Some(world) = &self.world else { return Ok(Arc::new(Alone)) };
+        let backend = match args.backend {
+            BackendKind::Auto => Backend::Auto,
+            BackendKind::Nccl => Backend::Nccl,
+            BackendKind::Tcp => Backend::Tcp,
+        };
+        let timeout = Duration::try_from_secs_f64(args.timeout).context("--timeout")?;
+        Ok(connect(world, backend, device, timeout)?)
+    }
+
+    /// Whose turn it is to do what processes of one machine do after each other, so that the later ones find it done: rank 0
+    /// is the first, then comes one of each other machine, then the rest.
+    fn turn(&self) -> usize {
+        self.world.as_ref().map_or(0, |world| usize::from(world.rank > 0) + usize::from(world.local_rank > 0))
+    }
+}
+
 impl RunArgs {
+    /// Which process this is, and its device.
+    pub fn processes(&self) -> Result<Processes> {
+        let world = World::from_env()?;
+        let device = match (&world, self.device.as_str()) {
+            (Some(world), "auto") => world.gpu().map_or("cpu".into(), |gpu| format!("cuda:{gpu}")),
+            (Some(world), "cuda") => format!("cuda:{}", world.gpu()?),
+            (_, device) => device.to_owned(),
+        };
+        Ok(Processes { world, device })
+    }
+
     /// The recipe: defaults, then the file, then flags.
     pub fn train_options(&self, defaults: TrainOptions) -> Result<TrainOptions> {
         let mut options = match &self.options {
@@ -177,6 +229,24 @@ impl RunArgs {
             true => Batching::Padded { rows: self.batch },
             false => Batching::Packed { tokens: self.batch * self.seqlen },
         }
+    }
+
+    /// What processes of one training must have in common, beside its options.
+    fn of_all(&self, training: &Dataset, validation: &Dataset) -> String {
+        format!(
+            "{:?}, --accumulate {}, --dropout {}, --shift {}, --split-tokens {}, --seed {}, --eval-every {}, --eval-batches {}, --save-every {}, {} and {} predictions",
+            self.batching(),
+            self.accumulate,
+            self.dropout,
+            self.shift,
+            self.split_tokens,
+            self.seed,
+            self.eval_every,
+            self.eval_batches,
+            self.save_every,
+            training.predictions(),
+            validation.predictions(),
+        )
     }
 
     /// Encodes the data, unless the output folder has it encoded already.
@@ -239,6 +309,7 @@ fn bar(len: u64, template: &str) -> ProgressBar {
 /// What a training is about.
 pub struct Task<'a> {
     pub args: &'a RunArgs,
+    pub processes: &'a Processes,
     pub tokenizer: &'a Tokenizer,
     pub model: TrainableModel,
     pub options: TrainOptions,
@@ -247,35 +318,56 @@ pub struct Task<'a> {
     pub export: &'a dyn Fn(&TrainableModel, &Path) -> mamba_train::Result<()>,
 }
 
-/// Trains to the end, or until Ctrl-C, and leaves the result in `final`.
+/// Trains to the end, or until Ctrl-C, and leaves the result in `final`. Of several processes the first shows and writes.
 pub fn run(task: Task) -> Result<()> {
-    let Task { args, tokenizer, model, options, export } = task;
+    let Task { args, processes, tokenizer, model, options, export } = task;
     let model = model.with_recompute(args.recompute()).with_dropout(args.dropout, args.seed)?;
     let device = model.model().device().clone();
-    let (training, validation) = args.datasets(tokenizer)?;
+    let collective = processes.connect(args, &device)?;
+    let first = collective.is_first();
+    let (training, validation) = in_turn(&*collective, processes.turn(), || args.datasets(tokenizer))?;
+    collective.agree("flags or data", &args.of_all(&training, &validation))?;
     let trained = model.parameters().elements();
-    let mut trainer = Trainer::new(model, options)?;
+    let mut trainer = Trainer::new(model, options)?.parallel(collective.clone())?;
     let augmentation = args.augmentation(tokenizer)?;
-    let mut batches = training.shuffled(args.batching(), args.seed)?.augmented(augmentation);
-    let mut metrics = Metrics::open(&args.out)?;
-    if let Some(place) = latest(&args.out) {
+    let batches = training.shuffled(args.batching(), args.seed)?.augmented(augmentation);
+    let mut batches = batches.share(trainer.share());
+    let mut metrics = first.then(|| Metrics::open(&args.out)).transpose()?;
+    if let Some(place) = on_first(&*collective, || anyhow::Ok(latest(&args.out)))? {
         batches.seek(trainer.resume(&place)?)?;
-        metrics.go_back_to(trainer.steps_done())?;
-        eprintln!("going on from {}", place.display());
+        if let Some(metrics) = &mut metrics {
+            metrics.go_back_to(trainer.steps_done())?;
+            eprintln!("going on from {}", place.display());
+        }
     }
-    eprintln!(
-        "{trained} numbers to train; {} tokens to learn from, {} to validate on; {} steps of at most {} of them",
-        training.predictions(),
-        validation.predictions(),
-        trainer.options().schedule.steps,
-        args.batch * args.seqlen * args.accumulate.max(1),
-    );
+    if first {
+        let processes = match collective.world_size() {
+            1 => String::new(),
+            size => format!(" in {size} processes"),
+        };
+        eprintln!(
+            "{trained} numbers to train; {} tokens to learn from, {} to validate on; {} steps of at most {} of them{processes}",
+            training.predictions(),
+            validation.predictions(),
+            trainer.options().schedule.steps,
+            args.batch * args.seqlen * args.accumulate.max(1),
+        );
+    }
     stop_on_ctrl_c();
     let steps = trainer.options().schedule.steps;
-    let bar = bar(steps as u64, "{wide_bar} {pos}/{len} {msg} {eta} left");
+    let bar = match first {
+        true => bar(steps as u64, "{wide_bar} {pos}/{len} {msg} {eta} left"),
+        false => ProgressBar::hidden(),
+    };
     bar.set_position(trainer.steps_done() as u64);
     let mut speed = Speed::new();
-    while !trainer.is_finished() && !STOP.load(Relaxed) {
+    let mut stopped = false;
+    while !trainer.is_finished() {
+        // One that is asked to stop takes the others along, all after the same step.
+        stopped = collective.any(STOP.load(Relaxed))?;
+        if stopped {
+            break;
+        }
         let parts = (0..args.accumulate.max(1))
             .map(|_| batches.next_batch(&device))
             .collect::<mamba_train::Result<Vec<_>>>()?;
@@ -283,20 +375,24 @@ pub fn run(task: Task) -> Result<()> {
         let tokens_per_s = speed.after(report.tokens);
         bar.inc(1);
         bar.set_message(format!("loss {:.4}, {tokens_per_s:.0} tokens/s,", report.loss));
-        metrics.step(&report, tokens_per_s)?;
-        if report.skipped {
+        if let Some(metrics) = &mut metrics {
+            metrics.step(&report, tokens_per_s)?;
+        }
+        if report.skipped && first {
             bar.suspend(|| eprintln!("step {}: a gradient is not a number, skipped", report.step));
         }
         let last = trainer.is_finished();
         if report.step.is_multiple_of(args.eval_every.max(1)) || last {
             let loss = trainer.evaluate(&validation, args.batching(), args.eval_batches)?;
-            metrics.validation(report.step, loss)?;
-            let line = format!(
-                "step {} loss {:.4} validation {loss:.4} lr {:.2e} norm {:.2} {tokens_per_s:.0} tokens/s",
-                report.step, report.loss, report.lr, report.grad_norm
-            );
-            let text = sample(&mut trainer, tokenizer, args)?;
-            bar.suspend(|| println!("{line}{}", text.map(|t| format!("\n  {t}")).unwrap_or_default()));
+            if let Some(metrics) = &mut metrics {
+                metrics.validation(report.step, loss)?;
+                let line = format!(
+                    "step {} loss {:.4} validation {loss:.4} lr {:.2e} norm {:.2} {tokens_per_s:.0} tokens/s",
+                    report.step, report.loss, report.lr, report.grad_norm
+                );
+                let text = sample(&mut trainer, tokenizer, args)?;
+                bar.suspend(|| println!("{line}{}", text.map(|t| format!("\n  {t}")).unwrap_or_default()));
+            }
             speed = Speed::new();
         }
         if report.step.is_multiple_of(args.save_every.max(1)) && !last {
@@ -304,10 +400,11 @@ pub fn run(task: Task) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    if STOP.load(Relaxed) {
+    if stopped && first {
         eprintln!("stopping; Ctrl-C once more leaves the last steps unsaved");
     }
     let place = save(&mut trainer, batches.position(), args, tokenizer, export)?;
+    let Some(mut metrics) = metrics else { return Ok(()) };
     metrics.curve(&args.out.join("loss.svg"))?;
     if !trainer.is_finished() {
         println!(
@@ -337,9 +434,26 @@ fn save(
     export: &dyn Fn(&TrainableModel, &Path) -> mamba_train::Result<()>,
 ) -> Result<PathBuf> {
     let place = trainer.save(&args.out, position, |folder| export(trainer.model(), folder))?;
-    save_tokenizer(tokenizer, &place)?;
-    prune(&args.out, args.keep.max(1))?;
+    if trainer.collective().is_first() {
+        save_tokenizer(tokenizer, &place)?;
+        prune(&args.out, args.keep.max(1))?;
+    }
     Ok(place)
+}
+
+/// Lets processes do something one turn after another; what fails for one fails for all.
+fn in_turn<T>(collective: &dyn Collective, turn: usize, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let (mut f, mut outcome) = (Some(f), None);
+    for now in 0..3 {
+        if now == turn {
+            outcome = f.take().map(|f| f());
+        }
+        let failed = collective.any(matches!(outcome, Some(Err(_))))?;
+        if failed {
+            break;
+        }
+    }
+    outcome.unwrap_or_else(|| bail!("another process failed"))
 }
 
 fn save_tokenizer(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
@@ -365,19 +479,21 @@ fn sample(trainer: &mut Trainer, tokenizer: &Tokenizer, args: &RunArgs) -> Resul
     Ok(Some(text.replace('\n', "\n  ")))
 }
 
-/// Whether Ctrl-C was pressed.
+/// Whether this process was asked to stop.
 static STOP: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C asks to stop; a second time it ends the program at once.
+/// From now on Ctrl-C asks to stop, and so does SIGTERM, as schedulers send it; a second time it ends the program at once.
 fn stop_on_ctrl_c() {
-    extern "C" fn asked(_: libc::c_int) {
+    extern "C" fn asked(signal: libc::c_int) {
         STOP.store(true, Relaxed);
         // SAFETY: `signal` may be called within a handler; the default action needs none of our memory.
-        unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
     let handler: extern "C" fn(libc::c_int) = asked;
-    // SAFETY: the handler stores into an atomic and calls `signal`, nothing else.
-    unsafe { libc::signal(libc::SIGINT, handler as libc::sighandler_t) };
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: the handler stores into an atomic and calls `signal`, nothing else.
+        unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+    }
 }
 
 /// Tokens a second since the last interruption.

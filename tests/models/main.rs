@@ -9,6 +9,7 @@ mod bfloat16;
 mod cuda;
 #[cfg(feature = "cuda")]
 mod decoder;
+mod embeddings;
 mod gguf;
 mod gradients;
 mod heads;

@@ -10,6 +10,7 @@ mod dropout;
 mod laws;
 mod lora;
 mod packed;
+mod parallel;
 mod parity;
 
 use candle_core::{DType, Device, Tensor};

@@ -1,6 +1,6 @@
 //! What a model reads at once: rows of one length, padded rows, or sequences one after another.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use mamba_ops::Packing;
 
 use crate::{Error, Result};
@@ -9,6 +9,10 @@ use crate::{Error, Result};
 ///
 /// A tensor of ids alone, `(batch, seqlen)`, is a batch of rows of one length, and is taken wherever a batch is. Padding is
 /// never computed: every sequence gives what it would give alone, whatever the ids in the padding are.
+///
+/// In the place of ids may stand embeddings of any floating dtype, with one axis more, `(.., d_model)`: what the model otherwise looks up
+/// by the ids, before the multiplier that some families have for it. So a model reads what is no text, a time series or the patches
+/// of an image, and gradients go on into whatever made the embeddings.
 ///
 /// # Example
 /// ```
@@ -24,6 +28,12 @@ use crate::{Error, Result};
 /// let alone = model.forward(&Tensor::new(&[[3u32]], &Device::Cpu)?, None)?;
 /// let gap = (logits.narrow(0, 0, 1)?.narrow(1, 2, 1)? - alone)?.abs()?.max_all()?.to_scalar::<f32>()?;
 /// assert!(gap < 1e-5);
+///
+/// // Three numbers at each of 20 times, read by a projection of one's own.
+/// let series = Tensor::rand(0f32, 1.0, (2, 20, 3), &Device::Cpu)?;
+/// let projection = Tensor::rand(-1f32, 1.0, (3, 16), &Device::Cpu)?;
+/// let hidden = model.hidden_states(&series.broadcast_matmul(&projection)?, None)?;
+/// assert_eq!(hidden.dims(), [2, 20, 16]);
 /// # Ok::<_, mamba_model::Error>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -76,8 +86,8 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// If the shapes differ, or padding stands between tokens, or on the left of one row and on the right of another.
     pub fn masked(ids: &'a Tensor, mask: &Tensor) -> Result<Self> {
-        if ids.dims() != mask.dims() || ids.rank() != 2 {
-            let (mask, ids) = (mask.dims(), ids.dims());
+        if positions(ids) != mask.dims() || mask.rank() != 2 {
+            let (mask, ids) = (mask.dims(), positions(ids));
             return Err(Error::Input(format!("mask has shape {mask:?}, expected (batch, seqlen) {ids:?}")));
         }
         let rows = mask.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
@@ -102,38 +112,46 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// If `cu_seqlens` does not rise from 0 to `total`.
     pub fn packed(ids: &'a Tensor, cu_seqlens: &[usize]) -> Result<Self> {
-        let total = ids.elem_count();
+        let total = positions(ids).iter().product();
         let rises = cu_seqlens.windows(2).all(|pair| pair[0] <= pair[1]);
         if cu_seqlens.first() != Some(&0) || cu_seqlens.last() != Some(&total) || !rises {
             let message = format!("cu_seqlens is {cu_seqlens:?}, expected to rise from 0 to {total}");
             return Err(Error::Input(message));
         }
-        if !matches!(ids.dims(), [_] | [1, _]) {
-            let message = format!("packed ids have shape {:?}, expected (total,) or (1, total)", ids.dims());
+        if !matches!(positions(ids), [_] | [1, _]) {
+            let message = match ids.dtype().is_float() {
+                true => {
+                    let dims = ids.dims();
+                    format!(
+                        "packed embeddings have shape {dims:?}, expected (total, d_model) or (1, total, d_model)"
+                    )
+                }
+                false => format!("packed ids have shape {:?}, expected (total,) or (1, total)", ids.dims()),
+            };
             return Err(Error::Input(message));
         }
         Ok(Self { ids, rows: Rows::Packed(cu_seqlens.windows(2).map(|pair| pair[1] - pair[0]).collect()) })
     }
 
-    /// The ids themselves, with their padding.
+    /// The ids, or the embeddings in their place, with their padding.
     pub fn ids(&self) -> &'a Tensor {
         self.ids
     }
 
-    /// The tokens without padding, and how they lie.
+    /// The tokens without padding, `(total,)` or as embeddings `(total, d_model)`, and how they lie.
     pub(crate) fn tokens(&self) -> Result<(Tensor, Sequences)> {
-        let (batch, seqlen) = match (&self.rows, self.ids.dims()) {
-            (Rows::Packed(_), _) => (1, self.ids.elem_count()),
-            (_, &[batch, seqlen]) => (batch, seqlen),
-            (_, dims) => {
-                return Err(Error::Input(format!("ids have shape {dims:?}, expected (batch, seqlen)")));
-            }
+        let (batch, seqlen) = match &self.rows {
+            Rows::Packed(_) => (1, positions(self.ids).iter().product()),
+            _ => rows_of(self.ids)?,
         };
-        if !matches!(self.ids.dtype(), DType::U32 | DType::I64 | DType::U8) {
+        if !matches!(self.ids.dtype(), DType::U32 | DType::I64 | DType::U8) && !self.ids.dtype().is_float() {
             let dtype = self.ids.dtype().as_str();
             return Err(Error::Input(format!("ids have dtype {dtype}, expected u32 or i64")));
         }
-        let flat = self.ids.flatten_all()?;
+        let flat = match self.ids.dtype().is_float() {
+            true => self.ids.reshape((batch * seqlen, self.ids.dim(D::Minus1)?))?,
+            false => self.ids.flatten_all()?,
+        };
         match &self.rows {
             Rows::Even => Ok((flat, Sequences::even(batch, seqlen))),
             Rows::Packed(lengths) => Ok((flat, Sequences::packed(lengths.clone()))),
@@ -161,10 +179,10 @@ impl<'a> Batch<'a> {
     pub(crate) fn restore(&self, x: &Tensor) -> Result<Tensor> {
         let lengths = match &self.rows {
             Rows::Even => return Ok(x.clone()),
-            Rows::Packed(_) => return Ok(x.reshape((1, self.ids.elem_count(), x.dim(2)?))?),
+            Rows::Packed(_) => return Ok(x.flatten(0, 1)?.unsqueeze(0)?),
             Rows::LeftPadded(lengths) | Rows::RightPadded(lengths) => lengths,
         };
-        let (batch, seqlen) = self.ids.dims2()?;
+        let (batch, seqlen) = rows_of(self.ids)?;
         let channels = x.dim(2)?;
         let places = self.places(lengths, seqlen);
         // Everything else reads the row of zeros behind the last token.
@@ -182,10 +200,28 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// The extents of the places where there is an id, or an embedding.
+fn positions(ids: &Tensor) -> &[usize] {
+    match ids.dims() {
+        [positions @ .., _] if ids.dtype().is_float() => positions,
+        dims => dims,
+    }
+}
+
+/// `(batch, seqlen)`.
+fn rows_of(ids: &Tensor) -> Result<(usize, usize)> {
+    match (positions(ids), ids.dtype().is_float()) {
+        (&[batch, seqlen], _) => Ok((batch, seqlen)),
+        (_, true) => {
+            let dims = ids.dims();
+            Err(Error::Input(format!("embeddings have shape {dims:?}, expected (batch, seqlen, d_model)")))
+        }
+        (_, false) => Err(Error::Input(format!("ids have shape {:?}, expected (batch, seqlen)", ids.dims()))),
+    }
+}
+
 fn check_lengths(ids: &Tensor, lengths: &[usize]) -> Result<()> {
-    let &[batch, seqlen] = ids.dims() else {
-        return Err(Error::Input(format!("ids have shape {:?}, expected (batch, seqlen)", ids.dims())));
-    };
+    let (batch, seqlen) = rows_of(ids)?;
     if lengths.len() != batch {
         let message = format!("there are {} lengths, expected one for each of {batch} rows", lengths.len());
         return Err(Error::Input(message));

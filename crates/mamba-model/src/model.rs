@@ -360,8 +360,8 @@ impl Model {
         batch: &Batch,
         cache: Option<&mut InferenceCache>,
     ) -> Result<(Tensor, Sequences)> {
-        let (ids, mut sequences) = batch.tokens()?;
-        self.check_ids(&ids)?;
+        let (tokens, mut sequences) = batch.tokens()?;
+        self.check_tokens(&tokens)?;
         if let Some(cache) = &cache {
             cache.check(&self.cache_sizes, &mut sequences)?;
         }
@@ -371,12 +371,11 @@ impl Model {
             let shape = (rows, seqlen, self.config.d_model);
             return Ok((Tensor::zeros(shape, self.dtype(), self.device())?, sequences));
         }
-        let ids = ids.reshape((rows, seqlen))?;
-        let mut embedding = mamba_ops::embedding(&Embedding::new(&ids, &self.embedding))?;
-        if let Some(adapter) = &self.embedding_adapter {
-            embedding = adapter.embed(&ids, embedding)?;
-        }
-        let mut embedding = scaled(embedding, self.config.embedding_scale)?;
+        let mut embedding = match tokens.dtype().is_float() {
+            true => tokens.reshape((rows, seqlen, self.config.d_model))?.to_dtype(self.dtype())?,
+            false => self.embed(&tokens.reshape((rows, seqlen))?)?,
+        };
+        embedding = scaled(embedding, self.config.embedding_scale)?;
         let dropout = self.dropout.as_ref().filter(|_| cache.is_none());
         let mut masks = dropout.map(Dropout::next_pass);
         if let Some(masks) = &mut masks {
@@ -405,7 +404,22 @@ impl Model {
         Ok((self.norm_f.forward(&stream)?.0, sequences))
     }
 
-    fn check_ids(&self, ids: &Tensor) -> Result<()> {
+    /// The rows of the table, `(batch, seqlen, d_model)`.
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let embedding = mamba_ops::embedding(&Embedding::new(ids, &self.embedding))?;
+        match &self.embedding_adapter {
+            Some(adapter) => adapter.embed(ids, embedding),
+            None => Ok(embedding),
+        }
+    }
+
+    fn check_tokens(&self, ids: &Tensor) -> Result<()> {
+        if ids.dtype().is_float() {
+            let (got, d_model) = (ids.dim(1)?, self.config.d_model);
+            let fits = got == d_model;
+            let message = || format!("embeddings have {got} channels, expected d_model {d_model}");
+            return if fits { Ok(()) } else { Err(Error::Input(message())) };
+        }
         // A synchronisation on a GPU, where the gather checks on its own.
         if ids.device().is_cpu() {
             let vocab_size = self.config.vocab_size as i64;

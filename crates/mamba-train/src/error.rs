@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// The result of this crate's functions.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that this crate reports.
 ///
@@ -50,6 +50,10 @@ pub enum Error {
     /// The data cannot be used.
     #[error("data: {0}")]
     Data(String),
+
+    /// The processes of a training do not find each other, differ, or one of them is gone.
+    #[error("parallel training: {0}")]
+    Parallel(String),
 
     /// The model, or candle, refused.
     #[error(transparent)]

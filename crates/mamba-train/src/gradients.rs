@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::parameters::Parameters;
-use crate::{Result, slices};
+use crate::{Error, Result, slices};
 
 /// Gradients by the names of the parameters, in `f32` (`f64` for those of `f64`), and a factor that is still to be applied.
 ///
@@ -67,6 +67,19 @@ impl Gradients {
             self.tensors.insert(name, sum);
         }
         Ok(())
+    }
+
+    /// Takes gradients by name.
+    pub(crate) fn from_tensors(tensors: BTreeMap<String, Tensor>) -> Self {
+        Self { tensors, factor: 1.0 }
+    }
+
+    /// Gives all gradients, which must not have been clipped.
+    pub(crate) fn into_tensors(self) -> Result<BTreeMap<String, Tensor>> {
+        match self.tensors.is_empty() || self.factor == 1.0 {
+            true => Ok(self.tensors),
+            false => Err(Error::State("gradients are to be added before they are clipped".into())),
+        }
     }
 
     /// The gradient of a parameter, without the factor of clipping.

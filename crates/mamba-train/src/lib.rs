@@ -7,6 +7,7 @@
 //! | [`Trainer`] | loss, gradients, clipping, optimizer, moving average, state on disk |
 //! | [`AdamW`], [`Schedule`], [`Gradients`], [`Ema`] | its parts, each of use with any candle model |
 //! | [`data`] | text files to shuffled batches, in bounded memory, resumable anywhere |
+//! | [`parallel`] | one training on several GPUs or machines |
 //!
 //! ```
 //! use std::sync::Arc;
@@ -53,6 +54,7 @@ mod error;
 mod gradients;
 mod lora;
 mod loss;
+pub mod parallel;
 mod parameters;
 mod patterns;
 pub mod record;

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Position;
+use crate::parallel::on_first;
 use crate::trainer::{TrainOptions, Trainer};
 use crate::{Error, Result};
 
@@ -27,8 +28,10 @@ impl Trainer {
     /// Saves everything that the training needs to go on, to the bit, and beside it whatever `beside` puts into the folder
     /// (the model as others read it, a tokenizer). `folder` gets a sub-folder `step-…` that is complete or not there.
     ///
+    /// Of several processes, which all call this, rank 0 writes, after all were found to have the same values.
+    ///
     /// # Errors
-    /// If a file cannot be written.
+    /// If a file cannot be written, or processes differ.
     pub fn save(
         &self,
         folder: &Path,
@@ -36,30 +39,53 @@ impl Trainer {
         beside: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
         let place = folder.join(format!("{PREFIX}{:08}", self.step));
-        atomically(&place, |part| {
-            let mut tensors: BTreeMap<String, Tensor> = self.optimizer.state()?;
-            for parameter in self.model.parameters() {
-                tensors.insert(format!("value.{}", parameter.name()), parameter.value().detach());
-            }
-            if let Some(ema) = &self.ema {
-                let averages = ema.averages().iter();
-                tensors.extend(averages.map(|(name, x)| (format!("ema.{name}"), x.clone())));
-            }
-            write_tensors(&part.join(TENSORS), &tensors)?;
+        self.require_same_values()?;
+        on_first(self.collective(), || self.write(&place, position, beside))?;
+        Ok(place)
+    }
+
+    fn write(
+        &self,
+        place: &Path,
+        position: Position,
+        beside: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
+        atomically(place, |part| {
+            write_tensors(&part.join(TENSORS), &self.tensors()?)?;
             let summary = Summary { step: self.step, position, options: self.options.clone() };
             write_json(&part.join(SUMMARY), &summary)?;
             beside(part)
-        })?;
-        Ok(place)
+        })
+    }
+
+    /// Everything that steps change, by name.
+    fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors: BTreeMap<String, Tensor> = self.optimizer.state()?;
+        for parameter in self.model.parameters() {
+            tensors.insert(format!("value.{}", parameter.name()), parameter.value().detach());
+        }
+        if let Some(ema) = &self.ema {
+            let averages = ema.averages().iter();
+            tensors.extend(averages.map(|(name, x)| (format!("ema.{name}"), x.clone())));
+        }
+        Ok(tensors)
     }
 
     /// Goes on from a folder that [`save`](Self::save) gave; where to go on in the data.
     ///
-    /// The trainer must have been made as that one was. Another schedule counts from now on.
+    /// The trainer must have been made as that one was. Another schedule counts from now on, and there may be another number
+    /// of processes: rank 0 reads, and the others begin where it does.
     ///
     /// # Errors
     /// If a file is missing or damaged, or does not fit the model or the optimizer.
     pub fn resume(&mut self, place: &Path) -> Result<Position> {
+        let collective = self.collective.clone();
+        let position = on_first(&*collective, || self.read(place))?;
+        self.take_state_of_first()?;
+        Ok(position)
+    }
+
+    fn read(&mut self, place: &Path) -> Result<Position> {
         let path = place.join(SUMMARY);
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
         let summary: Summary =
@@ -67,31 +93,53 @@ impl Trainer {
         let path = place.join(TENSORS);
         let loaded = candle_core::safetensors::load(&path, &Device::Cpu)
             .map_err(|e| Error::file(&path, format!("cannot be read: {}", mamba_model::Error::from(e))))?;
-        let tensors: BTreeMap<String, Tensor> = loaded.into_iter().collect();
+        self.set(&loaded.into_iter().collect(), summary.step, &path)?;
+        Ok(summary.position)
+    }
+
+    /// Takes what [`tensors`](Self::tensors) gave, and `path` holds.
+    fn set(&mut self, tensors: &BTreeMap<String, Tensor>, step: usize, path: &Path) -> Result<()> {
         for parameter in self.model.parameters() {
             let key = format!("value.{}", parameter.name());
             let value = tensors.get(&key);
-            let value = value.ok_or_else(|| Error::file(&path, format!("has no tensor `{key}`")))?;
+            let value = value.ok_or_else(|| Error::file(path, format!("has no tensor `{key}`")))?;
             if value.dims() != parameter.value().dims() {
                 let (got, expected) = (value.dims(), parameter.value().dims());
                 let message = format!("has tensor `{key}` of shape {got:?}, expected {expected:?}");
-                return Err(Error::file(&path, message));
+                return Err(Error::file(path, message));
             }
             parameter.set(value)?;
         }
         let trained = tensors.keys().filter(|key| key.starts_with("value.")).count();
         if trained != self.model.parameters().len() {
             let message = format!("trains {trained} parameters, expected {}", self.model.parameters().len());
-            return Err(Error::file(&path, message));
+            return Err(Error::file(path, message));
         }
-        self.optimizer.load(&tensors, summary.step)?;
+        self.optimizer.load(tensors, step)?;
         if let Some(ema) = &mut self.ema {
             let strip =
                 |(key, x): (&String, &Tensor)| Some((key.strip_prefix("ema.")?.to_owned(), x.clone()));
             ema.load(&tensors.iter().filter_map(strip).collect())?;
         }
-        self.step = summary.step;
-        Ok(summary.position)
+        self.step = step;
+        Ok(())
+    }
+
+    /// Makes everything that steps change what it is in rank 0.
+    pub(crate) fn take_state_of_first(&mut self) -> Result<()> {
+        let collective = self.collective.clone();
+        if collective.world_size() == 1 {
+            return Ok(());
+        }
+        let step = on_first(&*collective, || Ok::<_, Error>(self.step))?;
+        let mut tensors = self.tensors()?;
+        for tensor in tensors.values_mut() {
+            // How often a parameter was updated is an integer.
+            let wide = if tensor.dtype() == DType::F32 { DType::F32 } else { DType::F64 };
+            *tensor = collective.broadcast(&tensor.to_dtype(wide)?)?.to_dtype(tensor.dtype())?;
+        }
+        collective.wait()?;
+        self.set(&tensors, step, Path::new("the state of rank 0"))
     }
 }
 

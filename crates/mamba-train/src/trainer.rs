@@ -1,14 +1,17 @@
 //! One optimizer step after another.
 
+use std::sync::Arc;
+
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::adamw::{AdamW, AdamWOptions};
-use crate::data::{Batch, Batching, Dataset};
+use crate::data::{Batch, Batching, Dataset, Share};
 use crate::ema::Ema;
 use crate::error::require;
 use crate::gradients::Gradients;
 use crate::loss::language_model_loss;
+use crate::parallel::{Alone, Collective};
 use crate::schedule::Schedule;
 use crate::trainable::TrainableModel;
 use crate::{Error, Result};
@@ -83,6 +86,7 @@ pub struct Trainer {
     pub(crate) ema: Option<Ema>,
     pub(crate) options: TrainOptions,
     pub(crate) step: usize,
+    pub(crate) collective: Arc<dyn Collective>,
 }
 
 impl Trainer {
@@ -99,7 +103,30 @@ impl Trainer {
         }
         let optimizer = AdamW::new(model.parameters(), options.optimizer.clone())?;
         let ema = options.ema.map(|decay| Ema::new(model.parameters(), decay)).transpose()?;
-        Ok(Self { model, optimizer, ema, options, step: 0 })
+        Ok(Self { model, optimizer, ema, options, step: 0, collective: Arc::new(Alone) })
+    }
+
+    /// Trains together with other processes, each of which made its trainer alike and calls the same functions: steps are those
+    /// of all batches together, and everything begins as it is in rank 0. See [`parallel`](crate::parallel).
+    ///
+    /// # Errors
+    /// If they do not train the same, or one of them is gone.
+    pub fn parallel(mut self, collective: Arc<dyn Collective>) -> Result<Self> {
+        self.collective = collective;
+        self.require_same_options()?;
+        self.take_state_of_first()?;
+        self.require_same_model()?;
+        Ok(self)
+    }
+
+    /// The processes that train together; one [`Alone`] if nothing else was said.
+    pub fn collective(&self) -> &dyn Collective {
+        &*self.collective
+    }
+
+    /// The part of every batch that this process is to [read](crate::data::Batches::share).
+    pub fn share(&self) -> Share {
+        Share { rank: self.collective.rank(), of: self.collective.world_size() }
     }
 
     /// The model.
@@ -122,23 +149,29 @@ impl Trainer {
         self.step >= self.options.schedule.steps
     }
 
-    /// One step over one batch in several parts, whose gradients are added: the same as over all rows at once.
+    /// One step over one batch in several parts, whose gradients are added: the same as over all rows at once. Several
+    /// processes each bring parts of their own, which may have nothing to predict, and add the gradients of all.
     ///
     /// # Errors
-    /// If there is nothing to predict, a token is out of range, or the device is out of memory.
+    /// If there is nothing to predict, a token is out of range, the device is out of memory, or another process is gone.
     pub fn step(&mut self, parts: &[Batch]) -> Result<StepReport> {
-        let tokens: usize = parts.iter().map(|part| part.count).sum();
+        let here: usize = parts.iter().map(|part| part.count).sum();
+        let tokens = self.collective.sum(&[here as f64])?[0] as usize;
         if tokens == 0 {
             return Err(Error::Data("a batch without predictions".into()));
         }
         let (mut gradients, mut loss) = (Gradients::default(), 0.0);
-        self.model.model().seek_dropout((self.step as u64) << 16);
-        for part in parts {
+        let (rank, ranks) = (self.collective.rank(), self.collective.world_size());
+        for (i, part) in parts.iter().enumerate().filter(|(_, part)| part.count > 0) {
+            // Masks of its own for each part of each process.
+            self.model.model().seek_dropout(((self.step as u64) << 16) + (i * ranks + rank) as u64);
             let mean = (language_model_loss(self.model.model(), part)? / tokens as f64)?;
             loss += mean.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             gradients.add(Gradients::of(&mean, self.model.parameters())?)?;
         }
-        // Where gradients of several processes are to be added: here, before they are clipped.
+        // Before clipping, so that all processes clip, and skip, alike.
+        let gradients_of_all = gradients.all_reduce(self.model.parameters(), &*self.collective)?;
+        let (mut gradients, loss) = (gradients_of_all, self.collective.sum(&[loss])?[0]);
         let lr = self.options.schedule.at(self.step);
         let grad_norm = match self.options.clip_norm {
             0.0 => gradients.norm()?,
@@ -155,7 +188,8 @@ impl Trainer {
         Ok(StepReport { step: self.step, loss, lr, grad_norm, tokens, skipped })
     }
 
-    /// The mean loss over `data`, of the moving average if there is one, over its first `batches` batches at most.
+    /// The mean loss over `data`, of the moving average if there is one, over its first `batches` batches at most. Several
+    /// processes share the work, and all have the result.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -163,15 +197,19 @@ impl Trainer {
         self.with_average(|trainer| {
             let model = trainer.model.view()?;
             let (mut sum, mut count) = (0.0, 0);
-            for part in data.in_order(batching, model.device())?.take(batches) {
+            for part in data.in_order_share(batching, trainer.share(), model.device())?.take(batches) {
                 let part = part?;
+                if part.count == 0 {
+                    continue;
+                }
                 sum += language_model_loss(&model, &part)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
                 count += part.count;
             }
-            if count == 0 {
+            let all = trainer.collective.sum(&[sum, count as f64])?;
+            if all[1] == 0.0 {
                 return Err(Error::Data("nothing to evaluate".into()));
             }
-            Ok(sum / count as f64)
+            Ok(all[0] / all[1])
         })
     }
 

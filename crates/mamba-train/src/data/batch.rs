@@ -1,5 +1,7 @@
 //! What one forward pass reads.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 
 use crate::Result;
@@ -102,6 +104,28 @@ impl Batch {
     }
 }
 
+/// Which part of every batch a process computes, if several compute it together.
+///
+/// # Example
+/// ```
+/// use mamba_train::data::Share;
+/// assert_eq!(Share::default(), Share { rank: 0, of: 1 }); // all of it
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// The number of the process, from 0.
+    pub rank: usize,
+    /// How many there are.
+    pub of: usize,
+}
+
+impl Default for Share {
+    /// The whole batch.
+    fn default() -> Self {
+        Self { rank: 0, of: 1 }
+    }
+}
+
 /// How many rows come into a batch, and how they lie in it.
 ///
 /// Rows of one length cost the same either way; where documents are shorter than rows may be, packed batches compute no
@@ -130,10 +154,34 @@ impl Batching {
         }
     }
 
-    pub(super) fn batch(self, rows: &[Vec<u32>], device: &Device) -> Result<Batch> {
+    /// A share of the batch that has these rows.
+    pub(super) fn batch(self, rows: &[Vec<u32>], share: Share, device: &Device) -> Result<Batch> {
+        let rows = &rows[self.share(rows, share)];
         match self {
+            // Nothing computes with an empty batch, and not every device can hold one.
+            _ if rows.is_empty() => Batch::packed(rows, &Device::Cpu),
             Self::Padded { .. } => Batch::padded(rows, device),
             Self::Packed { .. } => Batch::packed(rows, device),
         }
+    }
+
+    /// Which rows of a batch are a process's: neighbours, so that shares are about equal in predictions if packed, in rows if
+    /// padded. Every row belongs to one share; there may be none for one.
+    fn share(self, rows: &[Vec<u32>], share: Share) -> Range<usize> {
+        let work = |row: &Vec<u32>| match self {
+            Self::Padded { .. } => 1,
+            Self::Packed { .. } => row.len() as u64 - 1,
+        };
+        let (total, ranks) = (rows.iter().map(work).sum::<u64>(), share.of as u64);
+        let mut before = 0;
+        // A row belongs where its middle lies.
+        let owner = |row| {
+            let middle = 2 * before + work(row);
+            before += work(row);
+            middle * ranks / (2 * total).max(1)
+        };
+        let owners: Vec<u64> = rows.iter().map(owner).collect();
+        let start = owners.partition_point(|owner| *owner < share.rank as u64);
+        start..owners.partition_point(|owner| *owner <= share.rank as u64)
     }
 }

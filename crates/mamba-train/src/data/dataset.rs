@@ -7,7 +7,7 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use super::augment::Augmentation;
-use super::batch::{Batch, Batching};
+use super::batch::{Batch, Batching, Share};
 use super::order::Permutation;
 use super::tokens::TokenFile;
 use crate::{Error, Result};
@@ -148,8 +148,9 @@ impl Dataset {
     /// ```
     pub fn shuffled(&self, batching: Batching, seed: u64) -> Result<Batches> {
         self.check(batching)?;
-        let augmentation = Augmentation::default();
-        Ok(Batches { dataset: self.clone(), batching, seed, augmentation, position: Position::default() })
+        let (augmentation, share, position) =
+            (Augmentation::default(), Share::default(), Position::default());
+        Ok(Batches { dataset: self.clone(), batching, share, seed, augmentation, position })
     }
 
     /// Every row once, in order.
@@ -161,12 +162,25 @@ impl Dataset {
         batching: Batching,
         device: &Device,
     ) -> Result<impl Iterator<Item = Result<Batch>> + '_> {
+        self.in_order_share(batching, Share::default(), device)
+    }
+
+    /// The same batches, but of each only the rows of a share, which may be none.
+    ///
+    /// # Errors
+    /// As [`shuffled`](Self::shuffled).
+    pub fn in_order_share(
+        &self,
+        batching: Batching,
+        share: Share,
+        device: &Device,
+    ) -> Result<impl Iterator<Item = Result<Batch>> + '_> {
         self.check(batching)?;
         let (mut done, device) = (0, device.clone());
         Ok(std::iter::from_fn(move || {
             let rows = self.fill(batching, done..self.len());
             done += rows.len();
-            (!rows.is_empty()).then(|| self.batch(batching, &rows, &device))
+            (!rows.is_empty()).then(|| self.batch(batching, &rows, share, &device))
         }))
     }
 
@@ -191,9 +205,10 @@ impl Dataset {
         rows.enumerate().take_while(fits).map(|(_, row)| row).collect()
     }
 
-    fn batch(&self, batching: Batching, rows: &[usize], device: &Device) -> Result<Batch> {
+    /// A share of a batch of these rows.
+    fn batch(&self, batching: Batching, rows: &[usize], share: Share, device: &Device) -> Result<Batch> {
         let rows: Vec<_> = rows.iter().map(|row| self.row(*row)).collect::<Result<_>>()?;
-        batching.batch(&rows, device)
+        batching.batch(&rows, share, device)
     }
 }
 
@@ -212,12 +227,36 @@ pub struct Position {
 pub struct Batches {
     dataset: Dataset,
     batching: Batching,
+    share: Share,
     seed: u64,
     augmentation: Augmentation,
     position: Position,
 }
 
 impl Batches {
+    /// The same sequence for one of several processes, which reads only its share of the rows of each batch: the batches, their
+    /// order and their positions stay as they are.
+    ///
+    /// # Example
+    /// ```
+    /// use std::sync::Arc;
+    /// use candle_core::Device;
+    /// use mamba_train::data::{Batching, Dataset, Share, TokenWriter};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let mut writer = TokenWriter::create(folder.path().join("text.tokens"))?;
+    /// writer.push(&(0..101).collect::<Vec<u32>>())?;
+    /// let whole = Dataset::new(Arc::new(writer.finish()?), 0..101, 10)?.shuffled(Batching::Packed { tokens: 40 }, 0)?;
+    /// let [mut first, mut second] = [0, 1].map(|rank| whole.clone().share(Share { rank, of: 2 }));
+    /// let parts = [first.next_batch(&Device::Cpu)?, second.next_batch(&Device::Cpu)?];
+    /// assert_eq!(parts[0].count + parts[1].count, whole.clone().next_batch(&Device::Cpu)?.count);
+    /// assert_eq!(first.position(), second.position());
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn share(self, share: Share) -> Self {
+        Self { share, ..self }
+    }
+
     /// The same order of rows that differ from epoch to epoch.
     pub fn augmented(self, augmentation: Augmentation) -> Self {
         Self { augmentation, ..self }
@@ -241,7 +280,7 @@ impl Batches {
         Ok(())
     }
 
-    /// The next batch; the last rows of an epoch come together with the first of the next.
+    /// The next batch, or the share of it; the last rows of an epoch come together with the first of the next.
     ///
     /// # Errors
     /// If the data cannot be read; the position stays as it was.
@@ -256,7 +295,7 @@ impl Batches {
             rows.push(row);
             position = self.after(position);
         }
-        let batch = self.batching.batch(&rows, device)?;
+        let batch = self.batching.batch(&rows, self.share, device)?;
         self.position = position;
         Ok(batch)
     }

@@ -13,7 +13,7 @@ mod order;
 mod tokens;
 
 pub use augment::{Augmentation, TokenSplits};
-pub use batch::{Batch, Batching, IGNORED};
+pub use batch::{Batch, Batching, IGNORED, Share};
 pub use dataset::{Batches, Dataset, Position};
 pub use encode::{Encoding, encode, pieces};
 pub use order::Permutation;
