@@ -326,7 +326,7 @@ pub fn run(task: Task) -> Result<()> {
     let collective = processes.connect(args, &device)?;
     let first = collective.is_first();
     let (training, validation) = in_turn(&*collective, processes.turn(), || args.datasets(tokenizer))?;
-    collective.agree("flags and data", &args.of_all(&training, &validation))?;
+    collective.agree("flags or data", &args.of_all(&training, &validation))?;
     let trained = model.parameters().elements();
     let mut trainer = Trainer::new(model, options)?.parallel(collective.clone())?;
     let augmentation = args.augmentation(tokenizer)?;

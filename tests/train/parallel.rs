@@ -302,8 +302,13 @@ fn ranks_that_differ_are_told() {
         let trainer = Trainer::new(TrainableModel::new(&start, DType::F32).unwrap(), options).unwrap();
         trainer.parallel(ring).unwrap_err().to_string()
     });
-    assert!(messages[0].starts_with("parallel training: rank 0 of 2: 1 ranks do not agree on the options"));
-    assert!(messages[1].contains("\"clip_norm\":0.0") && messages[1].contains("\"clip_norm\":1.0"));
+    let expected =
+        "parallel training: rank 0 of 2: 1 of 2 ranks differ from rank 0 in the options; rank 0 has {";
+    assert!(messages[0].starts_with(expected), "{messages:?}");
+    assert!(
+        messages[1].contains("\"clip_norm\":0.0") && messages[1].contains("\"clip_norm\":1.0"),
+        "{messages:?}"
+    );
     // Frozen weights are those of each process.
     let messages = ranks(2, |ring| {
         let start = Model::random(&config(), ring.rank() as u64, &Device::Cpu).unwrap();
@@ -311,7 +316,7 @@ fn ranks_that_differ_are_told() {
         Trainer::new(model, options()).unwrap().parallel(ring).unwrap_err().to_string()
     });
     assert!(
-        messages.iter().all(|message| message.contains("do not agree on the weights of the model")),
+        messages.iter().all(|message| message.contains("differ from rank 0 in the weights of the model")),
         "{messages:?}"
     );
     // Values that drifted apart are not saved.
@@ -324,7 +329,10 @@ fn ranks_that_differ_are_told() {
         parameter.set(&nudged).unwrap();
         trainer.save(folder.path(), Position::default(), |_| Ok(())).unwrap_err().to_string()
     });
-    assert!(messages.iter().all(|message| message.contains("do not agree on the values")), "{messages:?}");
+    assert!(
+        messages.iter().all(|message| message.contains("differ from rank 0 in the values")),
+        "{messages:?}"
+    );
     assert!(latest(folder.path()).is_none());
     // A batch without predictions anywhere, as with one process.
     let messages = ranks(2, |ring| {

@@ -1,6 +1,6 @@
 //! NCCL between all GPUs of this machine, which may be one, a thread for each.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 use mamba_model::Model;
@@ -14,7 +14,12 @@ use crate::support::target::with_gpu;
 
 /// Runs `f` with a rank for each GPU; none if NCCL is not installed.
 fn gpus<T: Send>(f: impl Fn(Arc<dyn Collective>, &Device) -> T + Sync) -> Option<Vec<T>> {
+    // Sums of two tests on one GPU could wait for each other.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let count = candle_core::cuda_backend::cudarc::driver::CudaContext::device_count().unwrap();
+    let direct = std::env::var("NCCL_P2P_DIRECT_DISABLE").as_deref() != Ok("1");
+    assert!(count == 1 || !direct, "ranks are threads here: set NCCL_P2P_DIRECT_DISABLE=1");
     let rings = Ring::threads(count as usize).unwrap();
     let f = &f;
     std::thread::scope(|scope| {

@@ -89,7 +89,7 @@ pub trait Collective: Debug + Send + Sync {
         Ok(numbers.into_iter().map(|x| x as u8).collect())
     }
 
-    /// Requires that all processes have the same, such as "a learning rate" of "0.1".
+    /// Requires that all processes have the same, such as "0.1" on "the learning rate".
     ///
     /// # Errors
     /// If one has something else than rank 0: the same error in all of them. And as
@@ -100,8 +100,9 @@ pub trait Collective: Debug + Send + Sync {
         if others == 0.0 {
             return Ok(());
         }
-        let differ = format!("{others} ranks do not agree on {on} with rank 0, which has {first}");
-        let message = if first == mine { differ } else { format!("{differ}; here it is {mine}") };
+        let size = self.world_size();
+        let differ = format!("{others} of {size} ranks differ from rank 0 in {on}; rank 0 has {first}");
+        let message = if first == mine { differ } else { format!("{differ}, this one {mine}") };
         Err(failed(self.rank(), self.world_size(), message))
     }
 }

@@ -101,7 +101,7 @@ pub fn connect(
         Backend::Auto => Backend::Tcp,
         chosen => chosen,
     };
-    ring.agree("a backend", &format!("{backend:?}"))?;
+    ring.agree("the backend", &format!("{backend:?}"))?;
     match backend {
         Backend::Nccl => over_nccl(ring, device, timeout),
         _ => Ok(Arc::new(ring)),

@@ -25,6 +25,9 @@ use crate::{Error, Result};
 /// Processes with a GPU each, that add tensors there by NCCL, over NVLink, PCIe or the network; what is on the CPU, and what
 /// they have to say to each other, goes over a [`Ring`].
 ///
+/// Ranks that are threads of one process need `NCCL_P2P_DIRECT_DISABLE=1` in the environment, since candle allocates from pools
+/// that other GPUs do not see.
+///
 /// Calls enqueue and return; [`wait`](Collective::wait) notices a process that is gone, so nothing waits for ever.
 ///
 /// # Source

@@ -6,6 +6,9 @@ use rayon::prelude::*;
 use crate::trainer::Trainer;
 use crate::{Error, Result, slices};
 
+/// Elements that one task hashes.
+const PIECE: usize = 1 << 15;
+
 impl Trainer {
     /// Requires that all processes train the same parameters by the same options.
     pub(crate) fn require_same_options(&self) -> Result<()> {
@@ -46,7 +49,7 @@ fn bits(x: &Tensor) -> Result<u64> {
     let pieces: Vec<u64> = match x.dtype() {
         DType::F64 => x.flatten_all()?.to_vec1::<f64>()?.into_iter().map(f64::to_bits).collect(),
         _ => slices::read(&x, |x| {
-            x.par_chunks(slices::PIECE).map(|piece| mix(piece.iter().map(|x| x.to_bits().into()))).collect()
+            x.par_chunks(PIECE).map(|piece| mix(piece.iter().map(|x| x.to_bits().into()))).collect()
         })?,
     };
     Ok(mix(pieces.into_iter()))
