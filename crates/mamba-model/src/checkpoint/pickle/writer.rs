@@ -25,7 +25,7 @@ pub(crate) fn write(
     for outgoing in tensors {
         let Outgoing { name, tensor, dtype } = outgoing;
         let shares = |other: &&Outgoing| (other.tensor.id(), other.dtype) == (tensor.id(), *dtype);
-        let storage = match storages.iter().position(|known| known.iter().any(|other| shares(&other))) {
+        let storage = match storages.iter().position(|known| known.iter().any(shares)) {
             Some(storage) => storage,
             None => {
                 storages.push(vec![]);
