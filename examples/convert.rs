@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use clap::Parser;
+use indicatif::ProgressBar;
 use mamba_generate::{tokenizer_config_to_gguf, tokenizer_to_gguf};
 use mamba_model::Model;
 use mamba_model::checkpoint::gguf::{GgmlType, Metadata, TensorSpec, Value};
 use mamba_model::checkpoint::{Checkpoint, LocalDir, ModelSource};
-use mamba_model::families::{FAMILIES, Family};
+use mamba_model::families::{self, FAMILIES, Family};
 use tokenizers::Tokenizer;
 
 /// What belongs to a model beside its weights.
@@ -108,6 +109,12 @@ fn tokenizer_keys(tokenizer: &Tokenizer, source: &dyn ModelSource) -> Result<Met
     Ok(keys)
 }
 
+/// Fills as numbers are written: files hold other tensors than models, of as many numbers.
+fn bar(args: &Args, model: &Model) -> ProgressBar {
+    let numbers = model.parameters().iter().map(|(_, x)| x.elem_count() as u64).sum();
+    cli::bar(numbers, format!("writing {}", args.to.display()))
+}
+
 /// Writes one GGUF file with the model's tokenizer in it.
 fn gguf(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<TensorSpec>> {
     let mut extra = match cli::tokenizer(&args.model, model, source) {
@@ -119,9 +126,7 @@ fn gguf(args: &Args, model: &Model, source: &dyn ModelSource) -> Result<Vec<Tens
     };
     let name = args.to.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
     extra.set("general.name", Value::String(name.into()));
-    // Files hold other tensors than models, of as many numbers.
-    let numbers = model.parameters().iter().map(|(_, x)| x.elem_count() as u64).sum();
-    let bar = cli::bar(numbers, format!("writing {}", args.to.display()));
+    let bar = bar(args, model);
     let mut written = vec![];
     model.save_gguf(&args.to, args.save_as, extra, |tensor| {
         bar.inc(tensor.shape.iter().product::<usize>() as u64);
@@ -139,11 +144,13 @@ fn folder(
     source: &dyn ModelSource,
 ) -> Result<Vec<TensorSpec>> {
     let dtype = args.save_as.dtype().unwrap_or(DType::F32); // `main` lets no other pass
-    let spinner = cli::spinner(format!("writing {}", args.to.display()));
-    match layout {
-        Some(family) => model.save_pretrained_as(family, &args.to, dtype)?,
-        None => model.save_pretrained(&args.to, dtype)?,
-    }
+    let family =
+        layout.or_else(|| families::of(model.config())).context("no layout has words for the model")?;
+    let bar = bar(args, model);
+    model.save_pretrained_with(family, &args.to, dtype, |_, tensor| {
+        bar.inc(tensor.shape.iter().product::<usize>() as u64);
+    })?;
+    bar.finish_and_clear();
     // Files that stand beside a GGUF file may belong to another model.
     if !cli::has_gguf_tokenizer(source) {
         for name in BESIDE {
@@ -163,7 +170,6 @@ fn folder(
             std::fs::write(&config, format!("{said:#}\n")).with_context(|| config.display().to_string())?;
         }
     }
-    spinner.finish_and_clear();
     report(&args.to)
 }
 
@@ -171,9 +177,10 @@ fn folder(
 fn report(folder: &Path) -> Result<Vec<TensorSpec>> {
     let checkpoint = Checkpoint::open(&LocalDir::new(folder)?)?;
     let spec = |name: &str| {
-        let info = checkpoint.info(name)?;
-        let kind = GgmlType::all().find(|kind| kind.dtype() == Some(info.dtype))?;
-        Some(TensorSpec { name: name.to_string(), shape: info.shape.to_vec(), kind })
+        let info = checkpoint.info(name).with_context(|| format!("{name} has a type that is not known"))?;
+        let kind = GgmlType::all().find(|kind| kind.dtype() == Some(info.dtype));
+        let kind = kind.with_context(|| format!("{name} is {:?}, which has no name here", info.dtype))?;
+        Ok(TensorSpec { name: name.to_string(), shape: info.shape.to_vec(), kind })
     };
-    Ok(checkpoint.names().filter_map(spec).collect())
+    checkpoint.names().map(spec).collect()
 }

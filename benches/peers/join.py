@@ -1,9 +1,10 @@
-"""Joins what our benchmarks of a GPU measured with what upstream's scripts did: tables of ratios, greater than 1 where ours is
+"""Joins what our benchmarks measured with what the peers' scripts did: tables of ratios, greater than 1 where ours is
 faster.
 
 Run: python join.py OURS.json UPSTREAM.json [UPSTREAM.json …]      (of several, the first that has a row counts)
 
-OURS.json is of `cuda` (then upstream_ops.py's go with it) or of `cuda_models` (upstream_models.py's). Rows that one side alone
+OURS.json is of `cuda` (then upstream_ops.py's go with it), of `cuda_models` (upstream_models.py's) or, on the CPU, of `train`
+(transformers_train.py's). Rows that one side alone
 has are kept, and those that failed say so below the table.
 """
 
@@ -43,6 +44,23 @@ def models(pairs):
         for case, ours, peer in pairs))
 
 
+def training(pairs):
+    print("Times in ms, of a step; `busy` is processor time over threads, and its ratio says more on a machine that others use.\n")
+    table(("case", "ms", "busy", "loss", "upstream", "its busy", "its loss", "ratio", "ratio of busy"), (
+        (case, number(ours.get("ms"), 1), number(ours.get("busy_ms"), 1), number(ours.get("loss"), 6),
+         number(peer.get("ms"), 1), number(peer.get("busy_ms"), 1), number(peer.get("loss"), 6),
+         ratio(peer.get("ms"), ours.get("ms")), ratio(peer.get("busy_ms"), ours.get("busy_ms")))
+        for case, ours, peer in pairs if "sequential_ms" not in ours))
+    scans = [(case, ours) for case, ours, _ in pairs if "sequential_ms" in ours]
+    if scans:
+        print("\nForward and backward of the scan, fused and one token after another.\n")
+        table(("case", "ms", "busy", "sequential", "its busy", "ratio", "ratio of busy"), (
+            (case, number(ours["ms"], 2), number(ours["busy_ms"], 2), number(ours["sequential_ms"], 1),
+             number(ours["sequential_busy_ms"], 1), ratio(ours["sequential_ms"], ours["ms"]),
+             ratio(ours["sequential_busy_ms"], ours["busy_ms"]))
+            for case, ours in scans))
+
+
 def main():
     first, *others = (json.loads(pathlib.Path(path).read_text()) for path in sys.argv[1:])
     ours = {row["case"]: row for row in first["rows"]}
@@ -57,7 +75,9 @@ def main():
         print(f"Ours: {first['gpu']}, a copy moves {first['copy_tb_per_s']:.2f} TB/s.")
     print("Upstream:", ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
     pairs = [(case, ours.get(case, {}), theirs.get(case, {})) for case in dict.fromkeys((*ours, *theirs))]
-    (models if any("ms" in row for row in (*ours.values(), *theirs.values())) else ops)(pairs)
+    rows = (*ours.values(), *theirs.values())
+    has = lambda key: any(key in row for row in rows)  # noqa: E731
+    (training if has("busy_ms") else models if has("ms") else ops)(pairs)
     for whose, row in failed:
         print(f"\n{whose} {row['case']} failed: {row['error']}")
 

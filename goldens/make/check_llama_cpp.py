@@ -2,9 +2,10 @@
 
 Run: python check_llama_cpp.py ../../target/release/examples/convert [FOLDER ...], for folders beside those of goldens/models
 
-In an environment with numpy, safetensors, cffi, xllamacpp 2026.10.11549, whose library has llama.cpp b11549 and its C interface, and
+In an environment with numpy, safetensors, gguf, cffi, xllamacpp 2026.10.11549, whose library has llama.cpp b11549 and its C interface, and
 llama-cpp-py-sync 0.11548, which has the declarations of that interface. Files are read as they are; since the tiny models have no
-tokenizer, that there is none is said beside them, as is the size of the vocabulary. Nothing is written to goldens.
+tokenizer, that there is none is said beside them, as is the size of the vocabulary. What was found, and of which bytes, is written to
+goldens/checks.
 """
 
 import importlib.util
@@ -19,6 +20,8 @@ import cffi
 import numpy as np
 import safetensors.numpy
 import xllamacpp
+
+import record
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = GOLDENS.parent / "examples" / "models"
@@ -108,6 +111,7 @@ def retold(model, ids):
 
 def trained(program):
     """The trained models, with their tokenizer, in every type: ids, the logits of the prompt, and the greedy tokens."""
+    found = {}
     for name, folder, answers in [("mamba-shakespeare", GOLDENS / "models", "io"), ("mamba2-shakespeare", EXAMPLES, "ieee")]:
         golden = GOLDENS / "models" / name
         ids = safetensors.numpy.load_file(golden / "io.safetensors")["greedy_ids"].ravel().tolist()[:64]
@@ -124,12 +128,15 @@ def trained(program):
             print(f"{name} {kind}: llama.cpp off by {gap:.0e}, {sum(greedy)} of {len(greedy)} greedy tokens", flush=True)
             assert retold(model, ids) == ids and gap <= limit and sum(greedy) >= len(greedy) - 4, (name, kind)
             lib.llama_model_free(model)
+            found.setdefault(name, {"model": record.model(folder / name)})[kind] = {
+                "off_by": gap, "limit": limit, "greedy_tokens": sum(greedy), "of": len(greedy)}
+    return found
 
 
 def main():
     lib.llama_log_set(note, ffi.NULL)
     lib.llama_backend_init()
-    program, agree, wrong = pathlib.Path(sys.argv[1]).resolve(), [], []
+    program, found, wrong, refused, wordless = pathlib.Path(sys.argv[1]).resolve(), {}, [], {}, []
     for source in [*sorted((GOLDENS / "models").iterdir()), *map(pathlib.Path, sys.argv[2:])]:
         if "shakespeare" in source.name or source.name.endswith(("_classifier", "_headless")):
             continue
@@ -143,24 +150,34 @@ def main():
             command = [program, "--quiet", "--model", source, "--to", path, "--save-as", "f32"]
             if subprocess.run(command, capture_output=True).returncode != 0:
                 print(f"{source.name}: no words in GGUF")
+                wordless.append(source.name)
                 continue
+            head = record.head_of_gguf(path)
             model = load(path, want.shape[2])
             if model == ffi.NULL:
                 message = "".join(said)
                 expected = source.name in REFUSED and REFUSED[source.name] in message
                 wrong += [] if expected else [source.name]
-                print(f"{source.name}: refused: {message.strip().splitlines()[0]}")
+                refused[source.name] = message.strip().splitlines()[0].replace(place, "")
+                print(f"{source.name}: refused: {refused[source.name]}")
                 continue
         gap = 0.0
         for split in (ids.shape[1], prefill):
             got = np.stack([logits(model, row.tolist(), split, want.shape[2]) for row in ids])
             gap = max(gap, float(np.abs(got - want)[..., :vocabulary].max()))
         lib.llama_model_free(model)
-        (agree if gap <= ONE_EPSILON.get(source.name, LIMIT) else wrong).append(source.name)
-        print(f"{source.name}: llama.cpp off by {gap:.0e}", flush=True)
-    print(f"{len(agree)} agree")
-    trained(program)
+        limit = ONE_EPSILON.get(source.name, LIMIT)
+        wrong += [] if gap <= limit else [source.name]
+        gap = {"largest_difference": gap} if limit == LIMIT else {"off_by": gap, "limit": limit}
+        found[source.name] = {"model": record.model(source), "gguf": {"head": head} | gap}
+        print(f"{source.name}: llama.cpp {gap}", flush=True)
+    in_every_type = trained(program)
     assert not wrong, wrong
+    assert len(found) >= 11, len(found)
+    record.write("check_llama_cpp", by={"llama.cpp": "b11549"} | record.versions("xllamacpp", "llama-cpp-py-sync"), limit=LIMIT, found=found,
+                 refused=refused, without_words=wordless, trained=in_every_type,
+                 what="logits of llama.cpp, all ids at once and after a prefill one by one, of GGUF files that `convert` wrote in float32; of the "
+                      "trained models in every type, with the ids that its tokenizer makes of their text")
 
 
 if __name__ == "__main__":

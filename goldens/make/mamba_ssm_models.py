@@ -170,9 +170,18 @@ class Mamba2Simple(mamba2_simple.Mamba2Simple):
         return super().forward(u)
 
 
+def classes(folder):
+    """Within it, models are made of the class that knows the options of a configuration."""
+    return classes_of(json.loads((folder / "config.json").read_text()).get("ssm_cfg", {}))
+
+
+def classes_of(ssm_cfg):
+    simple = ssm_cfg.get("learnable_init_states", False)
+    return mock.patch.object(mixer_seq_simple, "Mamba2", Mamba2Simple) if simple else contextlib.nullcontext()
+
+
 def build(config, dtype):
-    simple = config.ssm_cfg.get("learnable_init_states", False)
-    with mock.patch.object(mixer_seq_simple, "Mamba2", Mamba2Simple) if simple else contextlib.nullcontext():
+    with classes_of(config.ssm_cfg):
         model = mixer_seq_simple.MambaLMHeadModel(config, device="cpu", dtype=dtype).eval()
     for layer in model.backbone.layers:  # the fused paths of the two mixers have no reference with all options
         layer.mixer.use_mem_eff_path = layer.mixer.use_fast_path = False

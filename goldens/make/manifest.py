@@ -3,7 +3,8 @@
 Run: python manifest.py [--check]
 
 Producer, version and seed are read from the file's own metadata; a file without any (config.json, weights) goes by the
-io.safetensors beside it, a GGUF file by the safetensors of its name or by types.safetensors, with the seed of the model that it holds, a tokenizer by its JSON. With --check nothing is written, and the exit status says whether the manifest holds.
+io.safetensors beside it, a GGUF file by the safetensors of its name or by types.safetensors, with the seed of the model that it holds, a tokenizer by its JSON, a
+check by what it says of itself. With --check nothing is written, and the exit status says whether the manifest holds.
 """
 
 import argparse
@@ -26,7 +27,11 @@ def metadata(path):
 
 def entry(path):
     known = metadata(path) if path.suffix == ".safetensors" else {}
-    if path.parent.name == "tokenizers":
+    if path.parent.name == "checks":
+        by = json.loads(path.read_text())["by"]
+        version = ", ".join(f"{package} {version}" for package, version in by.items())
+        known = {"producer": f"make/{path.stem}.py", "producer_version": version, "seed": "none: nothing is random"}
+    elif path.parent.name == "tokenizers":
         known = json.loads(path.with_suffix(".json").read_text())
     elif path.suffix == ".gguf":
         answers = path.with_suffix(".safetensors")
@@ -53,7 +58,7 @@ def main():
     parser = argparse.ArgumentParser(description="Writes or checks goldens/MANIFEST.toml.")
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    folders = [GOLDENS / name for name in ("ops", "models", "generate", "gguf", "train", "train_peft")]
+    folders = [GOLDENS / name for name in ("ops", "models", "generate", "gguf", "train", "train_peft", "checks")]
     paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     text = HEAD + "".join("\n" + entry(path) for path in paths)
     manifest = GOLDENS / "MANIFEST.toml"

@@ -255,6 +255,54 @@ fn the_cases_are_hostile() {
     assert!(refused > 150, "{refused} of 250 are refused");
 }
 
+/// Configurations and indices that are no text, go on forever, or are other things than they should be.
+#[test]
+fn what_is_no_configuration_or_index_is_named() {
+    let weights = golden("models/mamba_tied/model.safetensors");
+    let deep = [&b"{\"model_type\":"[..], &b"[".repeat(1 << 20)].concat();
+    let cases = [
+        &b"\xff\xfe"[..],
+        b"{\"model_type\":\"\xff\"}",
+        b"",
+        b"null",
+        b"[]",
+        b"{\"model_type\":[\"mamba\"]}",
+        &deep,
+    ];
+    for config in cases {
+        within_bounds(
+            &[("config.json", config.to_vec()), ("model.safetensors", weights.clone())],
+            |folder| {
+                let error = Model::from_pretrained(&LocalDir::new(folder).unwrap(), DType::F32, &Device::Cpu);
+                let error = error.unwrap_err().to_string();
+                assert!(error.contains("config.json"), "{error}");
+            },
+        );
+    }
+    let (name, shard) = ("model.safetensors.index.json", "model-00001-of-00002.safetensors");
+    let map =
+        |tensor: &str, file: &str| format!("{{\"weight_map\":{{\"{tensor}\":\"{file}\"}}}}").into_bytes();
+    let endless = [&b"{\"weight_map\":"[..], &b"{\"a\":".repeat(1 << 20)].concat();
+    let many: String = (0..10_000).map(|i| format!("\"t{i}\":\"m-{i}.safetensors\",")).collect();
+    for (index, want) in [
+        (map("a", "\\u0000"), "outside its folder"),
+        (map("a", &"x/".repeat(5000)), "outside its folder"),
+        (map("a", name), "is not safetensors"), // itself
+        (map("nothing", shard), "tensor `nothing` is missing"),
+        (map("a\":\"x\",\"a", shard), "`a` is there twice"),
+        (b"{\"weight_map\":{\"a\":\"\xff\"}}".to_vec(), "is no index of weights"),
+        (endless, "is no index of weights"),
+        (format!("{{\"weight_map\":{{{}\"z\":\"y\"}}}}", many).into_bytes(), "which is missing"),
+    ] {
+        let mut files = files::sharded();
+        files[0].1 = index;
+        within_bounds(&files, |folder| {
+            let error = Checkpoint::open(&LocalDir::new(folder).unwrap()).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}\nlacks {want}");
+        });
+    }
+}
+
 /// A layer takes memory before its weights are looked for, so nobody may ask for many in a few bytes.
 #[test]
 fn too_many_layers() {

@@ -8,6 +8,7 @@ use mamba_model::Model;
 use mamba_model::checkpoint::LocalDir;
 use mamba_model::checkpoint::gguf::{GgmlType, Metadata};
 use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
+use mamba_model::families::Family;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -188,11 +189,26 @@ pub fn one_tensor_at_a_time() {
     assert!(loaded.values().all(|count| *count == 14 || *count == 10), "{loaded:?}");
 }
 
-/// Writing a GGUF file takes two tensors: the values, and the same in the type of the file.
-pub fn writing_gguf() {
+/// Writing takes two tensors: the values, and the same in the type of the file.
+pub fn writing() {
     let folder = tempfile::tempdir().unwrap();
     let (_, config) = models().swap_remove(0);
     let model = Model::random(&config, 1, &Device::Cpu).unwrap();
+    for layout in ["mamba", "state-spaces"] {
+        for dtype in [DType::F32, DType::BF16] {
+            reset_peak();
+            let before = live();
+            let family = Family::named(layout).unwrap();
+            model.save_pretrained_as(family, folder.path(), dtype).unwrap();
+            let took = peak() - before;
+            let largest = 3000 * 256 * 4;
+            println!("writing {layout} in {dtype:?}: {took} bytes, the largest tensor has {largest}");
+            assert!(
+                took <= 2 * largest + (1 << 20) + REST,
+                "writing {layout} in {dtype:?} takes {took} bytes"
+            );
+        }
+    }
     for kind in [GgmlType::F32, GgmlType::BF16, GgmlType::Q8_0, GgmlType::Q4_K] {
         reset_peak();
         let before = live();

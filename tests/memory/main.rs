@@ -237,6 +237,6 @@ fn memory() {
     generic_checkpoint();
     head();
     layers();
-    loading::writing_gguf();
+    loading::writing();
     loading::one_tensor_at_a_time();
 }

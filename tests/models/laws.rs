@@ -349,13 +349,14 @@ fn cache_bytes_are_what_the_formula_says() {
 #[test]
 fn surplus_and_missing_tensors_are_named() {
     type Tensors = BTreeMap<String, Tensor>;
+    type Write<'a> = &'a dyn Fn(&Path, &Tensors);
     let safetensors = |folder: &Path, tensors: &Tensors| {
         let tensors: HashMap<_, _> = tensors.clone().into_iter().collect();
         candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
     };
     let torch = |folder: &Path, tensors: &Tensors| torch::write(folder, tensors, Order::Rows, 1);
     let shards = |folder: &Path, tensors: &Tensors| torch::write(folder, tensors, Order::Columns, 2);
-    let formats: [(&str, &dyn Fn(&Path, &Tensors)); 3] =
+    let formats: [(&str, Write); 3] =
         [("safetensors", &safetensors), ("torch", &torch), ("torch in shards", &shards)];
     let (mut without_one, mut without_head) = (0, 0);
     for name in MODELS {

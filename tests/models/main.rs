@@ -16,6 +16,7 @@ mod heads;
 mod laws;
 mod options;
 mod parity;
+mod records;
 mod saving;
 mod spellings;
 

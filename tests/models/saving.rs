@@ -7,7 +7,7 @@ use mamba_model::families::Family;
 use mamba_model::{Model, checkpoint::LocalDir};
 
 use crate::open;
-use crate::support::golden::path;
+use crate::support::golden::{Golden, path};
 use crate::support::tolerance::max_error;
 
 fn load(folder: &Path) -> mamba_model::Result<Model> {
@@ -43,6 +43,26 @@ fn layouts_are_chosen() {
             assert_eq!(max_error(&model.forward(&input, None).unwrap(), &want), 0.0, "{name}");
         }
     }
+    // From a GGUF file too.
+    let mut moved = 0;
+    for name in ["mamba_tied", "mamba_untied_bias", "mamba2_g1_untied", "mamba2_g2_tied_bias"] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = path("gguf").join(format!("{name}.gguf"));
+        if !file.exists() {
+            continue;
+        }
+        let model = load(&file).unwrap();
+        model.save_pretrained_as(named("state-spaces"), folder.path(), DType::F32).unwrap();
+        let again = load(folder.path()).unwrap();
+        let [got, want] = [&again, &model].map(|model| model.forward(&input, None).unwrap());
+        assert_eq!(max_error(&got, &want), 0.0, "{name} from GGUF");
+        let golden = Golden::read(&path("models").join(name).join("io.safetensors"));
+        let ids = golden.tensors["input_ids"].to_dtype(DType::U32).unwrap();
+        let gap = max_error(&again.forward(&ids, None).unwrap(), &golden.tensors["logits"]);
+        assert!(gap <= 1e-4, "{name} from GGUF: logits are off by {gap:.1e}");
+        moved += 1;
+    }
+    assert_eq!(moved, 4);
     let error = open("jamba", DType::F32).save_pretrained_as(named("zamba"), "nowhere", DType::F32);
     let message = "config: `layers` is a combination that the layout of zamba has no words for";
     assert_eq!(error.unwrap_err().to_string(), message);
@@ -188,6 +208,16 @@ fn bad_checkpoints_say_what_is_wrong() {
         "nemotron_h",
         &edit("\"sliding_window\": null", "\"sliding_window\": 4"),
         &["config.json: `sliding_window` is 4, expected null"],
+    );
+    fails(
+        "zamba2",
+        &edit("\"use_long_context\": false", "\"use_long_context\": true"),
+        &["config.json: `use_long_context` is true, expected false"],
+    );
+    fails(
+        "ss_mamba2_init_states",
+        &edit("\"chunk_size\": 8", "\"ngroups\": 2"),
+        &["config.json: `ssm_cfg.ngroups` is 2, expected 1 with learnable_init_states"],
     );
     fails("mamba2_g8", &edit("\"n_groups\": 8", "\"n_groups\": 3"), &["`ngroups` is 3, expected a divisor"]);
 }

@@ -32,19 +32,39 @@ fn same(name: &str, without: &[&str], with: Value) {
 
 #[test]
 fn kinds_of_layers() {
-    same("granitemoehybrid", &["layer_types"], json!({"layer_types": ["mamba", "attention", "mamba"]}));
-    same("granitemoehybrid", &["layer_types"], json!({"layers_block_type": ["mamba", "attention", "mamba"]}));
-    let zamba2 = ["mamba", "hybrid", "mamba", "hybrid", "hybrid"];
-    same("zamba2", &["layers_block_type"], json!({"layers_block_type": zamba2}));
-    same("zamba2", &["layers_block_type"], json!({"layer_types": zamba2}));
-    let zamba = ["mamba", "mamba", "hybrid", "mamba", "hybrid"];
-    same("zamba", &["layers_block_type"], json!({"layers_block_type": zamba}));
-    same(
-        "nemotron_h",
-        &["layers_block_type"],
-        json!({"layers_block_type": ["mamba", "attention", "mlp", "mamba"]}),
-    );
+    // Of every family that has a list of them: the words of transformers before and since version 5, under either name of the field.
+    let mut tried = 0;
+    for name in ["granitemoehybrid", "zamba", "zamba2", "nemotron_h", "nemotron_h_moe", "lfm2", "lfm2_bias"] {
+        let written = config(name);
+        let fields = ["layer_types", "layers_block_type"];
+        let field = fields.into_iter().find(|field| written.get(field).is_some()).unwrap();
+        let new: Vec<&str> =
+            written[field].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+        let before = |word: &&str| match *word {
+            "linear_attention" => "mamba".to_owned(),
+            "full_attention" => "attention".to_owned(),
+            other => other.to_owned(),
+        };
+        let old: Vec<String> = new.iter().map(before).collect();
+        assert!(new.iter().any(|word| word.ends_with("_attention")) && old != new, "{name}: {new:?}");
+        for other in fields {
+            same(name, &[field], json!({other: new}));
+            same(name, &[field], json!({other: old}));
+            tried += 2;
+        }
+    }
+    assert_eq!(tried, 7 * 4);
     same("nemotron_h", &["layers_block_type"], json!({"hybrid_override_pattern": "M*-M"}));
+    same("nemotron_h_moe", &["layers_block_type"], json!({"hybrid_override_pattern": "ME*E"}));
+    // What transformers writes of the others is derived from periods, offsets and lists of indices.
+    for (name, types) in [
+        ("jamba", ["mamba", "attention", "mamba", "mamba"].as_slice()),
+        ("bamba", &["linear_attention", "full_attention", "linear_attention"]),
+        ("falcon_h1", &["hybrid", "hybrid"]),
+    ] {
+        same(name, &[], json!({"layers_block_type": types}));
+        same(name, &[], json!({"layer_types": types}));
+    }
     same("lfm2_bias", &["layer_types"], json!({"full_attn_idxs": [1]}));
 }
 
@@ -60,6 +80,7 @@ fn fields_of_other_names() {
 #[test]
 fn rotary_embeddings() {
     same("zamba2", &["rope_parameters"], json!({"rope_theta": 10000.0}));
+    same("lfm2", &["rope_parameters"], json!({"rope_theta": 1000000.0}));
     let linear = json!({"rope_theta": 1000.0, "rope_scaling": {"type": "linear", "factor": 2.0}});
     same("falcon_h1", &["rope_parameters"], linear);
     let yarn = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16});

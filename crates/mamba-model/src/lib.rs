@@ -85,6 +85,6 @@ pub use batch::Batch;
 pub use cache::InferenceCache;
 pub use classifier::{Pooling, SequenceClassifier};
 pub use error::{Error, Result};
-pub use init::Initializer;
+pub use init::{InitConfig, Initializer};
 pub use layer::Recompute;
 pub use model::Model;

@@ -3,10 +3,9 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::DType;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use crate::checkpoint::pickle;
+use crate::checkpoint::{Outgoing, TensorInfo, pickle, safetensors};
 use crate::families::{self, Family};
 use crate::{AtomicFile, Error, Model, Result, write_atomically};
 
@@ -20,7 +19,8 @@ impl Model {
     /// The configuration is that of the first of [`FAMILIES`](families::FAMILIES) that has words for it: transformers' `mamba`, `mamba2` or
     /// `falcon_mamba` where possible, else that of state-spaces, else one of the hybrids of transformers. Weights are
     /// written in the dtype `dtype`, but those that are `f32` in any model (`A_log`, `D`, `dt_bias`) as `f32` unless
-    /// `dtype` holds their values exactly. Each file is complete under its name or not there.
+    /// `dtype` holds their values exactly. Each file is complete under its name or not there, and one tensor at a time is there beside
+    /// the model.
     ///
     /// # Errors
     /// If no family can express the configuration, the model has adapters, or a file cannot be written.
@@ -71,6 +71,36 @@ impl Model {
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
     pub fn save_pretrained_as(&self, family: &Family, folder: impl AsRef<Path>, dtype: DType) -> Result<()> {
+        self.save_pretrained_with(family, folder, dtype, |_, _| {})
+    }
+
+    /// The same, telling `report` of each tensor when it is written: what the file calls it, its type there and its shape.
+    ///
+    /// # Errors
+    /// As [`save_pretrained_as`](Self::save_pretrained_as).
+    ///
+    /// # Example
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use mamba_model::{Model, families};
+    /// use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
+    ///
+    /// let config = ModelConfig::uniform(50, 16, 2, MixerSpec::Mamba1(Mamba1Config::new(16)));
+    /// let model = Model::random(&config, 0, &Device::Cpu)?;
+    /// let folder = tempfile::tempdir()?;
+    /// let family = families::of(&config).ok_or("no such family")?;
+    /// let mut names = vec![];
+    /// model.save_pretrained_with(family, folder.path(), DType::F32, |name, _| names.push(name.to_owned()))?;
+    /// assert!(names.len() == model.parameters().len() && names.contains(&"backbone.norm_f.weight".to_owned()));
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn save_pretrained_with(
+        &self,
+        family: &Family,
+        folder: impl AsRef<Path>,
+        dtype: DType,
+        report: impl FnMut(&str, TensorInfo),
+    ) -> Result<()> {
         self.require_no_adapters()?;
         let folder = folder.as_ref();
         let config = family.words(self.config()).ok_or_else(|| Error::Config {
@@ -79,47 +109,52 @@ impl Model {
             message: format!("is a combination that the layout of {} has no words for", family.name()),
         })?;
         std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
-        let tensors: Vec<(String, Tensor)> = self
-            .parameters()
-            .iter()
-            .map(|(name, x)| {
-                let narrowed = x.to_dtype(dtype)?;
-                let exact = || -> Result<bool> {
-                    let gap = (narrowed.to_dtype(x.dtype())? - x)?.abs()?.sum_all()?;
-                    Ok(gap.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
-                };
-                let keep =
-                    x.dtype() == DType::F32 && self.dtype_is_narrow(dtype) && is_sensitive(name) && !exact()?;
-                let name = family.names.candidates(name).into_iter().next().unwrap_or_else(|| name.clone());
-                Ok((name, if keep { x.clone() } else { narrowed }))
-            })
-            .collect::<Result<_>>()?;
-        let notes = [("format".to_owned(), "pt".to_owned())].into(); // what transformers asks for
+        let outgoing = |(name, tensor): &(String, Tensor)| -> Result<Outgoing> {
+            let keep = tensor.dtype() == DType::F32
+                && self.dtype_is_narrow(dtype)
+                && is_sensitive(name)
+                && !is_exact(tensor, dtype)?;
+            let name = family.names.candidates(name).into_iter().next().unwrap_or_else(|| name.clone());
+            Ok(Outgoing { name, tensor: tensor.clone(), dtype: if keep { tensor.dtype() } else { dtype } })
+        };
+        let tensors = self.parameters().iter().map(outgoing).collect::<Result<Vec<_>>>()?;
+        let create = |name: &str| {
+            let path = folder.join(name);
+            AtomicFile::create(&path).map_err(|e| Error::io(&path, e))
+        };
         match family.model_type {
-            Some(_) => write_safetensors(&folder.join("model.safetensors"), &tensors, notes)?,
-            None => self.write_torch(folder, family, tensors)?,
+            Some(_) => {
+                let notes = [("format".to_owned(), "pt".to_owned())].into(); // what transformers asks for
+                safetensors::write(create("model.safetensors")?, tensors, notes, report)?;
+            }
+            None => {
+                pickle::write(create("pytorch_model.bin")?, &self.with_tied_head(family, tensors), report)?;
+                self.write_ends(folder)?;
+            }
         }
         let path = folder.join("config.json");
         let text = serde_json::to_string_pretty(&config).map_err(|e| Error::io(&path, e.into()))? + "\n";
         write_atomically(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))
     }
 
-    /// As mamba_ssm wants it: a torch file, in which a tied head is there again.
-    fn write_torch(&self, folder: &Path, family: &Family, mut tensors: Vec<(String, Tensor)>) -> Result<()> {
+    /// As mamba_ssm wants it: a tied head is there again.
+    fn with_tied_head(&self, family: &Family, mut tensors: Vec<Outgoing>) -> Vec<Outgoing> {
         let embedding = family.names.candidates("embedding.weight").into_iter().next();
-        let tied =
-            tensors.iter().find(|(name, _)| self.config().tie_embeddings && Some(name) == embedding.as_ref());
-        if let Some((_, embedding)) = tied.cloned() {
-            tensors.push(("lm_head.weight".into(), embedding));
+        let tied = tensors.iter().find(|tensor| Some(&tensor.name) == embedding.as_ref());
+        if let (true, Some(embedding)) = (self.config().tie_embeddings, tied.cloned()) {
+            tensors.push(Outgoing { name: "lm_head.weight".into(), ..embedding });
         }
-        let path = folder.join("pytorch_model.bin");
-        pickle::write(AtomicFile::create(&path).map_err(|e| Error::io(&path, e))?, &tensors)?;
+        tensors
+    }
+
+    /// Where texts end, for which the configuration of state-spaces has no place.
+    fn write_ends(&self, folder: &Path) -> Result<()> {
         let (ends, path) = (&self.config().eos_token_ids, folder.join(GENERATION_CONFIG));
-        if !ends.is_empty() {
-            let text = serde_json::json!({ "eos_token_id": ends }).to_string();
-            write_atomically(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))?;
+        if ends.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let text = serde_json::json!({ "eos_token_id": ends }).to_string();
+        write_atomically(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))
     }
 
     /// Formats of whole models have no place for adapters.
@@ -142,17 +177,10 @@ fn is_sensitive(name: &str) -> bool {
         .any(|leaf| name.ends_with(&format!(".{leaf}")))
 }
 
-/// Writes tensors in safetensors format.
-pub(crate) fn write_safetensors(
-    path: &Path,
-    tensors: &[(String, Tensor)],
-    notes: HashMap<String, String>,
-) -> Result<()> {
-    let bytes = safetensors_bytes(tensors, notes).map_err(|error| match error {
-        Error::Checkpoint { message, .. } => Error::checkpoint(path, message),
-        other => other,
-    })?;
-    write_atomically(path, &bytes).map_err(|source| Error::io(path, source))
+/// Whether a type holds all values of a tensor.
+fn is_exact(tensor: &Tensor, dtype: DType) -> Result<bool> {
+    let gap = (tensor.to_dtype(dtype)?.to_dtype(tensor.dtype())? - tensor)?.abs()?.sum_all()?;
+    Ok(gap.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
 }
 
 /// Tensors in safetensors format.
@@ -162,6 +190,6 @@ pub(crate) fn safetensors_bytes(
 ) -> Result<Vec<u8>> {
     let tensors: Vec<(&str, Tensor)> =
         tensors.iter().map(|(name, x)| Ok((name.as_str(), x.contiguous()?))).collect::<Result<_>>()?;
-    safetensors::serialize(tensors, Some(notes))
+    ::safetensors::serialize(tensors, Some(notes))
         .map_err(|error| Error::checkpoint(Path::new("tensors"), format!("cannot be written: {error}")))
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use crate::support::golden::{Golden, path};
 
-fn load(file: &Path, dtype: DType) -> mamba_model::Result<Model> {
+pub fn load(file: &Path, dtype: DType) -> mamba_model::Result<Model> {
     Model::from_pretrained(&LocalDir::new(file)?, dtype, &Device::Cpu)
 }
 

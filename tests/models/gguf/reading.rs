@@ -137,6 +137,37 @@ fn what_is_missing_or_too_much_is_named() {
     assert_eq!((without_key, without_tensor), (16, 12));
 }
 
+/// Where a file says nothing of its vocabulary, the rows of the embedding are its size; where it says too much, they bound it.
+#[test]
+fn sizes_of_vocabularies_are_inferred() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.gguf");
+    for (name, architecture) in [("mamba_tied", "mamba"), ("jamba", "jamba"), ("lfm2", "lfm2")] {
+        let key = format!("{architecture}.vocab_size");
+        let golden = Golden::read(&path("models").join(name).join("io.safetensors"));
+        for said in [None, Some(1u32 << 20), Some(50)] {
+            let tell = |keys: &mut Vec<(String, Value)>| {
+                keys.retain(|(other, _)| *other != key);
+                keys.extend(said.map(|size| (key.clone(), Value::U32(size))));
+            };
+            rewrite(name, &file, tell, |_| {});
+            let model = load(&file, DType::F32).unwrap();
+            let size = if said == Some(50) { 50 } else { 61 };
+            assert_eq!(
+                (model.config().vocab_size, model.config().padded_vocab_size),
+                (size, 61),
+                "{name} {said:?}"
+            );
+            let ids = ids(&golden).clamp(0u32, size as u32 - 1).unwrap();
+            let logits = model.forward(&ids, None).unwrap();
+            assert_eq!(logits.dim(2).unwrap(), size, "{name}");
+            if size == 61 {
+                assert!(max_error(&logits, &golden.tensors["logits"]) <= 1e-4, "{name} {said:?}");
+            }
+        }
+    }
+}
+
 /// A last layer that predicts further tokens is left where it is.
 #[test]
 fn heads_for_further_tokens_are_passed_over() {

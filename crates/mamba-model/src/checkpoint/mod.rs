@@ -22,6 +22,7 @@ pub mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
 mod names;
+mod outgoing;
 pub(crate) mod pickle;
 pub(crate) mod safetensors;
 mod shards;
@@ -48,6 +49,7 @@ pub(crate) use self::form::{Form, Forms};
 #[cfg(feature = "hub")]
 pub use self::hub::{HubBuilder, HubModel, Progress};
 pub use self::names::NameMap;
+pub(crate) use self::outgoing::Outgoing;
 pub use self::source::{LocalDir, ModelSource};
 
 /// The files that may hold the weights of a model, or list such files, the preferred one first.

@@ -1,16 +1,18 @@
 //! The safetensors format: a JSON header, then the bytes of the tensors without gaps.
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::Path;
 
 use candle_core::DType;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
+use safetensors::tensor::{Metadata, TensorInfo as Described};
 use serde::de::IgnoredAny;
 
 use super::stored::{Encoding, Stored, elem_count};
 use super::unique::Unique;
-use crate::{Error, Result};
+use super::{Outgoing, TensorInfo};
+use crate::{AtomicFile, Error, Result};
 
 /// The header's length stands in the first eight bytes.
 const LENGTH_BYTES: usize = 8;
@@ -48,6 +50,41 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Vec<(String, Stored)>> {
 /// As [`read`].
 pub(crate) fn notes(path: &Path, file: &[u8]) -> Result<HashMap<String, String>> {
     Ok(header(path, file)?.0.metadata().clone().unwrap_or_default())
+}
+
+/// Writes what [`read`] reads, one tensor after another, and tells `report` of each.
+///
+/// # Errors
+/// If the file cannot be written.
+pub(crate) fn write(
+    mut file: AtomicFile,
+    mut tensors: Vec<Outgoing>,
+    notes: HashMap<String, String>,
+    mut report: impl FnMut(&str, TensorInfo),
+) -> Result<()> {
+    let path = file.path().to_path_buf();
+    let fail = |e: std::io::Error| Error::io(&path, e);
+    let refuse = |e: &dyn std::fmt::Display| Error::checkpoint(&path, format!("cannot be written: {e}"));
+    // In the order of the safetensors crate: the widest types first, so that each lies at a multiple of its width.
+    tensors.sort_by(|a, b| Dtype::from(b.dtype).cmp(&a.dtype.into()).then_with(|| a.name.cmp(&b.name)));
+    let (mut described, mut end) = (vec![], 0);
+    for Outgoing { name, tensor, dtype } in &tensors {
+        let start = end;
+        end += tensor.elem_count() * dtype.size_in_bytes();
+        let shape = tensor.dims().to_vec();
+        described
+            .push((name.clone(), Described { dtype: (*dtype).into(), shape, data_offsets: (start, end) }));
+    }
+    let metadata = Metadata::new(Some(notes), described).map_err(|e| refuse(&e))?;
+    let mut header = serde_json::to_vec(&metadata).map_err(|e| refuse(&e))?;
+    header.resize(header.len().next_multiple_of(LENGTH_BYTES), b' ');
+    file.write_all(&(header.len() as u64).to_le_bytes()).map_err(fail)?;
+    file.write_all(&header).map_err(fail)?;
+    for tensor in &tensors {
+        file.write_all(&tensor.bytes()?).map_err(fail)?;
+        report(&tensor.name, tensor.info());
+    }
+    file.commit().map_err(fail)
 }
 
 /// The header, and where the bytes of the tensors begin.
@@ -146,6 +183,18 @@ mod tests {
         error(&file(&tensor("F32", "[2]", "[8,0]"), &[0; 8]));
         error(&file(&tensor("F32", "[2]", "[4,12]"), &[0; 12]));
         error(&file(&tensor("F32", "[3]", "[0,8]"), &[0; 8]));
+        // A billion elements over ten bytes, and two tensors over the same ones.
+        error(&file(&tensor("U8", "[1000000000]", "[0,10]"), &[0; 10]));
+        error(&file(&tensor("U8", "[1000000000]", "[0,1000000000]"), &[0; 10]));
+        for (second, data) in [("[4,12]", 12), ("[0,8]", 8), ("[12,20]", 20)] {
+            let pair = tensor("F32", "[2]", "[0,8]")
+                .replace("}}", &format!("}},{}", &tensor("F32", "[2]", second)[1..]));
+            let pair = pair.replacen("\"a\"", "\"b\"", 1);
+            assert!(
+                error(&file(&pair, &vec![0; data])).contains("has no valid safetensors header"),
+                "{pair}"
+            );
+        }
         error(&file(&tensor("F32", "[-1]", "[0,4]"), &[0; 4]));
         error(&file(&tensor("F32", "[9223372036854775807,2]", "[0,8]"), &[0; 8]));
         error(&file(&tensor("Q4", "[2]", "[0,8]"), &[0; 8]));

@@ -121,13 +121,21 @@ fn mamba2(ssm: &Fields, d_model: usize) -> Result<Mamba2Config> {
     let default = Mamba2Config::new(d_model);
     let d_inner = ssm.usize_opt("expand")?.unwrap_or(2) * d_model;
     let norm = GatedNorm { eps: 1e-5, before_gate: ssm.bool_or("norm_before_gate", false)? };
+    let learnable_init_states = ssm.bool_or("learnable_init_states", false)?;
+    let ngroups = ssm.usize_opt("ngroups")?.unwrap_or(default.ngroups);
+    if learnable_init_states && ngroups > 1 {
+        // Of the two classes upstream one has groups in its norm, and the other learned states.
+        let message =
+            format!("is {ngroups}, expected 1 with learnable_init_states, whose norm has no groups");
+        return Err(ssm.error("ngroups", message));
+    }
     Ok(Mamba2Config {
         d_inner,
         d_ssm: ssm.usize_opt("d_ssm")?.unwrap_or(d_inner),
         d_state: ssm.usize_opt("d_state")?.unwrap_or(default.d_state),
         d_conv: ssm.usize_opt("d_conv")?.unwrap_or(default.d_conv),
         headdim: ssm.usize_opt("headdim")?.unwrap_or(default.headdim),
-        ngroups: ssm.usize_opt("ngroups")?.unwrap_or(default.ngroups),
+        ngroups,
         conv_bias: ssm.bool_or("conv_bias", true)?,
         in_bias: ssm.bool_or("bias", false)?,
         out_bias: ssm.bool_or("bias", false)?,
@@ -135,7 +143,7 @@ fn mamba2(ssm: &Fields, d_model: usize) -> Result<Mamba2Config> {
         d_has_headdim: ssm.bool_or("D_has_hdim", false)?,
         dt_limit: ssm.range_or("dt_limit", default.dt_limit)?,
         chunk_size: ssm.usize_opt("chunk_size")?.unwrap_or(default.chunk_size),
-        learnable_init_states: ssm.bool_or("learnable_init_states", false)?,
+        learnable_init_states,
         ..default
     })
 }
@@ -187,9 +195,16 @@ fn mamba2_cfg(c: &Mamba2Config, d_model: usize) -> Value {
         let high = if high.is_finite() { json!(high) } else { json!("Infinity") };
         fields.insert("dt_limit".into(), json!([low, high]));
     }
-    // Upstream knows it in the class Mamba2Simple alone.
+    // Upstream knows it in the class Mamba2Simple alone, which takes no words for options that it lacks.
     if c.learnable_init_states {
         fields.insert("learnable_init_states".into(), json!(true));
+        let usual = [
+            ("d_ssm", json!(c.d_inner)),
+            ("rmsnorm", json!(true)),
+            ("norm_before_gate", json!(false)),
+            ("D_has_hdim", json!(false)),
+        ];
+        fields.retain(|field, value| !usual.iter().any(|(known, usual)| known == field && usual == value));
     }
     cfg
 }

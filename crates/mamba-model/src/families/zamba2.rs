@@ -61,6 +61,11 @@ fn parse(fields: &Fields) -> Result<ModelConfig> {
         bias,
         ..MlpConfig::new(fields.usize_or("intermediate_size", 4 * d_model)?)
     };
+    if attention.rope.is_some() && fields.bool_or("use_long_context", false)? {
+        // transformers 5.23 says that it stretches the rotary embedding and does not; earlier versions did.
+        let message = "is true, expected false: versions of transformers disagree on what that means";
+        return Err(fields.error("use_long_context", message));
+    }
     let rank = fields.usize_or("adapter_rank", 128)?;
     let block = SharedBlockSpec {
         attention,

@@ -156,4 +156,14 @@ mod tests {
         assert_eq!(record[..8], (event.len() as u64).to_le_bytes());
         assert_eq!(record[12..12 + event.len()], event);
     }
+    /// What TensorBoard 2.21 itself writes of the same two events, byte for byte.
+    #[test]
+    fn as_tensorboard_writes() {
+        let want = "1800000000000000a37f4b220900001040fc54d9411a0d627261696e2e4576656e743a32338d2fe92100000000000000017becf609\
+            00006040fc54d94110ac022a130a110a0a6c6f73732f747261696e15dd243e40c5fd668d";
+        let version = framed(&version_event(1_700_000_000.25));
+        let scalar = framed(&scalar_event(1_700_000_001.5, 300, "loss/train", 2.971));
+        let got: String = version.iter().chain(&scalar).map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(got, want);
+    }
 }

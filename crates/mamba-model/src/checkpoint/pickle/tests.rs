@@ -183,6 +183,35 @@ fn tensors_have_to_lie_in_their_storage() {
     assert!(error(&stored(&pickle, &[("0", &[0; 24])])).contains("storage `9`, which the archive lacks"));
 }
 
+/// A billion elements over ten bytes, one name for two tensors, and texts that are no texts.
+#[test]
+fn tensors_that_cannot_be_are_named() {
+    let ten = |shape: &[i32], strides: &[i32]| {
+        let pickle = dict(|w| w.str("a").tensor(("ByteStorage", "0", 10), 0, shape, strides));
+        error(&stored(&pickle, &[("0", &[0; 10])]))
+    };
+    assert!(
+        ten(&[1_000_000_000], &[1])
+            .contains("tensor `a` has shape [1000000000] but a storage of 10 elements only")
+    );
+    assert!(ten(&[1_000_000_000], &[0]).contains("a storage of 10 elements only"));
+    assert!(ten(&[1 << 30, 1 << 30, 1 << 30], &[0, 0, 0]).contains("impossible shape"));
+    let tensor = ("ByteStorage", "0", 10);
+    let twice = dict(|w| w.str("a").tensor(tensor, 0, &[10], &[1]).str("a").tensor(tensor, 0, &[10], &[1]));
+    assert!(error(&stored(&twice, &[("0", &[0; 10])])).contains("tensor `a` is there twice"));
+    let mut w = Writer::default();
+    w.raw(b"\x80\x02}(X\x01\x00\x00\x00\xff").tensor(tensor, 0, &[10], &[1]).raw(b"u.");
+    assert!(error(&stored(&w.0, &[("0", &[0; 10])])).contains("a string that is not UTF-8"));
+    let mut w = Writer::default();
+    w.raw(b"\x80\x02}(").str("a").raw(b"ctorch._utils\n_rebuild\xff\n");
+    assert!(error(&stored(&w.0, &[("0", &[0; 10])])).contains("a name that is not UTF-8"));
+    // Lists in lists, a hundred thousand deep, and a type that nobody knows.
+    let deep = [&b"\x80\x02"[..], &b"]".repeat(100_000), b"."].concat();
+    assert!(error(&stored(&deep, &[])).contains("it needs more than"));
+    let pickle = dict(|w| w.str("a").tensor(("QuantumStorage", "0", 10), 0, &[10], &[1]));
+    assert!(error(&stored(&pickle, &[("0", &[0; 10])])).contains("`torch.QuantumStorage`"));
+}
+
 fn damage() -> impl Strategy<Value = Vec<(prop::sample::Index, u8)>> {
     prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5)
 }

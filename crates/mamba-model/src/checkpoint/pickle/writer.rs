@@ -3,28 +3,38 @@
 use std::io::Write;
 
 use candle_core::{DType, Tensor};
-use safetensors::View;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
+use crate::checkpoint::{Outgoing, TensorInfo};
 use crate::{AtomicFile, Error, Result};
 
 /// What archives of torch have in front of the names of their files.
 const ROOT: &str = "archive";
 
-/// Writes tensors under their names; those that share their memory share a storage.
-pub(crate) fn write(file: AtomicFile, tensors: &[(String, Tensor)]) -> Result<()> {
+/// Writes tensors under their names, one after another, and tells `report` of each; those that share their memory share a storage.
+pub(crate) fn write(
+    file: AtomicFile,
+    tensors: &[Outgoing],
+    mut report: impl FnMut(&str, TensorInfo),
+) -> Result<()> {
     let path = file.path().to_path_buf();
     let fail = |e: zip::result::ZipError| Error::io(&path, e.into());
-    let mut storages: Vec<&Tensor> = vec![];
+    let mut storages: Vec<Vec<&Outgoing>> = vec![];
     let mut pickle = Pickle::new();
-    for (name, tensor) in tensors {
-        let storage = storages.iter().position(|known| known.id() == tensor.id()).unwrap_or_else(|| {
-            storages.push(tensor);
-            storages.len() - 1
-        });
-        let Some(class) = storage_class(tensor.dtype()) else {
-            let message = format!("is {}, which torch files cannot hold", tensor.dtype().as_str());
+    for outgoing in tensors {
+        let Outgoing { name, tensor, dtype } = outgoing;
+        let shares = |other: &&Outgoing| (other.tensor.id(), other.dtype) == (tensor.id(), *dtype);
+        let storage = match storages.iter().position(|known| known.iter().any(shares)) {
+            Some(storage) => storage,
+            None => {
+                storages.push(vec![]);
+                storages.len() - 1
+            }
+        };
+        storages[storage].push(outgoing);
+        let Some(class) = storage_class(*dtype) else {
+            let message = format!("is {}, which torch files cannot hold", dtype.as_str());
             return Err(Error::tensor(&path, name, message));
         };
         pickle.tensor(name, tensor, class, storage);
@@ -38,8 +48,11 @@ pub(crate) fn write(file: AtomicFile, tensors: &[(String, Tensor)]) -> Result<()
     };
     entry("data.pkl", &pickle.end())?;
     entry("byteorder", b"little")?;
-    for (i, tensor) in storages.into_iter().enumerate() {
-        entry(&format!("data/{i}"), &tensor.contiguous()?.data())?;
+    for (i, shared) in storages.iter().enumerate() {
+        if let Some(first) = shared.first() {
+            entry(&format!("data/{i}"), &first.bytes()?)?;
+        }
+        shared.iter().for_each(|outgoing| report(&outgoing.name, outgoing.info()));
     }
     entry("version", b"3\n")?;
     zip.finish().map_err(fail)?.into_inner().commit().map_err(|e| Error::io(&path, e))
