@@ -3,9 +3,8 @@ faster.
 
 Run: python join.py OURS.json UPSTREAM.json [UPSTREAM.json …]      (of several, the first that has a row counts)
 
-OURS.json is of `cuda` (then upstream_ops.py's go with it), of `cuda_models` (upstream_models.py's) or, on the CPU, of `train`
-(transformers_train.py's). Rows that one side alone
-has are kept, and those that failed say so below the table.
+OURS.json is of `cuda` (then upstream_ops.py's go with it), of `cuda_models` (upstream_models.py's), of `cuda_train` (upstream_train.py's) or, on
+the CPU, of `train` (transformers_train.py's). Rows that one side alone has are kept, and those that failed say so below the table.
 """
 
 import json
@@ -44,6 +43,14 @@ def models(pairs):
         for case, ours, peer in pairs))
 
 
+def training_on_gpu(pairs):
+    print("Times in ms, of a step; the most memory that tensors held at once, in GiB.\n")
+    table(("case", "ms", "GiB", "upstream", "its GiB", "ratio"), (
+        (case, number(ours.get("ms"), 1), number(ours.get("peak_gib"), 1), number(peer.get("ms"), 1),
+         number(peer.get("peak_gib"), 1), ratio(peer.get("ms"), ours.get("ms")))
+        for case, ours, peer in pairs))
+
+
 def training(pairs):
     print("Times in ms, of a step; `busy` is processor time over threads, and its ratio says more on a machine that others use.\n")
     table(("case", "ms", "busy", "loss", "upstream", "its busy", "its loss", "ratio", "ratio of busy"), (
@@ -77,7 +84,7 @@ def main():
     pairs = [(case, ours.get(case, {}), theirs.get(case, {})) for case in dict.fromkeys((*ours, *theirs))]
     rows = (*ours.values(), *theirs.values())
     has = lambda key: any(key in row for row in rows)  # noqa: E731
-    (training if has("busy_ms") else models if has("ms") else ops)(pairs)
+    (training_on_gpu if has("peak_gib") else training if has("busy_ms") else models if has("ms") else ops)(pairs)
     for whose, row in failed:
         print(f"\n{whose} {row['case']} failed: {row['error']}")
 

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 /// The model that is part of the repository.
-pub const DEFAULT_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/mamba2-shakespeare");
+pub const DEFAULT_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/mamba-tinyshakespeare");
 
 /// The tokenizer of the models that state-spaces published, which come without one.
 const STATE_SPACES_TOKENIZER: &str = "EleutherAI/gpt-neox-20b";
