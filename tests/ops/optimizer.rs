@@ -117,6 +117,10 @@ fn misuse() {
         let message = message(adamw_update(&args).unwrap_err());
         assert!(message.starts_with("adamw_update: ") && message.contains(want), "{message}");
     };
+    fails(AdamWUpdate { second: &first, ..good }, "shares its storage with another argument");
+    fails(AdamWUpdate { grad: &value, ..good }, "shares its storage with another argument");
+    let half = x(&[4], DType::BF16);
+    fails(AdamWUpdate { value: &half, ..good }, "`value` has dtype bf16, expected f32 or f64");
     fails(AdamWUpdate { step: 0, ..good }, "`step` is 0, expected at least 1");
     fails(AdamWUpdate { first: &x(&[3], DType::F32), ..good }, "`first` has shape [3]");
     fails(

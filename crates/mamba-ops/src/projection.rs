@@ -44,6 +44,21 @@ pub(crate) fn project_both_backward(
     ])
 }
 
+/// The gradient of what a last projection takes, given that of its result, and of its weight, if it is needed; without a projection
+/// the gradient passes through.
+pub(crate) fn output_backward(
+    grad: &Option<Tensor>,
+    x: &Option<Tensor>,
+    weight: &Option<Tensor>,
+    of_weight: bool,
+) -> Result<[Option<Tensor>; 2]> {
+    match (grad, weight, x) {
+        (Some(grad), Some(weight), Some(x)) => project_both_backward(grad, x, weight, [true, of_weight]),
+        // Where the result is not used, neither is the weight.
+        (grad, weight, _) => Ok([grad.clone(), weight.as_ref().map(Tensor::zeros_like).transpose()?]),
+    }
+}
+
 /// `(batch · seqlen, channels)`.
 fn rows(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.flatten_to(1)

@@ -28,7 +28,7 @@ impl Trainer {
     /// Saves everything that the training needs to go on, to the bit, and beside it whatever `beside` puts into the folder
     /// (the model as others read it, a tokenizer). `folder` gets a sub-folder `step-…` that is complete or not there.
     ///
-    /// Of several processes, which all call this, rank 0 writes, after all were found to have the same values.
+    /// Of several processes, which all call this, rank 0 writes, after all were found to have the same parameters.
     ///
     /// # Errors
     /// If a file cannot be written, or processes differ.

@@ -90,7 +90,8 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A trainer before its first step.
+    /// A trainer before its first step. On a GPU the process keeps from now on what memory it frees: see
+    /// [`mamba_ops::keep_freed_memory`].
     ///
     /// # Errors
     /// If an option cannot be, there is nothing to train, or the device is out of memory.

@@ -7,7 +7,7 @@ use mamba_ops::{
 };
 
 use super::conv::CausalConv;
-use super::{Mixer, NegativeExp};
+use super::{Mixer, NegativeExp, one_by_one};
 use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
@@ -122,7 +122,7 @@ impl Mamba1 {
     /// The whole block while training as one function, or as much of it as has no adapter; none if the block has parts that
     /// the function does not have.
     fn fused(&self, x: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
-        if !self.is_trained(x) {
+        if !self.is_trained(x) || one_by_one(x, sequences) {
             return Ok(None);
         }
         let ([x_proj], [dt_proj], None, None) =

@@ -7,7 +7,7 @@ use mamba_ops::{
 };
 
 use super::conv::CausalConv;
-use super::{Mixer, NegativeExp, scaled, wide};
+use super::{Mixer, NegativeExp, one_by_one, scaled, wide};
 use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
@@ -143,7 +143,7 @@ impl Mamba2 {
     /// The whole block while training as one function, or as much of it as has no adapter and no multipliers; none if the block
     /// has parts that the function does not have.
     fn fused(&self, x: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
-        if self.config.d_bypass() > 0 || !self.is_trained(x) {
+        if self.config.d_bypass() > 0 || !self.is_trained(x) || one_by_one(x, sequences) {
             return Ok(None);
         }
         let Mamba2Config { d_ssm, headdim, ngroups, dt_limit, chunk_size, .. } = self.config;

@@ -275,6 +275,9 @@ pub(crate) fn gradients<const I: usize>(
 
 /// See [`keep_freed_memory`](crate::keep_freed_memory).
 pub(crate) fn keep_freed_memory(device: &CudaDevice) -> Result<()> {
+    if !device.cuda_stream().context().has_async_alloc() {
+        return Ok(()); // there is no pool: what is freed is given back at once
+    }
     let (mut pool, mut threshold) = (std::ptr::null_mut(), u64::MAX);
     // SAFETY: the device is that of a context; the attribute is a u64, which is read before the call returns.
     unsafe {

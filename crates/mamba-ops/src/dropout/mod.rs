@@ -57,7 +57,7 @@ struct Mask {
 ///
 /// `yᵢ = xᵢ / (1 - rate)` where `uᵢ ≥ rate`, else 0; `uᵢ` is the 32-bit word `i` (in row-major order) of the counter-based generator
 /// Philox 4×32-10 under the key `(seed, stream)`, divided by 2³². So the mask is a function of key and shape: the same on every device,
-/// for any number of threads, and when [`checkpoint`](crate::checkpoint()) computes a layer again. Nothing of it is kept.
+/// for any number of threads, and when [`checkpoint`](crate::checkpoint()) computes a layer again. The mask is not kept.
 ///
 /// # Shapes
 /// `x`, `y`: the same, any; f32, f16, bf16 or f64. The product is `f32` and rounded once (f64 for f64).

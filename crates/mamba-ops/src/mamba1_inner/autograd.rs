@@ -11,7 +11,8 @@ use crate::host;
 use crate::layout::SequenceLayout;
 use crate::packing::Packing;
 use crate::projection::{
-    channels, project, project_backward, project_both_backward, project_weight_backward, side_by_side,
+    channels, output_backward, project, project_backward, project_both_backward, project_weight_backward,
+    side_by_side,
 };
 use crate::selective_scan::SelectiveScan;
 
@@ -127,18 +128,8 @@ impl Node {
         let [of_y, of_conv_state, of_ssm_state] = grads.clone();
         let input = |slot: usize| host::slot(OP, inputs, slot);
         let mut out = [const { None }; SLOTS];
-        let of_y = match (of_y, &inputs[OUT_PROJ], &between.y) {
-            (Some(of_y), Some(weight), Some(y)) => {
-                if needs[OUT_PROJ] {
-                    out[OUT_PROJ] = Some(project_weight_backward(&of_y, y, weight)?);
-                }
-                Some(project_backward(&of_y, weight)?)
-            }
-            (of_y, weight, _) => {
-                out[OUT_PROJ] = weight.as_ref().map(Tensor::zeros_like).transpose()?;
-                of_y
-            }
-        };
+        let [of_y, of_out_proj] = output_backward(&of_y, &between.y, &inputs[OUT_PROJ], needs[OUT_PROJ])?;
+        out[OUT_PROJ] = of_out_proj;
 
         let varying = [true, true, needs[A], true, true];
         // Of the first projection, both factors need the gradient of what it gives.

@@ -11,9 +11,7 @@ use crate::host;
 use crate::layout::SequenceLayout;
 use crate::norm::Norm;
 use crate::packing::Packing;
-use crate::projection::{
-    channels, groups, project, project_backward, project_both_backward, project_weight_backward, side_by_side,
-};
+use crate::projection::{channels, groups, output_backward, project, project_both_backward, side_by_side};
 use crate::ssd::SsdChunkScan;
 
 // Slots of the inputs.
@@ -147,18 +145,8 @@ impl Node {
         // Of the first projection, both factors need the gradient of what it gives.
         let needs_zxbcdt = needs[ZXBCDT] || needs[IN_PROJ];
         let mut out = [const { None }; SLOTS];
-        let of_y = match (of_y, &inputs[OUT_PROJ], &between.y) {
-            (Some(of_y), Some(weight), Some(y)) => {
-                if needs[OUT_PROJ] {
-                    out[OUT_PROJ] = Some(project_weight_backward(&of_y, y, weight)?);
-                }
-                Some(project_backward(&of_y, weight)?)
-            }
-            (of_y, weight, _) => {
-                out[OUT_PROJ] = weight.as_ref().map(Tensor::zeros_like).transpose()?;
-                of_y
-            }
-        };
+        let [of_y, of_out_proj] = output_backward(&of_y, &between.y, &inputs[OUT_PROJ], needs[OUT_PROJ])?;
+        out[OUT_PROJ] = of_out_proj;
         // Where `y` is not used, neither are the norm and its gate.
         let (of_y, of_gate) = match (&between.norm, of_y) {
             (Some(norm), Some(of_y)) => {

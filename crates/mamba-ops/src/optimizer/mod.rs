@@ -69,6 +69,9 @@ impl<'a> AdamWUpdate<'a> {
 
     fn check(&self) -> Result<()> {
         let check = Checker::new(OP, "value", self.value)?;
+        check.require(matches!(self.value.dtype(), DType::F32 | DType::F64), || {
+            format!("`value` has dtype {}, expected f32 or f64", self.value.dtype().as_str())
+        })?;
         let dims: Vec<Dim> = self.value.dims().iter().map(|n| ("value", *n)).collect();
         for (name, x) in [("first", self.first), ("second", self.second)] {
             check.parameter(name, x, &dims)?;
@@ -81,8 +84,13 @@ impl<'a> AdamWUpdate<'a> {
         if let Some(rounded) = self.rounded {
             check.parameter("rounded", rounded, &dims)?;
         }
-        for x in [Some(self.value), Some(self.first), Some(self.second), self.rounded].into_iter().flatten() {
+        let changed = [Some(self.value), Some(self.first), Some(self.second), self.rounded];
+        let all: Vec<&Tensor> = changed.into_iter().chain([Some(self.grad)]).flatten().collect();
+        for (i, x) in changed.into_iter().flatten().enumerate() {
             check.require(x.is_contiguous(), || "what is changed in place must be contiguous".into())?;
+            check.require(all[i + 1..].iter().all(|other| !args::share_storage(x, other)), || {
+                "a tensor that is changed in place shares its storage with another argument".into()
+            })?;
         }
         check.require(self.step > 0, || "`step` is 0, expected at least 1".into())
     }
@@ -162,7 +170,7 @@ pub fn adamw_update(args: &AdamWUpdate) -> Result<()> {
 /// Adds the squares of all elements of some tensors: the square of the norm of all gradients.
 ///
 /// `Σ x²` in `f64`, in an order that depends on the shapes alone. On a GPU there is one synchronisation, however many tensors
-/// there are.
+/// there are, and one more for each that is `f64`.
 ///
 /// # Shapes
 /// Any, of any floating dtype.
@@ -186,11 +194,16 @@ pub fn sum_of_squares(tensors: &[&Tensor]) -> Result<f64> {
             bail!("{SQUARES}: the tensors are on different devices")
         }
     }
-    #[cfg(feature = "cuda")]
-    if tensors.first().is_some_and(|x| x.device().is_cuda()) {
-        return cuda::sum_of_squares(tensors);
-    }
     let mut sum = 0.0;
+    #[cfg(feature = "cuda")]
+    let (fused, tensors) = {
+        let fused = |x: &&Tensor| x.device().is_cuda() && x.dtype() != DType::F64;
+        tensors.iter().copied().partition::<Vec<_>, _>(fused)
+    };
+    #[cfg(feature = "cuda")]
+    if !fused.is_empty() {
+        sum += cuda::sum_of_squares(&fused)?;
+    }
     for x in tensors.iter().filter(|x| x.elem_count() > 0) {
         sum += match x.device().is_cpu() && x.dtype() == DType::F32 {
             true => cpu::sum_of_squares(&host::read("x", x)?),
