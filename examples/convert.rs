@@ -28,7 +28,7 @@ const BESIDE: [&str; 5] = [
 /// Reads a checkpoint of any format and writes it in another one, with its tokenizer and chat template, and reports every tensor.
 ///
 /// A name that ends in .gguf is written as one GGUF file, in the layout of llama.cpp, plain or quantized. Any other name is
-/// a folder with safetensors, in the layout of Hugging Face if that has words for the model, else in that of state-spaces, or as
+/// a folder with safetensors, in the layout of Hugging Face if that has words for the model, else in that of state-spaces, a torch file, or as
 /// `--layout` says.
 #[derive(Debug, Parser)]
 struct Args {

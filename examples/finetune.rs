@@ -15,7 +15,8 @@ use mamba_train::{LoraConfig, Schedule, TrainOptions, TrainableModel, load_adapt
 
 /// Trains any model that `generate` loads further on text files: low-rank adapters (LoRA), or with --full everything.
 ///
-/// Adapters are saved in PEFT's format, and merged into the model beside them. Everything else is as in the example `train`.
+/// Adapters are saved in PEFT's format, and merged into the model beside them. Everything else is as in the example `train`, but the
+/// defaults: 200 steps after 20 of warm-up, at 1e-3 without decay for adapters, at 1e-4 with a decay of 0.1 for --full.
 #[derive(Debug, Parser)]
 struct Args {
     #[command(flatten)]

@@ -53,11 +53,8 @@ fn main() -> Result<()> {
         Some(path) => read(path)?,
         None => made(365 * DAY, args.seed),
     };
-    ensure!(
-        series.len() >= 10 * (WINDOW + HORIZON),
-        "the series has {} numbers, expected 2640",
-        series.len()
-    );
+    let least = if args.predict { WINDOW } else { 10 * (WINDOW + HORIZON) };
+    ensure!(series.len() >= least, "the series has {} numbers, expected {least} at least", series.len());
     if args.predict {
         let forecaster = Forecaster::load(&args.out)?;
         let next = forecaster.forecast(&[&series[series.len() - WINDOW..]])?.remove(0);

@@ -47,7 +47,7 @@ pub struct RunArgs {
     /// A file with options, as training.json has them under "options".
     #[arg(long)]
     pub options: Option<PathBuf>,
-    /// Optimizer steps.
+    /// Optimizer steps; 1000 from scratch.
     #[arg(long)]
     pub steps: Option<usize>,
     /// Rows of a batch, of all processes together; a packed one has as many tokens at most as so many rows of full length.
@@ -62,22 +62,22 @@ pub struct RunArgs {
     /// Fill short rows up, instead of packing: putting rows one behind another, each read as if it were alone.
     #[arg(long)]
     pub padded: bool,
-    /// The highest learning rate.
+    /// The highest learning rate; 1e-3 from scratch.
     #[arg(long)]
     pub lr: Option<f64>,
     /// The last learning rate; a hundredth of the highest if only that is given.
     #[arg(long)]
     pub min_lr: Option<f64>,
-    /// Steps to the highest learning rate.
+    /// Steps to the highest learning rate; 100 from scratch, or a tenth of the steps if that is less.
     #[arg(long)]
     pub warmup: Option<usize>,
-    /// How the learning rate goes down; wsd is over the last fifth of the steps.
+    /// How the learning rate goes down; a cosine if nothing is said; wsd is over the last fifth of the steps.
     #[arg(long, value_enum)]
     pub decay: Option<DecayKind>,
-    /// Weight decay of matrices.
+    /// Weight decay of matrices; 0.1 from scratch.
     #[arg(long)]
     pub weight_decay: Option<f64>,
-    /// The largest norm of gradients; 0 for no limit.
+    /// The largest norm of gradients; 0 for no limit; 1 if nothing is said.
     #[arg(long)]
     pub clip: Option<f64>,
     /// Train a moving average too, which keeps so much of itself each step (0.999, say), and use it.
@@ -337,7 +337,7 @@ pub fn run(task: Task) -> Result<()> {
         batches.seek(trainer.resume(&place)?)?;
         if let Some(metrics) = &mut metrics {
             metrics.go_back_to(trainer.steps_done())?;
-            eprintln!("going on from {}", place.display());
+            eprintln!("going on from {}; another --out begins anew", place.display());
         }
     }
     if first {
@@ -346,7 +346,8 @@ pub fn run(task: Task) -> Result<()> {
             size => format!(" in {size} processes"),
         };
         eprintln!(
-            "{trained} numbers to train; {} tokens to learn from, {} to validate on; {} steps of at most {} of them{processes}",
+            "{trained} numbers to train on {}; {} tokens to learn from, {} to validate on; {} steps of at most {} of them{processes}",
+            if trainer.model().model().device().is_cuda() { "the GPU" } else { "the CPU" },
             training.predictions(),
             validation.predictions(),
             trainer.options().schedule.steps,

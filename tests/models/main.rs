@@ -14,6 +14,7 @@ mod gguf;
 mod gradients;
 mod heads;
 mod laws;
+mod manifest;
 mod options;
 mod parity;
 mod records;
