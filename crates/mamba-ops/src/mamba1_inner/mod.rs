@@ -141,8 +141,8 @@ struct Sizes {
 /// Runs a Mamba block from its first projection on: convolution, projections to `dt`, `B` and `C`, scan and gate, and
 /// the last projection if given.
 ///
-/// `[x | z] = xz`, or `xz · in_projᵀ`; `x ← silu(conv(x))` as [`causal_conv1d`]; `[dt | B | C] = x · x_projᵀ`; `delta = dt · dt_projᵀ`; `y` is
-/// what [`selective_scan`] makes of them, gated by `silu(z)`, and `y ← y Wᵀ` with `out_proj`. The same as calling these
+/// `[x | z] = xz`, or `xz · in_projᵀ`; `x ← silu(conv(x))` as [`causal_conv1d`](fn@crate::causal_conv1d); `[dt | B | C] = x · x_projᵀ`; `delta = dt · dt_projᵀ`; `y` is
+/// what [`selective_scan`](fn@crate::selective_scan) makes of them, gated by `silu(z)`, and `y ← y Wᵀ` with `out_proj`. The same as calling these
 /// ops one after another, but one node of the graph. While training nothing in between is kept, `backward()` computes it
 /// again, or with `recompute` off all of it is, but for
 /// parts without kernels (`f64`; packed sequences on a GPU), which are computed again all the same.

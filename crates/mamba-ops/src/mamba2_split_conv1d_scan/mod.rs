@@ -188,8 +188,8 @@ struct Sizes {
 /// Runs a Mamba-2 block from its first projection on: convolution, scan, gate and norm, and the second projection if
 /// given.
 ///
-/// `[z | x | B | C | dt] = zxbcdt`, or `zxbcdt · in_projᵀ`; `[x | B | C] ← silu(conv([x | B | C]))` as [`causal_conv1d`]; `y` is what
-/// [`ssd_chunk_scan`] makes of them; then `y ← rms_norm(y, silu(z))` as [`norm`] does, or `y · silu(z)` without a norm,
+/// `[z | x | B | C | dt] = zxbcdt`, or `zxbcdt · in_projᵀ`; `[x | B | C] ← silu(conv([x | B | C]))` as [`causal_conv1d`](fn@crate::causal_conv1d); `y` is what
+/// [`ssd_chunk_scan`](fn@crate::ssd_chunk_scan) makes of them; then `y ← rms_norm(y, silu(z))` as [`norm`](fn@crate::norm) does, or `y · silu(z)` without a norm,
 /// and `y ← y Wᵀ` with `out_proj`. The same as calling these ops one after another, but one node of the graph. While
 /// training nothing in between is kept, `backward()` computes it again, or with `recompute` off all of it is, but for
 /// parts without kernels (`f64`; packed sequences on a GPU), which are computed again all the same.
