@@ -16,8 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backprop::GradStore;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor,
-    bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail,
 };
 
 /// An output of a fused forward: contiguous storage and its shape.
@@ -64,93 +63,6 @@ where
     outputs.try_into().or_else(|_| bail!("{}: lost an output", F::NAME))
 }
 
-/// A function that ran outside of candle's graph, as a part of a fused one, which asks it for its gradients.
-///
-/// Candle adds each gradient to zeros that it makes for that; here nothing is added but what has two terms.
-pub(crate) struct Part {
-    f: Box<dyn Function>,
-    inputs: Vec<Option<Tensor>>,
-    saved: Vec<Tensor>,
-}
-
-impl Part {
-    /// The part and its outputs; `tracked` if its gradients will be asked for.
-    pub(crate) fn run<const O: usize>(
-        f: Box<dyn Function>,
-        inputs: &[Option<&Tensor>],
-        tracked: bool,
-    ) -> Result<(Self, [Tensor; O])> {
-        let inputs: Vec<Option<Tensor>> = inputs.iter().map(|x| x.map(Tensor::detach)).collect();
-        let (outputs, saved) = f.forward(&inputs, tracked)?;
-        let outputs: Vec<Tensor> = outputs.into_iter().map(Tensor::from).collect();
-        match outputs.try_into() {
-            Ok(outputs) => Ok((Self { f, inputs, saved }, outputs)),
-            Err(outputs) => bail!("{}: {} outputs, expected {O}", f.name(), outputs.len()),
-        }
-    }
-
-    /// As [`run`](Self::run), of a fused function.
-    pub(crate) fn fused<F: FusedFn<I, O>, const I: usize, const O: usize>(
-        f: F,
-        inputs: &[Option<&Tensor>; I],
-        tracked: bool,
-    ) -> Result<(Self, [Tensor; O])> {
-        Self::run(Box::new(Fixed::<F, I, O>(f)), inputs, tracked)
-    }
-
-    /// The gradients that are needed, by slot.
-    pub(crate) fn backward<const I: usize>(
-        &self,
-        needs: [bool; I],
-        grads: &[Option<Tensor>],
-    ) -> Result<[Option<Tensor>; I]> {
-        let gradients = self.f.backward(&self.inputs, &needs, &self.saved, grads)?;
-        let gradients = gradients.into_iter().map(|grad| grad.map(|grad| grad.detach()));
-        match gradients.collect::<Vec<_>>().try_into() {
-            Ok(gradients) => Ok(gradients),
-            Err(gradients) => {
-                bail!("{}: {} gradients, expected {I}", self.f.name(), gradients.len())
-            }
-        }
-    }
-}
-
-/// The storage of a tensor that was made just now, without a copy; nothing else may hold on to it, for it is empty afterwards.
-pub(crate) fn take(x: &Tensor) -> Result<Output> {
-    let taken = Take(Mutex::new(None));
-    // An empty tensor cannot be visited; a copy of nothing costs nothing.
-    let whole = x.is_contiguous() && x.layout().start_offset() == 0 && x.elem_count() > 0;
-    if !whole {
-        return crate::checkpoint::storage(x);
-    }
-    x.inplace_op1(&taken)?;
-    match taken.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        Some(storage) => Ok((storage, x.shape().clone())),
-        None => crate::checkpoint::storage(x),
-    }
-}
-
-struct Take(Mutex<Option<Storage>>);
-
-impl InplaceOp1 for Take {
-    fn name(&self) -> &'static str {
-        "take"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-        let taken = std::mem::replace(storage, CpuStorage::F32(vec![]));
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Storage::Cpu(taken));
-        Ok(())
-    }
-
-    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
-        let (nothing, _) = cuda_token(storage)?;
-        let taken = std::mem::replace(storage, nothing);
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Storage::Cuda(taken));
-        Ok(())
-    }
-}
-
 /// A [`FusedFn`] whose numbers of inputs and outputs are known only at run time.
 pub(crate) trait Function: Send + Sync + 'static {
     fn name(&self) -> &'static str;
@@ -165,7 +77,7 @@ pub(crate) trait Function: Send + Sync + 'static {
     ) -> Result<Vec<Option<Tensor>>>;
 }
 
-struct Fixed<F, const I: usize, const O: usize>(F);
+pub(crate) struct Fixed<F, const I: usize, const O: usize>(pub(crate) F);
 
 impl<F: FusedFn<I, O>, const I: usize, const O: usize> Function for Fixed<F, I, O> {
     fn name(&self) -> &'static str {
@@ -269,13 +181,13 @@ fn cpu_token() -> Result<(CpuStorage, Shape)> {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_token(like: &CudaStorage) -> Result<(CudaStorage, Shape)> {
+pub(crate) fn cuda_token(like: &CudaStorage) -> Result<(CudaStorage, Shape)> {
     let zeros = like.device.alloc_zeros::<f32>(TOKEN_LEN)?;
     Ok((CudaStorage::wrap_cuda_slice(zeros, like.device.clone()), Shape::from(TOKEN_LEN)))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda_token(_: &CudaStorage) -> Result<(CudaStorage, Shape)> {
+pub(crate) fn cuda_token(_: &CudaStorage) -> Result<(CudaStorage, Shape)> {
     bail!("mamba-ops was built without the feature `cuda`")
 }
 

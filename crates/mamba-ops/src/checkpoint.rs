@@ -3,7 +3,8 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{Result, Storage, Tensor, Var, bail};
 
-use crate::autograd::{self, Function, Output, Part};
+use crate::autograd::{self, Function, Output};
+use crate::part::Part;
 
 /// Runs `f` and, if an input tracks gradients, links its outputs into candle's graph as one node that keeps nothing but
 /// the inputs; `backward()` runs `f` again, this time with a graph, and differentiates that.

@@ -89,6 +89,7 @@ mod memory_pool;
 pub mod norm;
 pub mod optimizer;
 mod packing;
+mod part;
 mod projection;
 mod reference;
 pub mod selective_scan;

@@ -9,9 +9,9 @@ pub mod reference;
 use candle_core::{DType, Result, Tensor};
 
 use crate::args::{Checker, Dim};
-use crate::autograd::Part;
 use crate::layout::{Activation, SequenceLayout};
 use crate::packing::Packing;
+use crate::part::Part;
 use crate::simd::Isa;
 use crate::state_indices::StateIndices;
 use crate::{args, checkpoint, host};

@@ -6,7 +6,7 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::cuda;
 use super::{Embedding, OP, cpu, reference};
 use crate::autograd::{self, Forward, FusedFn};
-use crate::{args, host};
+use crate::{args, host, part};
 
 // Slots of the inputs.
 const IDS: usize = 0;
@@ -26,7 +26,7 @@ impl FusedFn<SLOTS, 1> for Node {
     fn forward(&self, inputs: &[Option<Tensor>; SLOTS], _tracked: bool) -> Result<Forward<1>> {
         let (ids, weight) = (host::slot(OP, inputs, IDS)?, host::slot(OP, inputs, WEIGHT)?);
         let y = reference::forward(&Embedding { ids, weight })?;
-        Ok(Forward { outputs: [autograd::take(&y)?], saved: vec![] })
+        Ok(Forward { outputs: [part::take(&y)?], saved: vec![] })
     }
 
     fn backward(

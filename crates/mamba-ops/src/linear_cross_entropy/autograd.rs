@@ -7,7 +7,7 @@ use super::{LinearCrossEntropy, OP, Sizes};
 #[cfg(feature = "cuda")]
 use crate::args;
 use crate::autograd::{self, Forward, FusedFn};
-use crate::host;
+use crate::{host, part};
 
 // Slots of the inputs.
 const X: usize = 0;
@@ -56,7 +56,7 @@ impl FusedFn<SLOTS, 1> for Node {
         let Sums { loss, x, weight } = compute(&args, self.sizes, self.needs)?;
         // In the order of the slots; what is not needed is not there.
         let saved = [x, weight].into_iter().flatten().collect();
-        Ok(Forward { outputs: [autograd::take(&loss)?], saved })
+        Ok(Forward { outputs: [part::take(&loss)?], saved })
     }
 
     fn backward(

@@ -1,15 +1,14 @@
 //! The block as a node of candle's graph: the chain rule over its parts.
 
-use std::sync::OnceLock;
-
 use candle_core::{Result, Tensor, bail};
 
 use super::{Mamba1Inner, OP, Sizes};
-use crate::autograd::{self, Forward, FusedFn, Part};
+use crate::autograd;
 use crate::causal_conv1d::CausalConv1d;
 use crate::host;
 use crate::layout::SequenceLayout;
 use crate::packing::Packing;
+use crate::part::{Block, BlockNode, Part};
 use crate::projection::{
     channels, output_backward, project, project_backward, project_both_backward, project_weight_backward,
     side_by_side,
@@ -37,8 +36,6 @@ struct Node {
     sizes: Sizes,
     delta_softplus: bool,
     packing: Option<Packing>,
-    /// What is not computed again in `backward()`.
-    kept: Option<OnceLock<Between>>,
 }
 
 /// What lies between the inputs and the last projection.
@@ -56,8 +53,7 @@ struct Between {
 }
 
 pub(super) fn apply(args: &Mamba1Inner, sizes: Sizes) -> Result<[Tensor; 3]> {
-    let kept = (!args.recompute).then(OnceLock::new);
-    let node = Node { sizes, delta_softplus: args.delta_softplus, packing: args.packing.cloned(), kept };
+    let node = Node { sizes, delta_softplus: args.delta_softplus, packing: args.packing.cloned() };
     let inputs = [
         Some(args.xz),
         Some(args.conv_weight),
@@ -72,11 +68,14 @@ pub(super) fn apply(args: &Mamba1Inner, sizes: Sizes) -> Result<[Tensor; 3]> {
         args.initial_ssm_state,
         args.in_proj,
     ];
-    autograd::apply(node, &inputs)
+    autograd::apply(BlockNode::new(node, args.recompute), &inputs)
 }
 
-impl Node {
-    /// What lies between, with the output of the scan and the final states.
+impl Block<SLOTS> for Node {
+    const NAME: &'static str = OP;
+    const OUT_PROJ: usize = OUT_PROJ;
+    type Between = Between;
+
     fn run(&self, inputs: &Inputs, tracked: bool) -> Result<(Between, [Tensor; 3])> {
         let Sizes { dim, d_state, dt_rank } = self.sizes;
         let (layout, packing) = (SequenceLayout::ChannelsLast, self.packing.as_ref());
@@ -171,36 +170,5 @@ impl Node {
             };
         }
         Ok(out)
-    }
-}
-
-impl FusedFn<SLOTS, 3> for Node {
-    const NAME: &'static str = OP;
-
-    fn forward(&self, inputs: &Inputs, tracked: bool) -> Result<Forward<3>> {
-        let keep = self.kept.as_ref().filter(|_| tracked);
-        let (between, [y, conv_state, ssm_state]) = self.run(inputs, keep.is_some())?;
-        let y = match &inputs[OUT_PROJ] {
-            Some(weight) => project(&y, weight)?,
-            None => y,
-        };
-        if let Some(keep) = keep {
-            keep.get_or_init(|| between);
-        }
-        let outputs = [autograd::take(&y)?, autograd::take(&conv_state)?, autograd::take(&ssm_state)?];
-        Ok(Forward { outputs, saved: vec![] })
-    }
-
-    fn backward(
-        &self,
-        inputs: &Inputs,
-        needs: &[bool; SLOTS],
-        _saved: &[Tensor],
-        grads: &[Option<Tensor>; 3],
-    ) -> Result<Inputs> {
-        match self.kept.as_ref().and_then(OnceLock::get) {
-            Some(between) => self.gradients(between, inputs, needs, grads),
-            None => self.gradients(&self.run(inputs, true)?.0, inputs, needs, grads),
-        }
     }
 }

@@ -1,16 +1,15 @@
 //! The block as a node of candle's graph: the chain rule over its parts.
 
-use std::sync::OnceLock;
-
 use candle_core::{Result, Tensor};
 
 use super::{Mamba2SplitConv1dScan, OP, Sizes};
-use crate::autograd::{self, Forward, FusedFn, Part};
+use crate::autograd;
 use crate::causal_conv1d::CausalConv1d;
 use crate::host;
 use crate::layout::SequenceLayout;
 use crate::norm::Norm;
 use crate::packing::Packing;
+use crate::part::{Block, BlockNode, Part};
 use crate::projection::{channels, groups, output_backward, project, project_both_backward, side_by_side};
 use crate::ssd::SsdChunkScan;
 
@@ -38,8 +37,6 @@ struct Node {
     dt_limit: (f64, f64),
     chunk_size: usize,
     packing: Option<Packing>,
-    /// What is not computed again in `backward()`.
-    kept: Option<OnceLock<Between>>,
 }
 
 /// What lies between the inputs and the last projection.
@@ -57,8 +54,7 @@ pub(super) fn apply(args: &Mamba2SplitConv1dScan, sizes: Sizes) -> Result<[Tenso
     let Mamba2SplitConv1dScan { dt_softplus, dt_limit, chunk_size, .. } = *args;
     let norm =
         args.norm.map_or((0.0, None, false), |norm| (norm.eps, norm.group_size, norm.norm_before_gate));
-    let kept = (!args.recompute).then(OnceLock::new);
-    let node = Node { sizes, norm, dt_softplus, dt_limit, chunk_size, packing: args.packing.cloned(), kept };
+    let node = Node { sizes, norm, dt_softplus, dt_limit, chunk_size, packing: args.packing.cloned() };
     let inputs = [
         Some(args.zxbcdt),
         Some(args.conv_weight),
@@ -72,11 +68,14 @@ pub(super) fn apply(args: &Mamba2SplitConv1dScan, sizes: Sizes) -> Result<[Tenso
         args.initial_ssm_state,
         args.in_proj,
     ];
-    autograd::apply(node, &inputs)
+    autograd::apply(BlockNode::new(node, args.recompute), &inputs)
 }
 
-impl Node {
-    /// What lies between, with what is projected and the final states.
+impl Block<SLOTS> for Node {
+    const NAME: &'static str = OP;
+    const OUT_PROJ: usize = OUT_PROJ;
+    type Between = Between;
+
     fn run(&self, inputs: &Inputs, tracked: bool) -> Result<(Between, [Tensor; 3])> {
         let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state } = self.sizes;
         let (d_ssm, bc) = (nheads * headdim, ngroups * d_state);
@@ -196,36 +195,5 @@ impl Node {
             };
         }
         Ok(out)
-    }
-}
-
-impl FusedFn<SLOTS, 3> for Node {
-    const NAME: &'static str = OP;
-
-    fn forward(&self, inputs: &Inputs, tracked: bool) -> Result<Forward<3>> {
-        let keep = self.kept.as_ref().filter(|_| tracked);
-        let (between, [y, conv_state, ssm_state]) = self.run(inputs, keep.is_some())?;
-        let y = match &inputs[OUT_PROJ] {
-            Some(weight) => project(&y, weight)?,
-            None => y,
-        };
-        if let Some(keep) = keep {
-            keep.get_or_init(|| between);
-        }
-        let outputs = [autograd::take(&y)?, autograd::take(&conv_state)?, autograd::take(&ssm_state)?];
-        Ok(Forward { outputs, saved: vec![] })
-    }
-
-    fn backward(
-        &self,
-        inputs: &Inputs,
-        needs: &[bool; SLOTS],
-        _saved: &[Tensor],
-        grads: &[Option<Tensor>; 3],
-    ) -> Result<Inputs> {
-        match self.kept.as_ref().and_then(OnceLock::get) {
-            Some(between) => self.gradients(between, inputs, needs, grads),
-            None => self.gradients(&self.run(inputs, true)?.0, inputs, needs, grads),
-        }
     }
 }

@@ -9,8 +9,8 @@ pub mod reference;
 use candle_core::{DType, Result, Tensor};
 
 use crate::args::{self, Checker, Dim};
-use crate::autograd::Part;
 use crate::checkpoint;
+use crate::part::Part;
 
 const OP: &str = "norm";
 

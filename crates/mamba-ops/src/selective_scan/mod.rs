@@ -9,10 +9,10 @@ pub mod reference;
 use candle_core::{Result, Tensor};
 
 use crate::args::{self, Checker, Dim};
-use crate::autograd::Part;
 use crate::checkpoint;
 use crate::layout::SequenceLayout;
 use crate::packing::Packing;
+use crate::part::Part;
 
 const OP: &str = "selective_scan";
 

@@ -9,9 +9,9 @@ pub mod reference;
 use candle_core::{Result, Tensor};
 
 use crate::args::{self, Checker, Dim};
-use crate::autograd::Part;
 use crate::checkpoint;
 use crate::packing::Packing;
+use crate::part::Part;
 
 const OP: &str = "ssd_chunk_scan";
 
