@@ -1,8 +1,9 @@
 //! What whole models do on a GPU: `cargo bench --features cuda --bench cuda_models`.
 //!
 //! Weights are random and made on the GPU. `decode`: a step after a prompt of 100 tokens, over 100 steps, each of which reads the
-//! argmax of the logits before it; `plain` is the same through the operations that prompts go through. `prefill`: one call that
-//! keeps the states and gives the last logits. Times are of the wall clock between synchronisations, in milliseconds; `weights_ms`
+//! argmax of the logits before it; `plain` is the same through the operations that prompts go through. `text`: a step of
+//! `mamba_generate::Batch`, whose rows sample with temperature and top-p, where every token comes to the host; `text read` has an
+//! option that needs the logits there. `prefill`: one call that keeps the states and gives the last logits. Times are of the wall clock between synchronisations, in milliseconds; `weights_ms`
 //! is what reading the weights once takes at 3.0 TB/s. `benches/peers/upstream_models.py` times upstream under the same names and
 //! `benches/peers/join.py` joins the two.
 
@@ -14,6 +15,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use clap::Parser;
+use mamba_generate::{Batch, Generator, SamplingConfig};
 use mamba_model::config::{Mamba1Config, Mamba2Config, MixerSpec, ModelConfig};
 use mamba_model::{InferenceCache, Model};
 use mamba_ops::argmax;
@@ -105,6 +107,31 @@ fn decode(model: &Model, batch: usize, step: Step) -> Result<f64> {
     Ok(best)
 }
 
+/// The best milliseconds that a batch of texts takes for a token each.
+fn text(model: &Model, batch: usize, read: bool) -> Result<f64> {
+    let prompt = ids(batch, PROMPT, model.device())?.to_vec2::<u32>()?;
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let mut rows = Batch::new(model);
+        for (seed, prompt) in prompt.iter().enumerate() {
+            let logit_bias = if read { vec![(0, 0.0)] } else { vec![] };
+            let (temperature, top_p, seed) = (0.8, Some(0.95), seed as u64);
+            let sampling = SamplingConfig { temperature, top_p, seed, logit_bias, ..Default::default() };
+            let row = Generator::builder(model).prompt(prompt).sampling(sampling.build()?);
+            rows.add(row.max_new_tokens(NEW + 20).build()?)?;
+        }
+        for _ in 0..5 {
+            rows.step()?; // the first ones capture
+        }
+        let start = Instant::now();
+        for _ in 0..NEW {
+            rows.step()?;
+        }
+        best = best.min(start.elapsed().as_secs_f64() * 1e3 / NEW as f64);
+    }
+    Ok(best)
+}
+
 fn prefill(model: &Model, batch: usize, len: usize) -> Result<f64> {
     let device = model.device();
     let prompt = ids(batch, len, device)?;
@@ -157,8 +184,18 @@ fn main() -> Result<()> {
                 let name = format!("{name} {dtype} {label}");
                 (args.case.is_empty() || args.case.iter().any(|part| name.contains(part))).then_some(name)
             };
-            let labels =
-                ["decode B1", "decode B8", "decode B64", "prefill B1 L2048", "prefill B8 L2048", "plain B1"];
+            let labels = [
+                "decode B1",
+                "decode B8",
+                "decode B64",
+                "text B1",
+                "text B64",
+                "text read B1",
+                "text read B64",
+                "prefill B1 L2048",
+                "prefill B8 L2048",
+                "plain B1",
+            ];
             let labels: Vec<_> = labels.iter().filter_map(|label| Some((*label, wanted(label)?))).collect();
             if labels.is_empty() {
                 continue;
@@ -178,6 +215,10 @@ fn main() -> Result<()> {
                     "decode B1" => (decode(&model, 1, Model::step), 1),
                     "decode B8" => (decode(&model, 8, Model::step), 8),
                     "decode B64" => (decode(&model, 64, Model::step), 64),
+                    "text B1" => (text(&model, 1, false), 1),
+                    "text B64" => (text(&model, 64, false), 64),
+                    "text read B1" => (text(&model, 1, true), 1),
+                    "text read B64" => (text(&model, 64, true), 64),
                     "plain B1" => (decode(&model, 1, plain), 1),
                     "prefill B1 L2048" => (prefill(&model, 1, 2048), 2048),
                     _ => (prefill(&model, 8, 2048), 8 * 2048),

@@ -7,6 +7,7 @@ mod support;
 mod batches;
 mod beams;
 mod chats;
+mod draws;
 mod gguf_tokenizers;
 mod grammars;
 mod models;

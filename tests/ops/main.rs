@@ -22,6 +22,7 @@ mod optimizer;
 mod oracle;
 mod pairwise;
 mod properties;
+mod sample;
 mod selective_scan;
 mod selective_state_update;
 mod ssd;

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::error::{Error, Result};
+use crate::error::{BoxError, Error, Result};
 use crate::generator::Generator;
 use crate::lm::BatchLm;
 use crate::sequence::{Sequence, State, check_logits};
@@ -118,7 +118,8 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
             let start = Instant::now();
             sequence.evaluate(self.model, &mut cache)?;
             let logits = std::mem::take(&mut sequence.logits);
-            token = Some(choose(&mut sequence, &logits));
+            let chosen = sequence.choose(&logits);
+            token = Some(ended_by_error(&mut sequence, chosen));
             sequence.note_time(before, start.elapsed());
         }
         self.next += 1;
@@ -173,22 +174,28 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
         let ids: Vec<u32> = self.rows.iter().filter_map(|(_, sequence)| sequence.pending()).collect();
         let position = self.rows.iter().map(|(_, sequence)| sequence.tokens.len()).max().unwrap_or_default();
         let vocab_size = self.model.vocab_size();
-        let outcome = match &mut self.cache {
-            Some(cache) => self.model.step_batch(&ids, cache, &mut self.logits),
-            None => Err("a batch without a state".into()),
+        let outcome = self.read(&ids).map_err(Error::model("step_batch", position)).and_then(|drawn| {
+            if drawn.contains(&None) {
+                check_logits(&self.logits, ids.len() * vocab_size, position)?;
+            }
+            Ok(drawn)
+        });
+        let drawn = match outcome {
+            Ok(drawn) => drawn,
+            Err(error) => {
+                self.rows.clear();
+                self.cache = None;
+                return Err(error);
+            }
         };
-        let outcome = outcome
-            .map_err(Error::model("step_batch", position))
-            .and_then(|()| check_logits(&self.logits, ids.len() * vocab_size, position));
-        if let Err(error) = outcome {
-            self.rows.clear();
-            self.cache = None;
-            return Err(error);
-        }
         let mut tokens = Vec::with_capacity(ids.len());
-        for ((_, sequence), logits) in self.rows.iter_mut().zip(self.logits.chunks_exact(vocab_size)) {
+        for (at, ((_, sequence), drawn)) in self.rows.iter_mut().zip(drawn).enumerate() {
             sequence.read = sequence.tokens.len();
-            tokens.push(Some(choose(sequence, logits)));
+            let token = match drawn {
+                Some(id) => sequence.take(id, vocab_size),
+                None => sequence.choose(&self.logits[at * vocab_size..][..vocab_size]),
+            };
+            tokens.push(Some(ended_by_error(sequence, token)));
             sequence.note_time(State::Running, start.elapsed());
         }
         let mut left = Vec::new();
@@ -201,6 +208,19 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
         self.leave(events, |row| {
             left.iter_mut().find(|(id, _)| *id == row).and_then(|(_, token)| token.take())
         })
+    }
+
+    /// A step of the model, which draws the tokens that follow if it can, and if no row wants its logits.
+    fn read(&mut self, ids: &[u32]) -> std::result::Result<Vec<Option<u32>>, BoxError> {
+        let Some(cache) = &mut self.cache else { return Err("a batch without a state".into()) };
+        if self.rows.iter().all(|(_, sequence)| sequence.can_draw(self.model)) {
+            let draws = self.rows.iter_mut().map(|(_, sequence)| sequence.sampling.draw());
+            if let Some(draws) = draws.collect::<Option<Vec<_>>>() {
+                return self.model.step_batch_and_draw(ids, cache, &draws, &mut self.logits);
+            }
+        }
+        self.model.step_batch(ids, cache, &mut self.logits)?;
+        Ok(vec![None; ids.len()])
     }
 
     /// Takes out the rows that have ended, and tells so, with the token of each.
@@ -263,9 +283,8 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
     }
 }
 
-/// The next token of a sequence; an error ends it.
-fn choose(sequence: &mut Sequence, logits: &[f32]) -> Result<Token> {
-    let token = sequence.choose(logits);
+/// The next token of a sequence, which ends if there is none.
+fn ended_by_error(sequence: &mut Sequence, token: Result<Token>) -> Result<Token> {
     if token.is_err() {
         sequence.state = State::Done(None);
     }

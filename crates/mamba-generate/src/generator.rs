@@ -231,8 +231,7 @@ impl<M: CausalLm + ?Sized> Iterator for Generator<'_, M> {
             return None;
         }
         let (start, before) = (Instant::now(), sequence.state);
-        let evaluated = sequence.evaluate(self.model, self.cache.get_mut());
-        let token = evaluated.and_then(|()| sequence.choose_from_own());
+        let token = sequence.next(self.model, self.cache.get_mut());
         if token.is_err() {
             sequence.state = State::Done(None);
         }

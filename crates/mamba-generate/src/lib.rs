@@ -142,6 +142,7 @@ pub use gguf::{
 pub use grammar::{Grammar, GrammarCompiler, GrammarDrafter};
 pub use lm::{BatchLm, CausalLm, StateLm};
 pub use logprobs::{Logprobs, TokenLogprob};
+pub use mamba_ops::Draw;
 pub use mirostat::Mirostat;
 pub use prefix_cache::{PrefixCache, PrefixCacheOptions, PrefixStats, Reuse};
 pub use sampler::{ArgMax, Multinomial, Sampler};

@@ -1,5 +1,7 @@
 //! What generation needs from a model.
 
+use mamba_ops::Draw;
+
 use crate::error::BoxError;
 
 /// A language model that reads tokens and says how likely each next token is.
@@ -86,6 +88,31 @@ pub trait CausalLm {
             logits.extend_from_slice(&last);
         }
         Ok(())
+    }
+
+    /// Whether the model can choose tokens where its logits are, by [`step_and_draw`](Self::step_and_draw): worth while where they
+    /// are far from who reads them, as on a GPU. Not by default.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// Reads one token after whatever `cache` has read, and draws the one that follows it, as the [`Draw`] says.
+    ///
+    /// `None` if there is none to be drawn, as where a logit is not a number: then the logits are written, as by
+    /// [`step`](Self::step). That is all that happens by default.
+    ///
+    /// # Errors
+    /// If the model cannot be evaluated. The cache is then in no defined state.
+    fn step_and_draw(
+        &self,
+        id: u32,
+        cache: &mut Self::Cache,
+        draw: &Draw,
+        logits: &mut Vec<f32>,
+    ) -> Result<Option<u32>, BoxError> {
+        let _ = draw;
+        self.step(id, cache, logits)?;
+        Ok(None)
     }
 }
 
@@ -183,6 +210,23 @@ pub trait BatchLm: StateLm {
     /// If the model cannot be evaluated, or there are more or fewer tokens than rows. The cache is then in no defined state.
     fn step_batch(&self, ids: &[u32], cache: &mut Self::Cache, logits: &mut Vec<f32>)
     -> Result<(), BoxError>;
+
+    /// Reads one token a row, and draws the one that follows each, as the [`Draw`]s of the rows say: see
+    /// [`step_and_draw`](CausalLm::step_and_draw). If there is a row without one, the logits of all are written.
+    ///
+    /// # Errors
+    /// As [`step_batch`](Self::step_batch).
+    fn step_batch_and_draw(
+        &self,
+        ids: &[u32],
+        cache: &mut Self::Cache,
+        draws: &[Draw],
+        logits: &mut Vec<f32>,
+    ) -> Result<Vec<Option<u32>>, BoxError> {
+        let _ = draws;
+        self.step_batch(ids, cache, logits)?;
+        Ok(vec![None; ids.len()])
+    }
 
     /// The states of all rows of several, in order.
     ///

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use mamba_model::{InferenceCache, Model};
+use mamba_ops::{Draw, NO_TOKEN, Sample, sample};
 
 use crate::error::BoxError;
 use crate::lm::{BatchLm, CausalLm, StateLm};
@@ -42,6 +43,21 @@ impl CausalLm for Model {
         let ids = Tensor::from_slice(ids, (1, ids.len()), self.device())?;
         read(&Model::forward(self, &ids, Some(cache))?, logits)
     }
+
+    fn draws(&self) -> bool {
+        !self.device().is_cpu()
+    }
+
+    fn step_and_draw(
+        &self,
+        id: u32,
+        cache: &mut InferenceCache,
+        draw: &Draw,
+        logits: &mut Vec<f32>,
+    ) -> Result<Option<u32>, BoxError> {
+        let drawn = self.step_batch_and_draw(&[id], cache, &[*draw], logits)?;
+        Ok(drawn.first().copied().flatten())
+    }
 }
 
 impl StateLm for Model {
@@ -79,6 +95,24 @@ impl BatchLm for Model {
     ) -> Result<(), BoxError> {
         let ids = Tensor::from_slice(ids, ids.len(), self.device())?;
         read(&Model::step(self, &ids, cache)?, logits)
+    }
+
+    fn step_batch_and_draw(
+        &self,
+        ids: &[u32],
+        cache: &mut InferenceCache,
+        draws: &[Draw],
+        logits: &mut Vec<f32>,
+    ) -> Result<Vec<Option<u32>>, BoxError> {
+        let ids = Tensor::from_slice(ids, ids.len(), self.device())?;
+        let all = Model::step(self, &ids, cache)?;
+        // All that comes back from a GPU, unless something is wrong.
+        let drawn = sample(&Sample::new(&all, draws))?.to_vec1::<u32>()?;
+        let drawn: Vec<_> = drawn.into_iter().map(|id| (id != NO_TOKEN).then_some(id)).collect();
+        if drawn.contains(&None) {
+            read(&all, logits)?;
+        }
+        Ok(drawn)
     }
 
     fn concat(&self, caches: &[&InferenceCache]) -> Result<InferenceCache, BoxError> {

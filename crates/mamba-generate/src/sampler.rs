@@ -22,6 +22,12 @@ pub trait Sampler: Send {
     /// If no candidate has a logit above minus infinity, or a logit is NaN or plus infinity.
     fn sample(&mut self, candidates: &mut Candidates) -> Result<u32>;
 
+    /// The random number of the next draw, if that is the first candidate at which the sum of the weights exceeds this part of their
+    /// total: then someone else may find it. None by default.
+    fn uniform(&mut self) -> Option<f64> {
+        None
+    }
+
     /// Appends what the sampler remembers between tokens to `words`; nothing by default.
     fn save_state(&self, words: &mut Vec<u64>) {
         let _ = words;
@@ -109,6 +115,10 @@ impl Sampler for Multinomial {
         let target = u * total;
         let index = self.cumulative.partition_point(|&sum| sum <= target);
         entries.get(index).map(|c| c.id).ok_or(none)
+    }
+
+    fn uniform(&mut self) -> Option<f64> {
+        Some(self.rng.uniform())
     }
 
     fn save_state(&self, words: &mut Vec<u64>) {

@@ -1,5 +1,7 @@
 //! From logits to a token: filters and a sampler together, and the options that describe the usual ones.
 
+use mamba_ops::Draw;
+
 use crate::candidates::Candidates;
 use crate::error::{Error, Result};
 use crate::filter::{
@@ -93,6 +95,10 @@ impl SamplingConfig {
     /// # Errors
     /// If an option is outside the domain of its filter, also where greedy decoding would not use it.
     pub fn build(&self) -> Result<Sampling> {
+        Ok(Sampling { draw: self.draw(), ..self.chain()? })
+    }
+
+    fn chain(&self) -> Result<Sampling> {
         let mut chain = self.edits()?;
         let greedy = self.temperature == 0.0;
         // Greedy decoding is not changed by what follows, which is made nevertheless, to check the options.
@@ -106,6 +112,22 @@ impl SamplingConfig {
             Some(mirostat) => Sampling::new(chain, mirostat),
             None => Sampling::new(chain, Multinomial::with_seed(self.seed)),
         })
+    }
+
+    /// The draw that is all there is to it, but for its random number, if no option asks for more.
+    fn draw(&self) -> Option<Draw> {
+        let (temperature, top_k, top_p, min_p) =
+            (self.temperature as f32, self.top_k, self.top_p, self.min_p);
+        let draw = Draw { temperature, top_k, top_p, min_p, uniform: 0.0 };
+        let draw = if self.temperature == 0.0 { Draw::GREEDY } else { draw };
+        // Nothing else is set, or has an effect.
+        let repetition_penalty = self.repetition_penalty.filter(|penalty| *penalty != 1.0);
+        let mut rest = Self { temperature: 1.0, repetition_penalty, seed: 0, ..self.clone() };
+        (rest.top_k, rest.top_p, rest.min_p) = (None, None, None);
+        if self.temperature == 0.0 {
+            (rest.typical_p, rest.top_n_sigma, rest.xtc, rest.mirostat) = (None, None, None, None);
+        }
+        (rest == Self::default()).then_some(draw)
     }
 
     /// What changes which token is the likeliest.
@@ -170,6 +192,8 @@ pub struct Sampling {
     filters: Chain,
     sampler: Box<dyn Sampler>,
     candidates: Candidates,
+    /// What filters and sampler come to, but for the random number, if that can be said.
+    draw: Option<Draw>,
 }
 
 impl Sampling {
@@ -183,12 +207,27 @@ impl Sampling {
     /// # Ok::<(), mamba_generate::Error>(())
     /// ```
     pub fn new(filters: Chain, sampler: impl Sampler + 'static) -> Self {
-        Self { filters, sampler: Box::new(sampler), candidates: Candidates::new() }
+        Self { filters, sampler: Box::new(sampler), candidates: Candidates::new(), draw: None }
     }
 
     /// Makes one that takes the likeliest token, the one with the lowest id among equals.
     pub fn greedy() -> Self {
-        Self::new(Chain::new(), ArgMax)
+        Self { draw: Some(Draw::GREEDY), ..Self::new(Chain::new(), ArgMax) }
+    }
+
+    /// Whether the next token is one [`draw`](Self::draw), which a model may make.
+    pub(crate) fn can_draw(&self) -> bool {
+        self.draw.is_some()
+    }
+
+    /// The draw by which someone else is to choose the next token, which [`next_token`](Self::next_token) will not see then; none if
+    /// filters must see the logits.
+    pub(crate) fn draw(&mut self) -> Option<Draw> {
+        let draw = self.draw?;
+        if draw == Draw::GREEDY {
+            return Some(draw);
+        }
+        Some(Draw { uniform: self.sampler.uniform()?, ..draw })
     }
 
     /// Chooses the token that follows `history`, from one logit per token of the vocabulary.
@@ -222,6 +261,7 @@ impl Sampling {
     /// Adds a filter before all others.
     pub fn push_front(&mut self, filter: impl LogitsFilter + 'static) {
         self.filters.push_front(filter);
+        self.draw = None;
     }
 
     /// What it remembers between tokens, such as how far random numbers were used; empty if nothing.

@@ -95,6 +95,42 @@ impl Sequence {
         check_logits(&self.logits, model.vocab_size(), position)
     }
 
+    /// The next token: drawn by the model if it can, else chosen from its logits.
+    pub(crate) fn next<M: CausalLm + ?Sized>(&mut self, model: &M, cache: &mut M::Cache) -> Result<Token> {
+        if let (State::Running, true, Some(last)) = (self.state, self.can_draw(model), self.pending())
+            && let Some(draw) = self.sampling.draw()
+        {
+            let position = self.tokens.len();
+            let outcome = model.step_and_draw(last, cache, &draw, &mut self.logits);
+            let drawn = outcome.map_err(Error::model("step_and_draw", position))?;
+            self.read = position;
+            return match drawn {
+                Some(id) => self.take(id, model.vocab_size()),
+                None => {
+                    check_logits(&self.logits, model.vocab_size(), position)?;
+                    self.choose_from_own()
+                }
+            };
+        }
+        self.evaluate(model, cache)?;
+        self.choose_from_own()
+    }
+
+    /// Whether the model may draw the next token, nobody else being interested in its logits.
+    pub(crate) fn can_draw<M: CausalLm + ?Sized>(&self, model: &M) -> bool {
+        model.draws() && self.logprobs.is_none() && self.sampling.can_draw()
+    }
+
+    /// Takes a token that the model drew.
+    pub(crate) fn take(&mut self, id: u32, vocab_size: usize) -> Result<Token> {
+        if id as usize >= vocab_size {
+            let source = format!("token {id} of {vocab_size} was drawn").into();
+            return Err(Error::Model { during: "step_and_draw", position: self.tokens.len(), source });
+        }
+        self.accept(id)?;
+        Ok(Token { id, logprobs: None })
+    }
+
     /// Chooses the next token from the logits that follow the last one, and says whether it is the last.
     pub(crate) fn choose(&mut self, logits: &[f32]) -> Result<Token> {
         let history = History::new(&self.tokens, self.prompt.1);

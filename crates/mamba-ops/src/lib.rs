@@ -12,6 +12,7 @@
 //! | [`linear_cross_entropy`](fn@linear_cross_entropy) | the loss of a language model from its hidden states, without the logits of all tokens |
 //! | [`attention`](fn@attention) | softmax attention over keys and values in blocks, never holding a matrix of scores |
 //! | [`causal_conv1d_update`], [`selective_state_update`](fn@selective_state_update) | one decoding step, changing its state in place |
+//! | [`argmax`], [`sample`](fn@sample) | the likeliest token of logits, or one drawn with temperature, top-k, top-p and min-p |
 //! | [`mamba1_inner`], [`mamba2_split_conv1d_scan`] | a block between its projections, which keeps only its inputs for `backward()` |
 //! | [`checkpoint()`] | the same for any function, a layer of a model for one |
 //!
@@ -92,6 +93,7 @@ mod packing;
 mod part;
 mod projection;
 mod reference;
+pub mod sample;
 pub mod selective_scan;
 pub mod selective_state_update;
 pub mod simd;
@@ -117,6 +119,7 @@ pub use memory_pool::keep_freed_memory;
 pub use norm::{Norm, NormKind, NormOutput, norm};
 pub use optimizer::{AdamWUpdate, adamw_update, sum_of_squares};
 pub use packing::{PackedSequence, Packing};
+pub use sample::{Draw, NO_TOKEN, Sample, sample};
 pub use selective_scan::{SelectiveScan, SelectiveScanOutput, selective_scan};
 pub use selective_state_update::{SelectiveStateUpdate, selective_state_update};
 pub use ssd::{SsdChunkScan, SsdChunkScanOutput, ssd_chunk_scan};
