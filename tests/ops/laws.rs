@@ -328,6 +328,9 @@ pub fn packed<O: PackedOp>(case: &O::Case) {
         for (dtype, forward, backward) in
             [(DType::F64, 1e-12, 1e-11), (DType::F32, tolerance::FORWARD, tolerance::BACKWARD)]
         {
+            if dtype == DType::F64 && packing.seqlen() > 500 {
+                continue; // token by token, as the short ones: the reference
+            }
             let inputs = cast::<O>(&inputs, dtype).unwrap();
             let outputs = O::fused(&case, &inputs).unwrap();
             let cotangents = cotangents(&outputs, &mut Random::new(seed as u64 + 1)).unwrap();
