@@ -3,7 +3,8 @@
 //! Random weights of the published shapes, random tokens, a batch of 8 x 2048, compute in bf16, master weights, moments and
 //! gradients' sums in f32, clipping to a norm of 1, AdamW. `step`: the wall clock of [`Trainer::step`], which reads the loss, median
 //! over steps, in milliseconds; `forward`, `backward` and `update` are its parts, between synchronisations. `peak_gib` is the most
-//! memory that tensors held at once, parameters and moments among them.
+//! memory that tensors held at once, parameters and moments among them. With `--documents N` as many tokens are cut into N documents
+//! of uneven lengths and packed into one row.
 //! `benches/peers/upstream_train.py` times upstream under the same names and `benches/peers/join.py` joins the two.
 
 use std::path::PathBuf;
@@ -33,6 +34,9 @@ struct Args {
     /// Tokens of a sequence.
     #[arg(long, default_value_t = 2048)]
     tokens: usize,
+    /// Documents that the tokens are cut into, packed into one row.
+    #[arg(long)]
+    documents: Option<usize>,
     /// Layers of the models.
     #[arg(long, default_value_t = 24)]
     layers: usize,
@@ -77,16 +81,37 @@ fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
+/// Uneven lengths of so many documents of at least two tokens, whose targets are `tokens` in all.
+fn lengths(documents: usize, tokens: usize) -> Vec<usize> {
+    // Fixed weights between 1 and 16, most of them small.
+    let weight = |i: usize| f64::from(2u32.pow((i as u32).wrapping_mul(2_654_435_761) >> 30)).powf(4.0 / 3.0);
+    let all: f64 = (0..documents).map(weight).sum();
+    let spare = tokens.saturating_sub(documents) as f64;
+    let (mut end, mut sum) = (0, 0.0);
+    let mut length = |i: usize| {
+        sum += weight(i);
+        let start = std::mem::replace(&mut end, (spare * sum / all).round() as usize);
+        end - start + 2 // one target at least, and the first token, which is none
+    };
+    (0..documents).map(&mut length).collect()
+}
+
 fn measure(args: &Args, config: &ModelConfig, recompute: Recompute, device: &Device) -> Result<Value> {
     let model = || -> Result<TrainableModel> {
         let start = Model::random(config, 1, device)?;
         Ok(TrainableModel::new(&start, DType::BF16)?.with_recompute(recompute))
     };
     let draw = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % config.vocab_size as u32;
-    let rows: Vec<Vec<u32>> = (0..args.batch)
-        .map(|row| (0..=args.tokens).map(|i| draw(row * (args.tokens + 1) + i)).collect())
-        .collect();
-    let batch = Batch::padded(&rows, device)?;
+    let lengths = match args.documents {
+        Some(documents) => lengths(documents, args.batch * args.tokens),
+        None => vec![args.tokens + 1; args.batch],
+    };
+    let row = |(i, len): (usize, &usize)| (0..*len).map(|t| draw(i * (args.tokens + 1) + t)).collect();
+    let rows: Vec<Vec<u32>> = lengths.iter().enumerate().map(row).collect();
+    let batch = match args.documents {
+        Some(_) => Batch::packed(&rows, device)?,
+        None => Batch::padded(&rows, device)?,
+    };
 
     let mut trainer = Trainer::new(model()?, TrainOptions::default())?;
     for _ in 0..3 {
@@ -135,7 +160,11 @@ fn main() -> Result<()> {
     );
     for (name, vocab, mixer) in shapes {
         for (label, recompute) in [("", Recompute::Nothing), (" recompute", Recompute::Layers)] {
-            let case = format!("{name} bf16 train B{} L{}{label}", args.batch, args.tokens);
+            let sequences = match args.documents {
+                Some(documents) => format!("D{documents} T{}", args.batch * args.tokens),
+                None => format!("B{} L{}", args.batch, args.tokens),
+            };
+            let case = format!("{name} bf16 train {sequences}{label}");
             if !(args.case.is_empty() || args.case.iter().any(|part| case.ends_with(part))) {
                 continue;
             }

@@ -3,8 +3,10 @@
 // With `m`, the distance of a tap into the past: pre_t = bias + Σ_m w_m x_{t-m}, y = activation(pre); backward, with
 // g = grad_y · activation'(pre): dx_t = Σ_m w_m g_{t+m}, dw_m = Σ_t g_t x_{t-m}, dbias = Σ_t g_t, where x_{-1}, x_{-2}, …
 // are the window. Kernels are compiled for at most TAPS taps, 4 or 8; of narrower filters (not ALL) the last taps are skipped.
+// What a thread or block computes is of one sequence, a row or one of those packed in it; times count from its first token.
 
 #include "elem.cuh"
+#include "packing.cuh"
 #include "reduce.cuh"
 #include "scalar.cuh"
 
@@ -14,21 +16,23 @@ struct Conv {
     const void* x;
     Any weight;                  // (d, width)
     Any bias;                    // (d), or absent
-    const float* initial_state;  // (b, d, width - 1), or null
-    int64_t row_stride;          // channels first: from one row of x, y and their gradients to the next
+    const float* initial_state;  // (sequences, d, width - 1), or null
+    const Piece* pieces;         // null if each row is a sequence
     int64_t token_stride;        // channels last: from one token of x to the next; of the others it is dim
     int batch, dim, seqlen, width;
     int silu;
-    int run;  // channels last: tokens of a thread
+    int run;    // channels last: tokens of a thread
+    int count;  // of pieces
+    int padding;
 };
-static_assert(sizeof(Conv) == 88, "as in cuda.rs");
+static_assert(sizeof(Conv) == 96, "as in cuda.rs");
 
 struct ConvForward {
     Conv conv;
     void* y;
-    float* final_state;  // (b, d, width - 1)
+    float* final_state;  // (sequences, d, width - 1)
 };
-static_assert(sizeof(ConvForward) == 104, "as in cuda.rs");
+static_assert(sizeof(ConvForward) == 112, "as in cuda.rs");
 
 struct ConvBackward {
     Conv conv;
@@ -38,7 +42,7 @@ struct ConvBackward {
     float* dinitial;          // or null
     Any dweight, dbias;       // one partial sum a block along the grid's reduced axis, or absent
 };
-static_assert(sizeof(ConvBackward) == 152, "as in cuda.rs");
+static_assert(sizeof(ConvBackward) == 160, "as in cuda.rs");
 
 struct ConvUpdate {
     const void* x;
@@ -57,14 +61,33 @@ __device__ inline float tap(const Conv& conv, int c, int m) {
     return m < conv.width ? conv.weight.get(static_cast<int64_t>(c) * conv.width + conv.width - 1 - m) : 0.0f;
 }
 
-// The input `m` tokens before the first of row b·d.
+// The input `m` tokens before the first of a sequence and channel.
 __device__ inline float before(const Conv& conv, int64_t row, int m) {
     const int window = conv.width - 1;
     return conv.initial_state && m <= window ? conv.initial_state[row * window + window - m] : 0.0f;
 }
 
 // The entry of the final window that is the input at time t, which may be before the first; negative if none.
-__device__ inline int final_entry(const Conv& conv, int t) { return t - (conv.seqlen - (conv.width - 1)); }
+__device__ inline int final_entry(const Conv& conv, int length, int t) { return t - (length - (conv.width - 1)); }
+
+// The row of a channel of a sequence in the windows.
+__device__ inline int64_t window_row(const Conv& conv, int sequence, int c) {
+    return static_cast<int64_t>(sequence) * conv.dim + c;
+}
+
+// Channels first: where the times of a channel of a sequence begin in x, y and their gradients.
+__device__ inline int64_t first_time(const Conv& conv, const Piece& at, int c) {
+    return (static_cast<int64_t>(at.row) * conv.dim + c) * conv.seqlen + at.start;
+}
+
+// Channels last: a sequence.
+struct Tokens {
+    int64_t first;  // token, among all
+    int length, sequence;
+
+    __device__ Tokens(const Conv& conv, const Piece& at)
+        : first(static_cast<int64_t>(at.row) * conv.seqlen + at.start), length(at.length), sequence(at.sequence) {}
+};
 
 // bias + Σ_m w_m x_{-m} over the values that end at x[last].
 template <int TAPS, bool ALL>
@@ -86,7 +109,7 @@ constexpr int STEPS = 8;
 
 // The STEPS inputs from t0 on and those before them, in x[BEFORE..] and x[..BEFORE].
 template <int BEFORE, bool VECTOR, typename T>
-__device__ inline void load_times(float* x, const Conv& conv, const T* row_x, int64_t row, int t0) {
+__device__ inline void load_times(float* x, const Conv& conv, const T* row_x, int64_t row, int t0, int length) {
     float part[BEFORE], own[STEPS];
     if (t0 > 0) {
         load<BEFORE, VECTOR>(part, row_x + t0 - BEFORE);
@@ -94,7 +117,7 @@ __device__ inline void load_times(float* x, const Conv& conv, const T* row_x, in
 #pragma unroll
         for (int i = 0; i < BEFORE; i++) part[i] = before(conv, row, BEFORE - i);
     }
-    load<STEPS, VECTOR>(own, row_x + t0, conv.seqlen - t0);
+    load<STEPS, VECTOR>(own, row_x + t0, length - t0);
 #pragma unroll
     for (int i = 0; i < BEFORE; i++) x[i] = part[i];
 #pragma unroll
@@ -105,10 +128,13 @@ template <typename T, int TAPS, bool VECTOR, bool ALL>
 __device__ void forward_first(const ConvForward& args) {
     constexpr int BEFORE = TAPS;
     const Conv& conv = args.conv;
-    const int64_t row = blockIdx.x;
-    const int c = row % conv.dim;
-    const T* x = static_cast<const T*>(conv.x) + row * conv.row_stride;
-    T* y = static_cast<T*>(args.y) + row * conv.row_stride;
+    const int c = blockIdx.x % conv.dim;
+    const Piece at = piece_of<!VECTOR>(conv.pieces, blockIdx.x / conv.dim, 1, conv.seqlen);
+    const int length = at.length;
+    const int64_t row = VECTOR ? blockIdx.x : window_row(conv, at.sequence, c);
+    const int64_t begin = VECTOR ? row * conv.seqlen : first_time(conv, at, c);
+    const T* x = static_cast<const T*>(conv.x) + begin;
+    T* y = static_cast<T*>(args.y) + begin;
 
     // The next times are on their way while these are computed.
     const int stride = gridDim.y * blockDim.x * STEPS;
@@ -116,9 +142,9 @@ __device__ void forward_first(const ConvForward& args) {
     Raw<T, BEFORE> next_before;
     Raw<T, STEPS> next;
     const auto fetch_times = [&](int t) {
-        if (t >= conv.seqlen) return;
+        if (t >= length) return;
         if (t > 0) next_before.template fetch<VECTOR>(x + t - BEFORE);
-        next.template fetch<VECTOR>(x + t, conv.seqlen - t);
+        next.template fetch<VECTOR>(x + t, length - t);
     };
     fetch_times(t0);
     float w[TAPS];
@@ -126,7 +152,7 @@ __device__ void forward_first(const ConvForward& args) {
     for (int m = 0; m < TAPS; m++) w[m] = tap(conv, c, m);
     const float bias = conv.bias ? conv.bias.get(c) : 0.0f;
 
-    for (; t0 < conv.seqlen; t0 += stride) {
+    for (; t0 < length; t0 += stride) {
         float window[BEFORE + STEPS], out[STEPS];
 #pragma unroll
         for (int i = 0; i < BEFORE; i++) window[i] = t0 > 0 ? next_before.get(i) : before(conv, row, BEFORE - i);
@@ -136,11 +162,11 @@ __device__ void forward_first(const ConvForward& args) {
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
             out[i] = activate(sum_taps<TAPS, ALL>(w, bias, window + BEFORE + i, conv.width), conv.silu);
-        store<STEPS, VECTOR>(y + t0, out, conv.seqlen - t0);
+        store<STEPS, VECTOR>(y + t0, out, length - t0);
     }
     const int window = conv.width - 1;
     if (blockIdx.y == 0 && threadIdx.x < window) {
-        const int t = conv.seqlen - window + static_cast<int>(threadIdx.x);
+        const int t = length - window + static_cast<int>(threadIdx.x);
         args.final_state[row * window + threadIdx.x] = t >= 0 ? to_float(x[t]) : before(conv, row, -t);
     }
 }
@@ -159,13 +185,14 @@ __device__ void backward_first(const ConvBackward& args) {
     constexpr int BEFORE = TAPS, AFTER = TAPS;
     float sums[TAPS + 1] = {};  // dw, then dbias
     const int pieces = max((conv.seqlen + STEPS - 1) / STEPS, 1);  // an empty sequence has a window
-    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < conv.batch * pieces; i += gridDim.y * blockDim.x) {
-        const int64_t row = static_cast<int64_t>(i / pieces) * conv.dim + c;
-        const int t0 = i % pieces * STEPS;
-        const T* x = static_cast<const T*>(conv.x) + row * conv.row_stride;
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < conv.count; i += gridDim.y * blockDim.x) {
+        const Piece at = piece_of<!VECTOR>(conv.pieces, i, pieces, conv.seqlen);
+        const int t0 = at.piece * STEPS, length = at.length;
+        const int64_t row = window_row(conv, at.sequence, c), begin = first_time(conv, at, c);
+        const T* x = static_cast<const T*>(conv.x) + begin;
         float inputs[BEFORE + STEPS + AFTER], g[STEPS + AFTER];
-        load_times<BEFORE, VECTOR>(inputs, conv, x, row, t0);
-        const int left = conv.seqlen - t0 - STEPS;  // tokens after these
+        load_times<BEFORE, VECTOR>(inputs, conv, x, row, t0, length);
+        const int left = length - t0 - STEPS;  // tokens after these
         float after[AFTER] = {};
         if (left > 0) load<AFTER, VECTOR>(after, x + t0 + STEPS, left);
 #pragma unroll
@@ -173,15 +200,15 @@ __device__ void backward_first(const ConvBackward& args) {
 #pragma unroll
         for (int i = 0; i < STEPS + AFTER; i++) g[i] = 0.0f;
         if (args.grad_y) {
-            const T* grad = static_cast<const T*>(args.grad_y) + row * conv.row_stride + t0;
+            const T* grad = static_cast<const T*>(args.grad_y) + begin + t0;
             float own[STEPS], next[AFTER] = {};
-            load<STEPS, VECTOR>(own, grad, conv.seqlen - t0);
+            load<STEPS, VECTOR>(own, grad, length - t0);
             if (left > 0) load<AFTER, VECTOR>(next, grad + STEPS, left);
 #pragma unroll
             for (int i = 0; i < STEPS + TAPS - 1; i++) {
                 const float pre = sum_taps<TAPS, ALL>(w, bias, inputs + BEFORE + i, conv.width);
                 g[i] = (i < STEPS ? own[i] : next[i - STEPS]) * slope(pre, conv.silu);
-                if (t0 + i >= conv.seqlen) g[i] = 0.0f;
+                if (t0 + i >= length) g[i] = 0.0f;
             }
         }
 #pragma unroll
@@ -198,11 +225,11 @@ __device__ void backward_first(const ConvBackward& args) {
 #pragma unroll
                 for (int m = 0; m < TAPS; m++)
                     if (ALL || m < conv.width) dx[i] = fmaf(w[m], g[i + m], dx[i]);
-                const int entry = final_entry(conv, t0 + i);
-                if (args.grad_state && entry >= 0 && t0 + i < conv.seqlen)
+                const int entry = final_entry(conv, length, t0 + i);
+                if (args.grad_state && entry >= 0 && t0 + i < length)
                     dx[i] += args.grad_state[row * window + entry];
             }
-            store<STEPS, VECTOR>(static_cast<T*>(args.dx) + row * conv.row_stride + t0, dx, conv.seqlen - t0);
+            store<STEPS, VECTOR>(static_cast<T*>(args.dx) + begin + t0, dx, length - t0);
         }
         if (args.dinitial && t0 == 0) {
 #pragma unroll
@@ -212,7 +239,7 @@ __device__ void backward_first(const ConvBackward& args) {
 #pragma unroll
                 for (int m = j; m < TAPS; m++)
                     if (m < conv.width) sum = fmaf(w[m], g[m - j], sum);
-                const int entry = final_entry(conv, -j);
+                const int entry = final_entry(conv, length, -j);
                 if (args.grad_state && entry >= 0) sum += args.grad_state[row * window + entry];
                 args.dinitial[row * window + window - j] = sum;
             }
@@ -234,16 +261,15 @@ __device__ void backward_first(const ConvBackward& args) {
 
 constexpr int UNROLL = 4;  // times whose inputs are on their way at once
 
-// V channels from c on of the input at time t of batch element b, from the window if t is before the first.
+// V channels from c on of the input at time t of a sequence, from the window if t is before the first.
 template <int V, typename T>
-__device__ inline void load_token(float (&out)[V], const Conv& conv, int b, int64_t t, int c) {
-    if (t >= 0 && t < conv.seqlen) {
-        const int64_t token = static_cast<int64_t>(b) * conv.seqlen + t;
-        load<V, true>(out, static_cast<const T*>(conv.x) + token * conv.token_stride + c);
+__device__ inline void load_token(float (&out)[V], const Conv& conv, const Tokens& of, int64_t t, int c) {
+    if (t >= 0 && t < of.length) {
+        load<V, true>(out, static_cast<const T*>(conv.x) + (of.first + t) * conv.token_stride + c);
     } else {
 #pragma unroll
         for (int v = 0; v < V; v++)
-            out[v] = t < 0 ? before(conv, static_cast<int64_t>(b) * conv.dim + c + v, -t) : 0.0f;
+            out[v] = t < 0 ? before(conv, window_row(conv, of.sequence, c + v), -t) : 0.0f;
     }
 }
 
@@ -273,11 +299,12 @@ template <typename T, int TAPS, int V, bool ALL>
 __device__ void forward_last(const ConvForward& args) {
     const Conv& conv = args.conv;
     const int runs = (conv.seqlen + conv.run - 1) / conv.run;
-    const int b = blockIdx.x / max(runs, 1), start = blockIdx.x % max(runs, 1) * conv.run;
-    const int end = min(start + conv.run, conv.seqlen);
+    const Piece at = piece_of(conv.pieces, blockIdx.x, max(runs, 1), conv.seqlen);
+    const Tokens of(conv, at);
+    const int start = at.piece * conv.run, end = min(start + conv.run, of.length);
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (c >= conv.dim) return;
-    const int64_t first = static_cast<int64_t>(b) * conv.seqlen + start;
+    const int64_t first = of.first + start;
     const T* inputs = static_cast<const T*>(conv.x) + first * conv.token_stride + c;
     // The next tokens are on their way while these are computed.
     Raw<T, V> next[UNROLL];
@@ -298,7 +325,7 @@ __device__ void forward_last(const ConvForward& args) {
 #pragma unroll
     for (int i = 0; i < TAPS - 1; i++) {
         float token[V];
-        load_token<V, T>(token, conv, b, start - (TAPS - 1) + i, c);
+        load_token<V, T>(token, conv, of, start - (TAPS - 1) + i, c);
 #pragma unroll
         for (int v = 0; v < V; v++) x[v][i] = token[v];
     }
@@ -325,14 +352,14 @@ __device__ void forward_last(const ConvForward& args) {
 #pragma unroll
             for (int i = 0; i < TAPS - 1; i++) x[v][i] = x[v][UNROLL + i];
     }
-    if (end == conv.seqlen) {
+    if (end == of.length) {
         const int window = conv.width - 1;
         for (int i = 0; i < window; i++) {
             float token[V];
-            load_token<V, T>(token, conv, b, conv.seqlen - window + i, c);
+            load_token<V, T>(token, conv, of, of.length - window + i, c);
 #pragma unroll
             for (int v = 0; v < V; v++)
-                args.final_state[(static_cast<int64_t>(b) * conv.dim + c + v) * window + i] = token[v];
+                args.final_state[window_row(conv, of.sequence, c + v) * window + i] = token[v];
         }
     }
 }
@@ -346,43 +373,44 @@ __device__ void backward_last(const ConvBackward& args) {
     const Conv& conv = args.conv;
     const int runs = max((conv.seqlen + conv.run - 1) / conv.run, 1);
     const int index = blockIdx.x * RUNS + threadIdx.y;
-    const int b = index / runs, own = index % runs * conv.run;  // the first time of the run
     const int c = (blockIdx.y * 32 + threadIdx.x) * V;
     const int window = conv.width - 1;
     float dw[V][TAPS] = {}, db[V] = {};
-    if (b < conv.batch && c < conv.dim) {
+    if (index < conv.count && c < conv.dim) {
+        const Piece at = piece_of(conv.pieces, index, runs, conv.seqlen);
+        const Tokens of(conv, at);
+        const int own = at.piece * conv.run;  // the first time of the run
         float w[V][TAPS], bias[V];
         load_taps<V, TAPS, ALL>(w, bias, conv, c);
-        const int end = min(own + conv.run, conv.seqlen);
+        const int end = min(own + conv.run, of.length);
         const int start = own == 0 ? -window : own;  // the first run has the window too
         // At step s, g_s is computed and dx_{s - TAPS + 1} finished; x[v][TAPS - 1 + i], g[v][TAPS - 1 + i] are of time s + i.
         float x[V][TAPS - 1 + UNROLL], g[V][TAPS - 1 + UNROLL];
 #pragma unroll
         for (int i = 0; i < TAPS - 1; i++) {
             float token[V];
-            load_token<V, T>(token, conv, b, start - (TAPS - 1) + i, c);
+            load_token<V, T>(token, conv, of, start - (TAPS - 1) + i, c);
 #pragma unroll
             for (int v = 0; v < V; v++) {
                 x[v][i] = token[v];
                 g[v][i] = 0.0f;
             }
         }
-        const int64_t plane = static_cast<int64_t>(b) * conv.seqlen;
         // UNROLL steps from s on; INTERIOR: all of them inside the run, and so are the tokens that they finish.
         const auto steps = [&](auto interior, int s) {
             constexpr bool INTERIOR = decltype(interior)::value;
             float tokens[UNROLL][V], grads[UNROLL][V];
-            const int64_t first = (plane + s) * conv.dim + c;
-            const T* inputs = static_cast<const T*>(conv.x) + (plane + s) * conv.token_stride + c;
+            const int64_t first = (of.first + s) * conv.dim + c;
+            const T* inputs = static_cast<const T*>(conv.x) + (of.first + s) * conv.token_stride + c;
             const T* outputs = static_cast<const T*>(args.grad_y) + first;
 #pragma unroll
             for (int i = 0; i < UNROLL; i++) {
                 if (INTERIOR) {
                     load<V, true>(tokens[i], inputs + i * conv.token_stride);
                 } else {
-                    load_token<V, T>(tokens[i], conv, b, s + i, c);
+                    load_token<V, T>(tokens[i], conv, of, s + i, c);
                 }
-                if (args.grad_y && (INTERIOR || (s + i >= 0 && s + i < conv.seqlen))) {
+                if (args.grad_y && (INTERIOR || (s + i >= 0 && s + i < of.length))) {
                     load<V, true>(grads[i], outputs + static_cast<int64_t>(i) * conv.dim);
                 } else {
 #pragma unroll
@@ -399,7 +427,7 @@ __device__ void backward_last(const ConvBackward& args) {
                     const float* newest = x[v] + TAPS - 1 + i;
                     const float value =
                         grads[i][v] * slope(sum_taps<TAPS, ALL>(w[v], bias[v], newest, conv.width), conv.silu);
-                    g[v][TAPS - 1 + i] = INTERIOR || (s + i >= 0 && s + i < conv.seqlen) ? value : 0.0f;
+                    g[v][TAPS - 1 + i] = INTERIOR || (s + i >= 0 && s + i < of.length) ? value : 0.0f;
                     if (inside) {
                         db[v] += value;
 #pragma unroll
@@ -408,12 +436,12 @@ __device__ void backward_last(const ConvBackward& args) {
                 }
                 const int t = s + i - (TAPS - 1);
                 if (!INTERIOR && (t < start || t >= end)) continue;
-                const int entry = !INTERIOR && args.grad_state ? final_entry(conv, t) : -1;
+                const int entry = !INTERIOR && args.grad_state ? final_entry(conv, of.length, t) : -1;
                 float dx[V];
 #pragma unroll
                 for (int v = 0; v < V; v++) {
                     dx[v] = entry >= 0
-                                ? args.grad_state[(static_cast<int64_t>(b) * conv.dim + c + v) * window + entry]
+                                ? args.grad_state[window_row(conv, of.sequence, c + v) * window + entry]
                                 : 0.0f;
 #pragma unroll
                     for (int m = 0; m < TAPS; m++)
@@ -424,7 +452,7 @@ __device__ void backward_last(const ConvBackward& args) {
                 } else if (args.dinitial) {
 #pragma unroll
                     for (int v = 0; v < V; v++)
-                        args.dinitial[(static_cast<int64_t>(b) * conv.dim + c + v) * window + window + t] = dx[v];
+                        args.dinitial[window_row(conv, of.sequence, c + v) * window + window + t] = dx[v];
                 }
             }
 #pragma unroll

@@ -1,14 +1,16 @@
 // What the kernels of selective_scan share: arguments, who owns what, tiles from memory.
 //
 // A thread owns S states of one channel and steps through time with them in registers; LANES neighbouring lanes own one
-// channel. A block owns CHANNELS neighbouring channels of one batch element, whose b and c are of one group, and walks
+// channel. A block owns CHANNELS neighbouring channels of one sequence, whose b and c are of one group, and walks
 // over tiles of TILE tokens that it stages in shared memory: there each step size, gate and output is worked out once.
+// A sequence is a row of the batch, or one of those packed in it; its first tile begins with its first token.
 //
 // Where channels are too few to fill the GPU, time is cut into splits of whole tiles, and a pass before finds what each adds to
 // the state after it, from a state of zeros: with the decay over a split, a power of the sum of its steps, each block then
 // works out the state that its split begins with. The backward pass does the same from the end.
 #pragma once
 
+#include "packing.cuh"
 #include "scalar.cuh"
 
 struct SelectiveScan {
@@ -17,25 +19,26 @@ struct SelectiveScan {
     const float *b_constant, *c_constant;  // (dim, d_state), in place of b and c
     void *y, *grad_u, *grad_delta, *grad_z;
     float *final_state;
-    float *checkpoints;  // (batch, tiles, dim, d_state), states before each tile; null if not wanted
+    float *checkpoints;  // (tiles of all sequences, dim, d_state), states before each; null if not wanted
     float *grad_initial_state;
-    float *grad_a, *grad_b_constant, *grad_c_constant;  // (batch, splits, dim, d_state)
-    float *grad_d, *grad_delta_bias;                    // (batch, splits, dim)
+    float *grad_a, *grad_b_constant, *grad_c_constant;  // (splits of all sequences, dim, d_state)
+    float *grad_d, *grad_delta_bias;                    // (splits of all sequences, dim)
     float *partials;                                    // (batch, blocks, seqlen, 2, STATES)
-    float *ends;   // (batch, splits, dim, d_state): what each split adds to the state after it, or its gradient before it
-    float *spans;  // (batch, splits, dim): the steps of each, summed
+    float *ends;   // (splits, dim, d_state): what each split adds to the state after it, or its gradient before it
+    float *spans;  // (splits, dim): the steps of each, summed
+    const Piece *pieces;  // each a split; null if each row is a sequence
     // In elements: batch, channel, token; b and c: batch, group, state, token.
     int64_t u_stride[3], delta_stride[3], z_stride[3], grad_y_stride[3], y_stride[3];
     int64_t b_stride[4], c_stride[4];
     int32_t batch, dim, seqlen, d_state;
     int32_t unit;    // channels that share a group of b and one of c; a divisor of dim
-    int32_t blocks;  // of one batch element
+    int32_t blocks;  // of one sequence
     int32_t b_group_len, c_group_len;
     int32_t delta_softplus;
-    int32_t splits, split_tiles;  // of the sequence; tiles of each but the last
+    int32_t splits, split_tiles;  // of a row that is a sequence; tiles of each but the last
     int32_t packs;  // every activation, and varying b and c, may be read in packs of 16 bytes along its layout's last axis
 };
-static_assert(sizeof(SelectiveScan) == 456, "as in cuda.rs");
+static_assert(sizeof(SelectiveScan) == 464, "as in cuda.rs");
 
 namespace {
 
@@ -59,19 +62,36 @@ template <int S_, int LANES_, int WARPS_, int SUB_> struct Shape {
 
 // Which channels a block owns, and which tiles of tokens.
 struct Place {
-    int batch, block, first, channels, split, begin, end;
+    int row, start, length, sequence;  // of the sequence: in the batch, its first token there, its tokens, its place among states
+    int block, first, channels, split, splits, begin, end;
+    int rows_before, tiles_before;  // splits and tiles of the sequences before
 
     template <typename C> __device__ static Place of(const SelectiveScan& p, C) {
         const int block = blockIdx.x % p.blocks, per_unit = (p.unit + C::CHANNELS - 1) / C::CHANNELS;
-        const int within = (block % per_unit) * C::CHANNELS;
-        const int split = blockIdx.y, tiles = (p.seqlen + TILE - 1) / TILE;
-        return {int(blockIdx.x / p.blocks), block, block / per_unit * p.unit + within,
-                min(C::CHANNELS, p.unit - within), split, split * p.split_tiles,
-                min((split + 1) * p.split_tiles, tiles)};
+        const int within = (block % per_unit) * C::CHANNELS, index = blockIdx.x / p.blocks;
+        const Piece piece = piece_of(p.pieces, p.pieces ? index : index * p.splits + blockIdx.y, p.splits, p.seqlen);
+        const int tiles = (piece.length + TILE - 1) / TILE, split = piece.piece;
+        Place at;
+        at.row = piece.row, at.start = piece.start, at.length = piece.length, at.sequence = piece.sequence;
+        at.block = block, at.first = block / per_unit * p.unit + within, at.channels = min(C::CHANNELS, p.unit - within);
+        at.split = split, at.splits = max((tiles + p.split_tiles - 1) / p.split_tiles, 1);
+        at.begin = split * p.split_tiles, at.end = min((split + 1) * p.split_tiles, tiles);
+        at.rows_before = piece.place - split;
+        // Of packed sequences at most so many: each ends with one tile that may not be whole.
+        at.tiles_before = p.pieces ? (int64_t(at.row) * p.seqlen + at.start) / TILE + at.sequence : at.row * tiles;
+        return at;
     }
     // A channel of the block among those of a split.
-    __device__ int64_t row(const SelectiveScan& p, int split, int channel) const {
-        return (int64_t(batch) * p.splits + split) * p.dim + first + channel;
+    __device__ int64_t row_of(const SelectiveScan& p, int split, int channel) const {
+        return (int64_t(rows_before) + split) * p.dim + first + channel;
+    }
+    // Where the states of a thread are among those of all sequences.
+    __device__ int64_t state_of(const SelectiveScan& p, int channel, int n) const {
+        return (int64_t(sequence) * p.dim + first + channel) * p.d_state + n;
+    }
+    // The same among those before each tile.
+    __device__ int64_t checkpoint_of(const SelectiveScan& p, int tile, int channel, int n) const {
+        return ((int64_t(tiles_before) + tile) * p.dim + first + channel) * p.d_state + n;
     }
 };
 
@@ -145,8 +165,8 @@ template <typename T, typename C> struct Activation {
     int64_t step, token_stride;
 
     __device__ Activation(const void* x, const int64_t (&stride)[3], const Place& at, const Staged<C>& staged)
-        : start(const_cast<T*>(static_cast<const T*>(x)) + at.batch * stride[0] +
-                (at.first + staged.channel) * stride[1] + staged.token * stride[2]),
+        : start(const_cast<T*>(static_cast<const T*>(x)) + at.row * stride[0] +
+                (at.first + staged.channel) * stride[1] + (at.start + staged.token) * stride[2]),
           step(staged.token_step ? stride[2] : stride[1]), token_stride(stride[2]) {}
 
     // `whole` if the tile is and packs are aligned.
@@ -205,7 +225,9 @@ template <typename C, typename T, bool VARYING> struct Coefficients {
                             const Place& at, bool time_is_contiguous, float* shared)
         : constant_values(constant), start(static_cast<const T*>(x)), state_stride(stride[2]), token_stride(stride[3]),
           shared(shared), time_is_contiguous(time_is_contiguous) {
-        if (!this->constant()) start += at.batch * stride[0] + (at.first / group_len) * stride[1];
+        if (!this->constant()) {
+            start += at.row * stride[0] + (at.first / group_len) * stride[1] + at.start * stride[3];
+        }
     }
 
     __device__ __forceinline__ bool constant() const { return !VARYING && constant_values; }

@@ -29,7 +29,7 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lane_of_channel = lane % C::LANES;
     const int channel = threadIdx.x / C::LANES, n = lane_of_channel * S;
     const bool exists = channel < at.channels;
-    const int64_t state = (int64_t(at.batch) * p.dim + at.first + channel) * p.d_state + n;
+    const int64_t state = at.state_of(p, channel, n);
     const bool varying = VARYING || !p.b_constant || !p.c_constant;
 
     using Rows = Coefficients<C, T, VARYING>;
@@ -47,8 +47,8 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
         grad_a[s] = grad_b[s] = grad_c[s] = 0.0f;
     }
     if (exists) {
-        for (int split = p.splits - 1; split > at.split; split--) {
-            const int64_t row = at.row(p, split, channel);
+        for (int split = at.splits - 1; split > at.split; split--) {
+            const int64_t row = at.row_of(p, split, channel);
             float end[S];
             load_states(p.ends + row * p.d_state + n, n, p.d_state, end);
             decay_over(p.spans[row], a, carry);
@@ -75,7 +75,7 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
     Raw<T, C::PACK> next_u, next_delta, next_z, next_g;
     typename Rows::Packs next_b, next_c;
     const auto fetch = [&](int64_t first) {
-        const int tokens = min(int64_t(TILE), p.seqlen - first);
+        const int tokens = min(int64_t(TILE), at.length - first);
         const bool whole = all_channels && tokens == TILE;
         u.load(next_u, staged, first, whole, at.channels, tokens);
         delta.load(next_delta, staged, first, whole, at.channels, tokens);
@@ -84,11 +84,10 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
         b.fetch(next_b, p, first, tokens), c.fetch(next_c, p, first, tokens);
     };
 
-    const int tiles = (p.seqlen + TILE - 1) / TILE;
     if (AHEAD && at.begin < at.end) fetch(int64_t(at.end - 1) * TILE);
     for (int tile = at.end - 1; tile >= at.begin; tile--) {
         const int64_t first = int64_t(tile) * TILE;
-        const int tokens = min(int64_t(TILE), p.seqlen - first);
+        const int tokens = min(int64_t(TILE), at.length - first);
         const bool whole = all_channels && tokens == TILE;
         if (!AHEAD) fetch(first);
         float steps[C::PACK], slopes[C::PACK], inputs[C::PACK], gs[C::PACK];
@@ -111,10 +110,10 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
         if (p.z) staged.put(gate_tile, gates);
         b.stage(next_b, p, first, tokens), c.stage(next_c, p, first, tokens);
         float h[S];
-        const int64_t before = (int64_t(at.batch) * tiles + tile) * p.dim + at.first + channel;
+        const float* const before = p.checkpoints + at.checkpoint_of(p, tile, channel, n);
 #pragma unroll
         for (int s = 0; s < S; s++) {
-            h[s] = exists && n + s < p.d_state ? p.checkpoints[before * p.d_state + n + s] : 0.0f;
+            h[s] = exists && n + s < p.d_state ? before[s] : 0.0f;
         }
         __syncthreads();
 
@@ -242,8 +241,8 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
                     float sum = 0.0f;
 #pragma unroll
                     for (int w = 0; w < C::WARPS; w++) sum += piece_sums[w * SUB * 2 * C::STATES + i];
-                    const int64_t block = int64_t(at.batch) * p.blocks + at.block;
-                    p.partials[(block * p.seqlen + first + piece * SUB) * 2 * C::STATES + i] = sum;
+                    const int64_t block = int64_t(at.row) * p.blocks + at.block;
+                    p.partials[(block * p.seqlen + at.start + first + piece * SUB) * 2 * C::STATES + i] = sum;
                 }
             }
         }
@@ -268,7 +267,7 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
         grad_bias += __shfl_xor_sync(0xffffffffu, grad_bias, lanes);
     }
     if (exists) {
-        const int64_t row = at.row(p, at.split, channel), states = row * p.d_state + n;
+        const int64_t row = at.row_of(p, at.split, channel), states = row * p.d_state + n;
         if (at.split == 0) store_states(p.grad_initial_state + state, n, p.d_state, carry);
         store_states(p.grad_a + states, n, p.d_state, grad_a);
         if (b.constant()) store_states(p.grad_b_constant + states, n, p.d_state, grad_b);
@@ -289,8 +288,8 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
     float* const bias = g_tile + C::ACTIVATIONS;
     float* const c_tile = bias + (C::CHANNELS + 3) / 4 * 4;
 
-    Place at = Place::of(p, C());
-    at.split++, at.begin += p.split_tiles, at.end = min(at.end + p.split_tiles, (p.seqlen + TILE - 1) / TILE);
+    const Place at = Place::of(p, C());
+    if (at.split == 0) return;  // nobody needs it
     const bool time_is_contiguous = p.y_stride[2] == 1;
     const int lane_of_channel = threadIdx.x % C::LANES, channel = threadIdx.x / C::LANES, n = lane_of_channel * S;
     const bool exists = channel < at.channels;
@@ -316,7 +315,7 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
     Raw<T, C::PACK> next_delta, next_z, next_g;
     typename Rows::Packs next_c;
     const auto fetch = [&](int64_t first) {
-        const int tokens = min(int64_t(TILE), p.seqlen - first);
+        const int tokens = min(int64_t(TILE), at.length - first);
         const bool whole = all_channels && tokens == TILE;
         delta.load(next_delta, staged, first, whole, at.channels, tokens);
         if (p.z) z.load(next_z, staged, first, whole, at.channels, tokens);
@@ -326,7 +325,7 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
     if (C::AHEAD && at.begin < at.end) fetch(int64_t(at.end - 1) * TILE);
     for (int tile = at.end - 1; tile >= at.begin; tile--) {
         const int64_t first = int64_t(tile) * TILE;
-        const int tokens = min(int64_t(TILE), p.seqlen - first);
+        const int tokens = min(int64_t(TILE), at.length - first);
         const bool whole = all_channels && tokens == TILE;
         if (!C::AHEAD) fetch(first);
         float steps[C::PACK], gs[C::PACK];
@@ -361,7 +360,7 @@ template <typename T, typename C, bool VARYING> __device__ __forceinline__ void 
         span += tile_span;
     }
     if (!exists) return;
-    const int64_t row = at.row(p, at.split, channel);
+    const int64_t row = at.row_of(p, at.split, channel);
     store_states(p.ends + row * p.d_state + n, n, p.d_state, carry);
     if (lane_of_channel == 0) p.spans[row] = span;
 }

@@ -16,11 +16,12 @@ template <typename T, typename C, bool VARYING, bool ENDS> __device__ __forceinl
     float* const c_tile = b_tile + C::COEFFICIENTS;
 
     const Place at = Place::of(p, C());
+    if (ENDS && at.split + 1 == at.splits) return;  // nobody needs it
     const bool time_is_contiguous = p.y_stride[2] == 1;
     const int lane = threadIdx.x % 32, lane_of_channel = lane % C::LANES;
     const int channel = threadIdx.x / C::LANES, n = lane_of_channel * S;
     const bool exists = channel < at.channels;
-    const int64_t state = (int64_t(at.batch) * p.dim + at.first + channel) * p.d_state + n;
+    const int64_t state = at.state_of(p, channel, n);
 
     using Rows = Coefficients<C, T, VARYING>;
     const Rows b(p.b, p.b_constant, p.b_stride, p.b_group_len, at, time_is_contiguous, b_tile);
@@ -41,7 +42,7 @@ template <typename T, typename C, bool VARYING, bool ENDS> __device__ __forceinl
     }
     if (!ENDS && exists) {
         for (int split = 0; split < at.split; split++) {
-            const int64_t row = at.row(p, split, channel);
+            const int64_t row = at.row_of(p, split, channel);
             float end[S];
             load_states(p.ends + row * p.d_state + n, n, p.d_state, end);
             decay_over(p.spans[row], a, h);
@@ -58,7 +59,7 @@ template <typename T, typename C, bool VARYING, bool ENDS> __device__ __forceinl
     Raw<T, C::PACK> next_u, next_delta;
     typename Rows::Packs next_b, next_c;
     const auto fetch = [&](int64_t first) {
-        const int tokens = min(int64_t(TILE), p.seqlen - first);
+        const int tokens = min(int64_t(TILE), at.length - first);
         const bool whole = all_channels && tokens == TILE;
         u.load(next_u, staged, first, whole, at.channels, tokens);
         delta.load(next_delta, staged, first, whole, at.channels, tokens);
@@ -69,7 +70,7 @@ template <typename T, typename C, bool VARYING, bool ENDS> __device__ __forceinl
 
     for (int tile = at.begin; tile < at.end; tile++) {
         const int64_t first = int64_t(tile) * TILE;
-        const int tokens = min(int64_t(TILE), p.seqlen - first);
+        const int tokens = min(int64_t(TILE), at.length - first);
         const bool whole = all_channels && tokens == TILE;
         if (!C::AHEAD) fetch(first);
         const Raw<T, C::PACK> own_u = next_u;
@@ -91,9 +92,7 @@ template <typename T, typename C, bool VARYING, bool ENDS> __device__ __forceinl
         if (!ENDS && p.z) z.load(gate, staged, first, whole, at.channels, tokens);
         if (C::AHEAD && tile + 1 < at.end) fetch(first + TILE);
         if (!ENDS && p.checkpoints && exists) {
-            const int64_t tiles = (p.seqlen + TILE - 1) / TILE;
-            const int64_t before = (at.batch * tiles + tile) * p.dim + at.first + channel;
-            store_states(p.checkpoints + before * p.d_state + n, n, p.d_state, h);
+            store_states(p.checkpoints + at.checkpoint_of(p, tile, channel, n), n, p.d_state, h);
         }
 
         const float *b_row = b.of(channel, n), *c_row = c.of(channel, n);
@@ -154,10 +153,10 @@ template <typename T, typename C, bool VARYING, bool ENDS> __device__ __forceinl
     }
     if (!exists) return;
     if (ENDS) {
-        const int64_t row = at.row(p, at.split, channel);
+        const int64_t row = at.row_of(p, at.split, channel);
         store_states(p.ends + row * p.d_state + n, n, p.d_state, h);
         if (lane_of_channel == 0) p.spans[row] = span;
-    } else if (at.split + 1 == p.splits) {
+    } else if (at.split + 1 == at.splits) {
         store_states(p.final_state + state, n, p.d_state, h);
     }
 }

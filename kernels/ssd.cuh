@@ -1,9 +1,11 @@
 // What the kernels of ssd_chunk_scan share: arguments, steps and decays, tiles from memory. The derivation is in
 // crates/mamba-ops/src/ssd/README.md.
 //
-// Sizes: q tokens of a chunk, n d_state, p headdim; each is padded to a multiple of 16 in shared memory.
+// Sizes: q tokens of a chunk, n d_state, p headdim; each is padded to a multiple of 16 in shared memory. A sequence is a row of
+// the batch, or one of those packed in it; its first chunk begins with its first token.
 #pragma once
 
+#include "packing.cuh"
 #include "product.cuh"
 
 // One step of one head: dt after bias, softplus and limits; log2 of the decay from before the chunk to after the token, as
@@ -18,25 +20,27 @@ struct Ssd {
     void* y;           // contiguous, as x
     float* y_ungated;  // in place of y: before the gate, f32
     float* final_state;
-    Step* steps;          // (batch, nheads, chunks · q)
-    bf16* states;         // (batch, chunks, nheads, terms, p, n), padded: before each chunk
+    Step* steps;          // (chunks of all sequences, nheads, q)
+    bf16* states;         // (chunks of all sequences, nheads, terms, p, n), padded: before each chunk
     bf16* grad_states;    // the same: gradients of those after each chunk
     void *grad_x, *grad_dt, *grad_z;  // contiguous
     float* grad_initial_state;
     float *grad_b_rows, *grad_c_rows;       // (splits, batch, seqlen, ngroups, d_state)
-    float *grad_a_rows, *grad_dt_bias_rows;  // (batch, chunks, nheads)
-    float* grad_d_rows;                      // (batch, chunks, nheads, headdim)
+    float *grad_a_rows, *grad_dt_bias_rows;  // (chunks of all sequences, nheads)
+    float* grad_d_rows;                      // (chunks of all sequences, nheads, headdim)
+    const Piece *sequences, *pieces;  // packed, and their chunks; null if each row is a sequence
     // In elements: batch, token, head or group; neighbouring channels are neighbours in memory. dt: batch, token, head.
     int64_t x_stride[3], z_stride[3], grad_y_stride[3], b_stride[3], c_stride[3], dt_stride[3];
     int32_t batch, seqlen, nheads, headdim, ngroups, d_state;
-    int32_t q, chunks;
+    int32_t q, chunks;  // chunks of a row that is a sequence
     int32_t p_tile;  // channels of a head that a block owns, in the kernels that walk over chunks
     int32_t splits;  // blocks among which the heads of a group are divided, in the kernel of gradients
     int32_t d_per_channel, dt_softplus;
     float dt_low, dt_high;
     int32_t aligned;  // rows of x, b, c, z and grad_y begin at multiples of 16 bytes
+    int32_t count;    // chunks of all sequences
 };
-static_assert(sizeof(Ssd) == 416, "as in cuda.rs");
+static_assert(sizeof(Ssd) == 432, "as in cuda.rs");
 
 namespace {
 
@@ -206,19 +210,33 @@ __device__ __forceinline__ void each_decay(const Steps& steps, int row0, int col
     }
 }
 
-__device__ __forceinline__ const Step* steps_of(const Ssd& p, int batch, int head, int chunk) {
-    return p.steps + (int64_t(batch) * p.nheads + head) * p.chunks * p.q + int64_t(chunk) * p.q;
-}
+// A sequence, and which chunks are its own.
+struct Sequence {
+    int row, start, length, index;  // in the batch, its first token there, its tokens, its place among states
+    int chunks, chunks_before;      // of the sequences before; packed, at most so many: the last of each may not be whole
 
-// Where a matrix of one chunk of one head is among kept states.
-__device__ __forceinline__ int64_t state_at(const Ssd& p, int batch, int chunk, int head, int terms) {
-    const int64_t size = int64_t(terms) * padded(p.headdim) * padded(p.d_state);
-    return ((int64_t(batch) * p.chunks + chunk) * p.nheads + head) * size;
-}
+    __device__ Sequence(const Ssd& p, const Piece& piece)
+        : row(piece.row), start(piece.start), length(piece.length), index(piece.sequence) {
+        chunks = p.sequences ? (length + p.q - 1) / p.q : p.chunks;
+        chunks_before = p.sequences ? (int64_t(row) * p.seqlen + start) / p.q + index : row * chunks;
+    }
+    __device__ __forceinline__ int tokens(const Ssd& p, int chunk) const { return min(p.q, length - chunk * p.q); }
+    // The first token of a chunk in the row.
+    __device__ __forceinline__ int first(const Ssd& p, int chunk) const { return start + chunk * p.q; }
+    // The steps of a chunk of a head.
+    __device__ __forceinline__ Step* steps(const Ssd& p, int head, int chunk) const {
+        return p.steps + (int64_t(chunks_before + chunk) * p.nheads + head) * p.q;
+    }
+    // Where a matrix of one chunk of one head is among kept states.
+    __device__ __forceinline__ int64_t state(const Ssd& p, int chunk, int head, int terms) const {
+        const int64_t size = int64_t(terms) * padded(p.headdim) * padded(p.d_state);
+        return (int64_t(chunks_before + chunk) * p.nheads + head) * size;
+    }
+};
 
 template <typename T>
-__device__ __forceinline__ const T* row_of(const void* x, const int64_t (&stride)[3], int batch, int64_t token, int head) {
-    return static_cast<const T*>(x) + batch * stride[0] + token * stride[1] + head * stride[2];
+__device__ __forceinline__ const T* row_of(const void* x, const int64_t (&stride)[3], int row, int64_t token, int head) {
+    return static_cast<const T*>(x) + row * stride[0] + token * stride[1] + head * stride[2];
 }
 
 }  // namespace

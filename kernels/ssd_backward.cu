@@ -87,13 +87,14 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
     constexpr int TI = Terms<T>::INPUT, TC = Terms<T>::COMPUTED, TG = GATED ? TC : TI;
     extern __shared__ __align__(16) unsigned char shared[];
     const int split = blockIdx.x % args.splits;
-    const int chunk = blockIdx.x / args.splits % args.chunks;
-    const int group = blockIdx.x / args.splits / args.chunks % args.ngroups;
-    const int batch = blockIdx.x / args.splits / args.chunks / args.ngroups;
+    const int group = blockIdx.x / args.splits % args.ngroups;
+    const Piece piece = piece_of(args.pieces, blockIdx.x / args.splits / args.ngroups, args.chunks, args.seqlen);
+    const Sequence of(args, piece);
+    const int chunk = piece.piece, row = of.row;
     const int q = args.q, p = padded(args.headdim), n = padded(args.d_state);
     const int q_tiles = q / 16, p_tiles = p / 16, n_columns = (n + 31) / 32;
-    const int64_t first = int64_t(chunk) * q;
-    const int tokens = min(int64_t(q), args.seqlen - first);
+    const int first = of.first(args, chunk);
+    const int tokens = of.tokens(args, chunk);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Pieces of_n(n), of_p(p);
 
@@ -114,9 +115,9 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
 
     // What a head is worked out from, on its way; first what is needed first.
     const auto load_head = [&](int head) {
-        load_rows(x, of_p, row_of<T>(args.x, args.x_stride, batch, first, head), args.x_stride[1], tokens, args.headdim, q, p,
+        load_rows(x, of_p, row_of<T>(args.x, args.x_stride, row, first, head), args.x_stride[1], tokens, args.headdim, q, p,
              args.aligned);
-        const int64_t out_row = (int64_t(batch) * args.seqlen + first) * args.nheads + head;
+        const int64_t out_row = (int64_t(row) * args.seqlen + first) * args.nheads + head;
         if (!args.grad_y) {
             for (int i = threadIdx.x; i < q * p; i += THREADS) g.set(i / p, i % p, 0.0f);
             if (GATED) {
@@ -130,9 +131,9 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
                 float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
                 if (token < tokens) {
                     float gates[8];
-                    load_piece(v, row_of<T>(args.grad_y, args.grad_y_stride, batch, first + token, head), column,
+                    load_piece(v, row_of<T>(args.grad_y, args.grad_y_stride, row, first + token, head), column,
                                args.headdim, args.aligned);
-                    load_piece(gates, row_of<T>(args.z, args.z_stride, batch, first + token, head), column, args.headdim,
+                    load_piece(gates, row_of<T>(args.z, args.z_stride, row, first + token, head), column, args.headdim,
                                args.aligned);
                     const int64_t at = (out_row + int64_t(token) * args.nheads) * args.headdim + column;
 #pragma unroll
@@ -147,25 +148,25 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
                 g.set8(token, column, v);
             });
         } else {
-            load_rows(g, of_p, row_of<T>(args.grad_y, args.grad_y_stride, batch, first, head), args.grad_y_stride[1], tokens,
+            load_rows(g, of_p, row_of<T>(args.grad_y, args.grad_y_stride, row, first, head), args.grad_y_stride[1], tokens,
                       args.headdim, q, p, args.aligned);
         }
         mark_loads();
-        load_state(state, of_n, args.states + state_at(args, batch, chunk, head, TC), p, n);
-        load_state(grad_state, of_n, args.grad_states + state_at(args, batch, chunk, head, TC), p, n);
+        load_state(state, of_n, args.states + of.state(args, chunk, head, TC), p, n);
+        load_state(grad_state, of_n, args.grad_states + of.state(args, chunk, head, TC), p, n);
         mark_loads();
     };
 
     const int per_group = args.nheads / args.ngroups, per_split = (per_group + args.splits - 1) / args.splits;
     const int first_head = group * per_group + split * per_split;
     const int last_head = group * per_group + min(per_group, (split + 1) * per_split);
-    load_rows(c, of_n, row_of<T>(args.c, args.c_stride, batch, first, group), args.c_stride[1], tokens, args.d_state, q, n,
+    load_rows(c, of_n, row_of<T>(args.c, args.c_stride, row, first, group), args.c_stride[1], tokens, args.d_state, q, n,
          args.aligned);
-    load_rows(b, of_n, row_of<T>(args.b, args.b_stride, batch, first, group), args.b_stride[1], tokens, args.d_state, q, n,
+    load_rows(b, of_n, row_of<T>(args.b, args.b_stride, row, first, group), args.b_stride[1], tokens, args.d_state, q, n,
          args.aligned);
     if (first_head < last_head) {
         load_head(first_head);
-        steps.load(steps_of(args, batch, first_head, chunk), q);
+        steps.load(of.steps(args, first_head, chunk), q);
     }
     for (int i = threadIdx.x; i < q * q; i += THREADS) scores.set(i / q, i % q, 0.0f);
 
@@ -180,14 +181,14 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
 
 #pragma unroll 1
     for (int head = first_head; head < last_head; head++) {
-        const Step* const head_steps = steps_of(args, batch, head, chunk);
-        const int64_t out_row = (int64_t(batch) * args.seqlen + first) * args.nheads + head;
+        const Step* const head_steps = of.steps(args, head, chunk);
+        const int64_t out_row = (int64_t(row) * args.seqlen + first) * args.nheads + head;
         const bool more = head + 1 < last_head;
         loads_before_mark_arrive();
         __syncthreads();
 
         Steps::Next next_steps;
-        if (more) next_steps = Steps::fetch(steps_of(args, batch, head + 1, chunk), q);
+        if (more) next_steps = Steps::fetch(of.steps(args, head + 1, chunk), q);
         if (has_scores) {
             if (head == first_head) {
                 multiply<AS_STORED, TRANSPOSED>(plain_scores, c, row0, b, column0, q, 0, n);
@@ -319,7 +320,7 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
         __syncthreads();
 
         if (more) load_head(head + 1);
-        const int64_t chunk_row = (int64_t(batch) * args.chunks + chunk) * args.nheads + head;
+        const int64_t chunk_row = int64_t(of.chunks_before + chunk) * args.nheads + head;
         if (args.d) {
             for (int column = int(threadIdx.x) - 32; column < args.headdim; column += THREADS - 32) {
                 if (column < 0) break;  // of the warp below
@@ -384,10 +385,10 @@ template <typename T, bool GATED> __device__ __forceinline__ void gradients(cons
     multiply<AS_STORED, AS_STORED>(grad_c, scores, n_row0, b, n_column0, n, 0, n_row0 + 16);
     multiply<TRANSPOSED, AS_STORED>(grad_b, scores, n_row0, c, n_column0, n, n_row0, q);
     const auto store = [&](Tile<4>& tile, float* out) {
-        tile.each([&](int, int, int row, int column, float v0, float v1) {
-            row += n_row0, column += n_column0;
-            if (row >= tokens) return;
-            const int64_t at = (int64_t(split) * args.batch + batch) * args.seqlen + first + row;
+        tile.each([&](int, int, int token, int column, float v0, float v1) {
+            token += n_row0, column += n_column0;
+            if (token >= tokens) return;
+            const int64_t at = (int64_t(split) * args.batch + row) * args.seqlen + first + token;
             float* const to = out + (at * args.ngroups + group) * args.d_state + column;
             if (column < args.d_state) to[0] = v0;
             if (column + 1 < args.d_state) to[1] = v1;

@@ -11,19 +11,20 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 template <typename T> __device__ __forceinline__ void steps(const Ssd& p) {
     const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
     const int lane = threadIdx.x % 32, head = index % p.nheads;
-    const int64_t chunk = index / p.nheads % p.chunks, batch = index / p.nheads / p.chunks;
-    if (batch >= p.batch) return;
+    if (index / p.nheads >= p.count) return;
+    const Piece piece = piece_of(p.pieces, index / p.nheads, p.chunks, p.seqlen);
+    const Sequence of(p, piece);
+    const int tokens = of.tokens(p, piece.piece);
     const double a = double(p.a[head]) * 1.4426950408889634;
     const float bias = p.dt_bias ? p.dt_bias[head] : 0.0f;
-    const T* dt = static_cast<const T*>(p.dt) + batch * p.dt_stride[0] + head * p.dt_stride[2];
-    Step* out = p.steps + ((batch * p.nheads + head) * p.chunks + chunk) * p.q;
+    const T* dt = row_of<T>(p.dt, p.dt_stride, of.row, of.first(p, piece.piece), head);
+    Step* out = of.steps(p, head, piece.piece);
     double before = 0.0;
     for (int first = 0; first < p.q; first += 32) {
         const int i = first + lane;
-        const int64_t t = chunk * p.q + i;
         float step = 0.0f, slope = 0.0f;
-        if (i < p.q && t < p.seqlen) {
-            const float raw = to_float(dt[t * p.dt_stride[1]]) + bias;
+        if (i < tokens) {
+            const float raw = to_float(dt[i * p.dt_stride[1]]) + bias;
             const float free = p.dt_softplus ? softplus_unit(raw) : raw;
             step = free < p.dt_low ? p.dt_low : free > p.dt_high ? p.dt_high : free;
             slope = free < p.dt_low || free > p.dt_high ? 0.0f : p.dt_softplus ? sigmoid(raw) : 1.0f;
@@ -43,17 +44,18 @@ template <typename T> __device__ __forceinline__ void steps(const Ssd& p) {
 
 // Who owns what in a walk over chunks.
 struct Walk {
-    int batch, head, group, first, channels, p, n;  // p and n are padded
+    Sequence of;
+    int head, group, first, channels, p, n;  // p and n are padded
 
-    __device__ explicit Walk(const Ssd& args) {
-        const int tiles = (args.headdim + args.p_tile - 1) / args.p_tile;
+    __device__ explicit Walk(const Ssd& args, int tiles)
+        : of(args, piece_of(args.sequences, blockIdx.x / tiles / args.nheads, 1, args.seqlen)) {
         first = blockIdx.x % tiles * args.p_tile;
         head = blockIdx.x / tiles % args.nheads;
-        batch = blockIdx.x / tiles / args.nheads;
         group = head / (args.nheads / args.ngroups);
         channels = min(args.p_tile, args.headdim - first);
         p = padded(channels), n = padded(args.d_state);
     }
+    __device__ explicit Walk(const Ssd& args) : Walk(args, (args.headdim + args.p_tile - 1) / args.p_tile) {}
 };
 
 // The state, (p, n), in the registers of the block: each warp keeps some tiles. p · n is at most 8192.
@@ -83,9 +85,9 @@ struct State {
             }
         });
     }
-    // Reads a (batch, nheads, headdim, d_state) state; zeros if there is none.
+    // Reads a state of (sequences, nheads, headdim, d_state); zeros if there is none.
     __device__ __forceinline__ void begin(const Ssd& args, const Walk& at, const float* from) {
-        if (from) from += ((int64_t(at.batch) * args.nheads + at.head) * args.headdim + at.first) * args.d_state;
+        if (from) from += ((int64_t(at.of.index) * args.nheads + at.head) * args.headdim + at.first) * args.d_state;
         each_pair(at, [&](int row, int column, float& x, float& y) {
             const bool exists = from && row < at.channels;
             x = exists && column < args.d_state ? from[int64_t(row) * args.d_state + column] : 0.0f;
@@ -93,7 +95,7 @@ struct State {
         });
     }
     __device__ __forceinline__ void end(const Ssd& args, const Walk& at, float* to) {
-        to += ((int64_t(at.batch) * args.nheads + at.head) * args.headdim + at.first) * args.d_state;
+        to += ((int64_t(at.of.index) * args.nheads + at.head) * args.headdim + at.first) * args.d_state;
         each_pair(at, [&](int row, int column, float x, float y) {
             if (row >= at.channels) return;
             if (column < args.d_state) to[int64_t(row) * args.d_state + column] = x;
@@ -158,7 +160,7 @@ template <int N, typename T, int TI, int TC, typename Term>
 __device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const Steps& steps, const Matrix<TI, Term>& c,
                                         const Matrix<TI, Term>& x, const Matrix<TC, Term>& state, float state_scale,
                                         const Matrix<TC, Term>& scores, const Scales& scales, int row0, int column0,
-                                        bool has_state, int64_t first, int tokens) {
+                                        bool has_state, int first, int tokens) {
     constexpr bool SCALED = std::is_same_v<Term, f16>;
     const bool gated = args.z && !args.y_ungated;
     Pack<T, 2> gates[N][2];
@@ -166,7 +168,7 @@ __device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const S
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = row0 + Tile<N>::row(half);
-            const T* z = row_of<T>(args.z, args.z_stride, at.batch, first + min(i, tokens - 1), at.head) + at.first;
+            const T* z = row_of<T>(args.z, args.z_stride, at.of.row, first + min(i, tokens - 1), at.head) + at.first;
 #pragma unroll
             for (int k = 0; k < N; k++) {
                 const int j = column0 + 8 * k + Tile<N>::column();
@@ -228,7 +230,7 @@ __device__ __forceinline__ void outputs(const Ssd& args, const Walk& at, const S
         const int i = row0 + tile.row(half), j = column0 + tile.column();
         if (i >= tokens) break;
         const int64_t to =
-            ((int64_t(at.batch) * args.seqlen + first + i) * args.nheads + at.head) * args.headdim + at.first + j;
+            ((int64_t(at.of.row) * args.seqlen + first + i) * args.nheads + at.head) * args.headdim + at.first + j;
         const auto store = [&](auto* y) {
             using Y = std::remove_pointer_t<decltype(y)>;
             if (pairs) {
@@ -273,17 +275,18 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
     const Steps steps(numbers, q);
     const Scales scales(x, p);
 
-    const auto tokens_of = [&](int chunk) { return min(q, args.seqlen - chunk * q); };
+    const auto tokens_of = [&](int chunk) { return at.of.tokens(args, chunk); };
     const auto load_b = [&](int chunk) {
-        load_rows(both_b.rows_from(chunk % 2 * q), of_n, row_of<T>(args.b, args.b_stride, at.batch, int64_t(chunk) * q, at.group),
-                  args.b_stride[1], tokens_of(chunk), args.d_state, q, n, args.aligned);
+        load_rows(both_b.rows_from(chunk % 2 * q), of_n,
+                  row_of<T>(args.b, args.b_stride, at.of.row, at.of.first(args, chunk), at.group), args.b_stride[1],
+                  tokens_of(chunk), args.d_state, q, n, args.aligned);
     };
     const auto load_c = [&](int chunk) {
-        load_rows(c, of_n, row_of<T>(args.c, args.c_stride, at.batch, int64_t(chunk) * q, at.group), args.c_stride[1],
+        load_rows(c, of_n, row_of<T>(args.c, args.c_stride, at.of.row, at.of.first(args, chunk), at.group), args.c_stride[1],
                   tokens_of(chunk), args.d_state, q, n, args.aligned);
     };
     const auto load_x = [&](int chunk) {
-        load_rows(x, of_p, row_of<T>(args.x, args.x_stride, at.batch, int64_t(chunk) * q, at.head) + at.first,
+        load_rows(x, of_p, row_of<T>(args.x, args.x_stride, at.of.row, at.of.first(args, chunk), at.head) + at.first,
                   args.x_stride[1], tokens_of(chunk), at.channels, q, p, args.aligned);
     };
     State state;
@@ -293,20 +296,21 @@ template <typename T> __device__ __forceinline__ void scan(const Ssd& args) {
         __syncthreads();
         Scales::join(scales.states[0], state.largest(at));
     }
-    if (args.chunks > 0) {
+    const int chunks = at.of.chunks;
+    if (chunks > 0) {
         load_b(0), load_c(0), load_x(0);
-        steps.load(steps_of(args, at.batch, at.head, 0), q);
+        steps.load(at.of.steps(args, at.head, 0), q);
     }
-    for (int chunk = 0; chunk < args.chunks; chunk++) {
-        const int64_t first = int64_t(chunk) * q;
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        const int first = at.of.first(args, chunk);
         const Matrix<TI, Term> b = both_b.rows_from(chunk % 2 * q);
-        const bool more = chunk + 1 < args.chunks;
+        const bool more = chunk + 1 < chunks;
         loads_arrive();
         __syncthreads();
         Steps::Next next_steps;
         if (more) {
             load_b(chunk + 1);
-            next_steps = Steps::fetch(steps_of(args, at.batch, at.head, chunk + 1), q);
+            next_steps = Steps::fetch(at.of.steps(args, at.head, chunk + 1), q);
         }
         const int even = chunk % 2;
         const Scale of_state = SCALED ? Scales::of(scales.states[even]) : Scale::none();
@@ -413,11 +417,12 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
         row_stride[i] = reverse ? args.c_stride[i] : args.b_stride[i];
         stride[i] = reverse ? args.grad_y_stride[i] : args.x_stride[i];
     }
-    const auto chunk_of = [&](int i) { return reverse ? args.chunks - 1 - i : i; };
-    const auto tokens_of = [&](int chunk) { return min(q, args.seqlen - chunk * q); };
+    const int chunks = at.of.chunks;
+    const auto chunk_of = [&](int i) { return reverse ? chunks - 1 - i : i; };
+    const auto tokens_of = [&](int chunk) { return at.of.tokens(args, chunk); };
     const auto load_b = [&](int i) {
         const int chunk = chunk_of(i);
-        load_rows(both_b.rows_from(i % 2 * q), of_n, row_of<T>(rows, row_stride, at.batch, int64_t(chunk) * q, at.group),
+        load_rows(both_b.rows_from(i % 2 * q), of_n, row_of<T>(rows, row_stride, at.of.row, at.of.first(args, chunk), at.group),
                   row_stride[1], tokens_of(chunk), args.d_state, q, n, args.aligned);
     };
 
@@ -429,28 +434,28 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
     const auto fetch = [&](int i) {
         const int chunk = chunk_of(i), tokens = tokens_of(chunk);
         load_b(i);
-        next_steps = Steps::fetch(steps_of(args, at.batch, at.head, chunk), q);
+        next_steps = Steps::fetch(at.of.steps(args, at.head, chunk), q);
 #pragma unroll
         for (int k = 0; k < PIECES; k++) {
             const int token = of_p.row + k * of_p.rows;
             if (!values || token >= tokens || of_p.column >= at.channels) continue;
-            const int64_t t = int64_t(chunk) * q + token;
-            fetch_piece(pieces[k].values, row_of<T>(values, stride, at.batch, t, at.head) + at.first, of_p.column, at.channels,
+            const int t = at.of.first(args, chunk) + token;
+            fetch_piece(pieces[k].values, row_of<T>(values, stride, at.of.row, t, at.head) + at.first, of_p.column, at.channels,
                         args.aligned);
             if (!reverse || !args.z) continue;
-            fetch_piece(pieces[k].gates, row_of<T>(args.z, args.z_stride, at.batch, t, at.head) + at.first, of_p.column,
+            fetch_piece(pieces[k].gates, row_of<T>(args.z, args.z_stride, at.of.row, t, at.head) + at.first, of_p.column,
                         at.channels, args.aligned);
         }
     };
 
     State state;
     state.begin(args, at, reverse ? args.grad_state : args.initial_state);
-    if (args.chunks > 0) fetch(0);
-    for (int i = 0; i < args.chunks; i++) {
+    if (chunks > 0) fetch(0);
+    for (int i = 0; i < chunks; i++) {
         const int chunk = chunk_of(i), tokens = tokens_of(chunk);
         steps.put(next_steps, q);
         __syncthreads();
-        bf16* const to = (reverse ? args.grad_states : args.states) + state_at(args, at.batch, chunk, at.head, TC) +
+        bf16* const to = (reverse ? args.grad_states : args.states) + at.of.state(args, chunk, at.head, TC) +
                          int64_t(at.first) * n;
         state.each(at, [&](Tile<4>& tile, int row0, int column0) {
             const bool whole = column0 + 32 <= n;
@@ -482,7 +487,7 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
                 }
             }
         });
-        if (!reverse && i + 1 == args.chunks) break;
+        if (!reverse && i + 1 == chunks) break;
 #pragma unroll
         for (int k = 0; k < PIECES; k++) {
             const int token = of_p.row + k * of_p.rows;
@@ -503,7 +508,7 @@ template <typename T> __device__ __forceinline__ void states(const Ssd& args) {
         const ChunkDecay total(steps.exponent[q - 1]);
         loads_arrive();
         __syncthreads();
-        if (i + 1 < args.chunks) fetch(i + 1);
+        if (i + 1 < chunks) fetch(i + 1);
         state.advance(at, inputs, both_b.rows_from(i % 2 * q), total, q);
     }
     if (reverse) state.end(args, at, args.grad_initial_state);

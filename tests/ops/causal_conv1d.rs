@@ -145,6 +145,10 @@ fn cases() -> Vec<Case> {
         for packing in laws::packings() {
             cases.push(Conv::packed(&case([0, 5, 0, 4], true, true, Silu, layout), Some(packing)));
         }
+        for (i, width) in [(6, 3), (7, 4), (9, 8)] {
+            let packing = laws::packings()[i].clone();
+            cases.push(Conv::packed(&case([0, 72, 0, width], true, true, Silu, layout), Some(packing)));
+        }
     }
     cases
 }
@@ -163,6 +167,7 @@ fn packed() {
             laws::packed::<Conv>(&case([0, 5, 0, width], bias, state, activation, layout));
         }
         laws::packed::<Conv>(&case([0, 530, 0, 4], true, true, Silu, layout));
+        laws::packed::<Conv>(&case([0, 136, 0, 3], true, true, Silu, layout));
     }
 }
 
@@ -204,7 +209,9 @@ fn threads() {
 #[test]
 fn repeats() {
     for layout in [ChannelsFirst, ChannelsLast] {
-        laws::repeats::<Conv>(&case([2, 70, 400, 4], true, true, Silu, layout));
+        let case = case([2, 70, 400, 4], true, true, Silu, layout);
+        laws::repeats::<Conv>(&case);
+        laws::repeats::<Conv>(&Conv::packed(&case, Some(laws::packings()[8].clone())));
     }
 }
 

@@ -202,6 +202,8 @@ fn cases() -> Vec<Case> {
         for packing in laws::packings() {
             cases.push(Scan::packed(&Case::new([0, 18, 0, 3], layout), Some(packing)));
         }
+        let packing = Some(laws::packings()[7].clone());
+        cases.push(Scan::packed(&Case::new([0, 128, 0, 16], layout), packing));
     }
     cases
 }
@@ -219,6 +221,7 @@ fn packed() {
             laws::packed::<Scan>(&Case { b, c, ..Case::new([0, 6, 0, 3], layout) });
         }
         laws::packed::<Scan>(&Case { state: false, z: false, ..Case::new([0, 18, 0, 4], layout) });
+        laws::packed::<Scan>(&Case::new([0, 128, 0, 16], layout));
         laws::packed::<Scan>(&Case { d: false, delta_softplus: false, ..Case::new([0, 140, 0, 2], layout) });
     }
 }
@@ -260,7 +263,9 @@ fn threads() {
 #[test]
 fn repeats() {
     for layout in [ChannelsFirst, ChannelsLast] {
-        laws::repeats::<Scan>(&Case { b: Some(2), ..Case::new([2, 300, 140, 4], layout) });
+        let case = Case { b: Some(2), ..Case::new([2, 300, 140, 4], layout) };
+        laws::repeats::<Scan>(&case);
+        laws::repeats::<Scan>(&Scan::packed(&case, Some(laws::packings()[9].clone())));
     }
 }
 

@@ -185,6 +185,10 @@ fn cases() -> Vec<Case> {
     for packing in laws::packings() {
         cases.push(Ssd::packed(&Case::new([0, 0, 6, 5, 2, 3]), Some(packing)));
     }
+    // The sizes that a GPU has kernels of its own for.
+    let packing = Some(laws::packings()[7].clone());
+    cases.push(Ssd::packed(&Case::new([0, 0, 2, 64, 1, 128]), packing.clone()));
+    cases.push(Ssd::packed(&Case { state: true, ..Case::bare([0, 0, 2, 64, 1, 128]) }, packing));
     cases
 }
 
@@ -199,6 +203,7 @@ fn packed() {
     laws::packed::<Ssd>(&Case { chunk_size: 64, d: Some(2), ..Case::new([0, 0, 13, 3, 1, 17]) });
     laws::packed::<Ssd>(&Case { chunk_size: 33, dt_limit: (0.1, 0.6), ..Case::new([0, 0, 6, 17, 6, 4]) });
     laws::packed::<Ssd>(&Case::bare([0, 0, 4, 5, 2, 3]));
+    laws::packed::<Ssd>(&Case::new([0, 0, 4, 32, 2, 64]));
 }
 
 #[test]
@@ -228,7 +233,9 @@ fn threads() {
 
 #[test]
 fn repeats() {
-    laws::repeats::<Ssd>(&Case::new([2, 150, 20, 16, 2, 24]));
+    let case = Case::new([2, 150, 20, 16, 2, 24]);
+    laws::repeats::<Ssd>(&case);
+    laws::repeats::<Ssd>(&Ssd::packed(&case, Some(laws::packings()[9].clone())));
 }
 
 #[test]

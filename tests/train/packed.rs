@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use mamba_model::{Model, config::ModelConfig};
+use mamba_model::{Model, checkpoint::LocalDir, config::ModelConfig};
 use mamba_train::data::{Batch, Batching, Dataset, IGNORED, TokenWriter};
 use mamba_train::{Gradients, Schedule, TrainOptions, TrainableModel, Trainer, language_model_loss, latest};
 
+use crate::support::golden;
 use crate::support::random::Random;
+use crate::support::target::with_gpu;
 use crate::support::tolerance::{relative_rms, values};
 use crate::{bits, open};
 
@@ -20,6 +22,12 @@ fn documents(model: &Model) -> Vec<Vec<u32>> {
     [7, 2, 41, 3, 20].map(|len| random.ids(len, model.config().vocab_size as u32)).to_vec()
 }
 
+/// A model on another device.
+fn open_on(name: &str, dtype: DType, device: &Device) -> Model {
+    let folder = LocalDir::new(golden::path("models").join(name)).unwrap();
+    Model::from_pretrained(&folder, dtype, device).unwrap()
+}
+
 fn loss_and_gradients(model: &TrainableModel, batch: &Batch) -> (f64, Gradients) {
     let loss = language_model_loss(model.model(), batch).unwrap();
     (values(&loss)[0], Gradients::of(&loss, model.parameters()).unwrap())
@@ -29,28 +37,49 @@ fn loss_and_gradients(model: &TrainableModel, batch: &Batch) -> (f64, Gradients)
 fn packed_equals_separate_and_padded() {
     for name in MODELS {
         for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-12)] {
-            let model = TrainableModel::new(&open(name, dtype), dtype).unwrap();
-            let documents = documents(model.model());
-            let (mut loss, mut gradients) = (0.0, Gradients::default());
-            for document in &documents {
-                let alone = Batch::padded(std::slice::from_ref(document), &Device::Cpu).unwrap();
-                let (one, of_one) = loss_and_gradients(&model, &alone);
-                loss += one;
-                gradients.add(of_one).unwrap();
+            equals_separate(name, dtype, tolerance, &Device::Cpu);
+        }
+    }
+}
+
+mod cuda {
+    use super::*;
+
+    /// One launch reads all documents.
+    #[test]
+    fn packed_equals_separate_and_padded() {
+        with_gpu(|device| {
+            for name in MODELS {
+                equals_separate(name, DType::F32, 1e-4, device);
             }
-            let packed = Batch::packed(&documents, &Device::Cpu).unwrap();
-            let padded = Batch::padded(&documents, &Device::Cpu).unwrap();
-            assert_eq!((packed.count, padded.count), (68, 68));
-            assert_eq!(packed.inputs.elem_count(), 68);
-            for batch in [packed, padded] {
-                let (got, of_all) = loss_and_gradients(&model, &batch);
-                assert!((got / loss - 1.0).abs() < tolerance, "{name}: {got}, expected {loss}");
-                for parameter in model.parameters() {
-                    let [got, want] = [&of_all, &gradients].map(|g| g.get(parameter.name()).unwrap());
-                    let error = relative_rms(got, want);
-                    assert!(error < tolerance, "{name} {}: {error}", parameter.name());
-                }
-            }
+            Ok(MODELS.len())
+        });
+    }
+}
+
+/// Packed or padded, documents have the loss and the gradients that they have one by one in CPU memory.
+fn equals_separate(name: &str, dtype: DType, tolerance: f64, device: &Device) {
+    let alone = TrainableModel::new(&open(name, dtype), dtype).unwrap();
+    let documents = documents(alone.model());
+    let (mut loss, mut gradients) = (0.0, Gradients::default());
+    for document in &documents {
+        let batch = Batch::padded(std::slice::from_ref(document), &Device::Cpu).unwrap();
+        let (one, of_one) = loss_and_gradients(&alone, &batch);
+        loss += one;
+        gradients.add(of_one).unwrap();
+    }
+    let model = TrainableModel::new(&open_on(name, dtype, device), dtype).unwrap();
+    let packed = Batch::packed(&documents, device).unwrap();
+    let padded = Batch::padded(&documents, device).unwrap();
+    assert_eq!((packed.count, padded.count), (68, 68));
+    assert_eq!(packed.inputs.elem_count(), 68);
+    for batch in [packed, padded] {
+        let (got, of_all) = loss_and_gradients(&model, &batch);
+        assert!((got / loss - 1.0).abs() < tolerance, "{name}: {got}, expected {loss}");
+        for parameter in model.parameters() {
+            let [got, want] = [&of_all, &gradients].map(|g| g.get(parameter.name()).unwrap());
+            let error = relative_rms(&got.to_device(&Device::Cpu).unwrap(), want);
+            assert!(error < tolerance, "{name} {}: {error}", parameter.name());
         }
     }
 }

@@ -241,16 +241,19 @@ pub(crate) struct Sequences {
     pub(crate) positions: Vec<usize>,
     /// `(batch, seqlen)`; else `(1, total)`.
     pub(crate) even: bool,
+    /// Where they lie in the one row, if they are not even: one for all layers, which share what it has on a GPU.
+    packing: Option<Packing>,
 }
 
 impl Sequences {
     fn even(batch: usize, seqlen: usize) -> Self {
-        Self { lengths: vec![seqlen; batch], positions: vec![0; batch], even: true }
+        Self { lengths: vec![seqlen; batch], positions: vec![0; batch], even: true, packing: None }
     }
 
     fn packed(lengths: Vec<usize>) -> Self {
         let even = lengths.windows(2).all(|pair| pair[0] == pair[1]) && !lengths.is_empty();
-        Self { positions: vec![0; lengths.len()], lengths, even }
+        let packing = (!even).then(|| Packing::from_lengths(&lengths));
+        Self { positions: vec![0; lengths.len()], lengths, even, packing }
     }
 
     /// Sequences.
@@ -267,8 +270,8 @@ impl Sequences {
     }
 
     /// Where each sequence lies in the one row of all of them; none if they are rows of one length.
-    pub(crate) fn packing(&self) -> Option<Packing> {
-        (!self.even).then(|| Packing::from_lengths(&self.lengths))
+    pub(crate) fn packing(&self) -> Option<&Packing> {
+        self.packing.as_ref()
     }
 
     /// Where the last token of each sequence stands among all tokens.
@@ -287,6 +290,7 @@ impl Sequences {
 
     /// One of them alone.
     pub(crate) fn row(&self, i: usize) -> Self {
-        Self { lengths: vec![self.lengths[i]], positions: vec![self.positions[i]], even: true }
+        let (lengths, positions) = (vec![self.lengths[i]], vec![self.positions[i]]);
+        Self { lengths, positions, even: true, packing: None }
     }
 }

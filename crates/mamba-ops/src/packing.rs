@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+use crate::device::PiecesOnGpus;
 use crate::host::uninit;
 use crate::reference::{self, part};
 
@@ -25,7 +27,8 @@ pub struct PackedSequence {
 /// that of an empty one is its initial state. Padding is not read: there, outputs and gradients are 0.
 ///
 /// Boundaries are read from a tensor once, here, wherever it lives (on a GPU that waits for it), and then serve every op
-/// of every layer. A clone is cheap.
+/// of every layer. A GPU gets its tables of them from the first op that needs one: give all layers the same packing, or clones
+/// of it, which are cheap.
 ///
 /// # Example
 /// ```
@@ -41,14 +44,34 @@ pub struct PackedSequence {
 /// assert!(gap < 1e-6);
 /// # Ok(()) }
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Packing {
     batch: usize,
     seqlen: usize,
     sequences: Arc<[PackedSequence]>,
+    #[cfg(feature = "cuda")]
+    pub(crate) on_gpus: PiecesOnGpus,
 }
 
+impl PartialEq for Packing {
+    fn eq(&self, other: &Self) -> bool {
+        (self.batch, self.seqlen, &self.sequences) == (other.batch, other.seqlen, &other.sequences)
+    }
+}
+
+impl Eq for Packing {}
+
 impl Packing {
+    fn new(batch: usize, seqlen: usize, sequences: Vec<PackedSequence>) -> Self {
+        Self {
+            batch,
+            seqlen,
+            sequences: sequences.into(),
+            #[cfg(feature = "cuda")]
+            on_gpus: PiecesOnGpus::default(),
+        }
+    }
+
     /// Sequences of these lengths behind one another in a batch of one row, without padding.
     pub fn from_lengths(lengths: &[usize]) -> Self {
         let mut start = 0usize;
@@ -58,7 +81,7 @@ impl Packing {
             PackedSequence { row: 0, start: first, len }
         };
         let sequences = lengths.iter().map(&mut sequence).collect();
-        Self { batch: 1, seqlen: start, sequences }
+        Self::new(1, start, sequences)
     }
 
     /// The same, from where they begin and the last one ends, `[0, end of the first, …, seqlen]`: `(sequences + 1,)` of any
@@ -109,7 +132,7 @@ impl Packing {
                 start += run.len();
             }
         }
-        Ok(Self { batch, seqlen, sequences: sequences.into() })
+        Ok(Self::new(batch, seqlen, sequences))
     }
 
     /// Each row one sequence: what a call without packing means.
@@ -120,7 +143,7 @@ impl Packing {
     /// Some rows one sequence each, the others padding.
     pub(crate) fn some_rows(rows: impl Iterator<Item = usize>, batch: usize, seqlen: usize) -> Self {
         let sequences = rows.map(|row| PackedSequence { row, start: 0, len: seqlen }).collect();
-        Self { batch, seqlen, sequences }
+        Self::new(batch, seqlen, sequences)
     }
 
     /// The sequences, in the order of their states.
@@ -150,7 +173,25 @@ impl Packing {
 
     /// Whether some token belongs to no sequence.
     pub fn has_padding(&self) -> bool {
-        self.sequences.iter().map(|sequence| sequence.len).sum::<usize>() < self.batch * self.seqlen
+        self.tokens() < self.batch * self.seqlen
+    }
+
+    /// Tokens of all sequences.
+    pub(crate) fn tokens(&self) -> usize {
+        self.sequences.iter().map(|sequence| sequence.len).sum()
+    }
+
+    /// Whether each row is one sequence, as without a packing.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_of_rows(&self) -> bool {
+        let whole = |row| PackedSequence { row, start: 0, len: self.seqlen };
+        self.len() == self.batch && self.sequences.iter().enumerate().all(|(i, s)| *s == whole(i))
+    }
+
+    /// Tokens of the longest sequence.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn longest(&self) -> usize {
+        self.sequences.iter().map(|sequence| sequence.len).max().unwrap_or(0)
     }
 
     /// Room for an output with an axis of tokens, of which kernels write all but the padding.

@@ -7,7 +7,7 @@ use mamba_ops::{
 };
 
 use super::conv::CausalConv;
-use super::{Mixer, NegativeExp, one_by_one};
+use super::{Mixer, NegativeExp};
 use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
@@ -122,7 +122,7 @@ impl Mamba1 {
     /// The whole block while training as one function, or as much of it as has no adapter; none if the block has parts that
     /// the function does not have.
     fn fused(&self, x: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
-        if !self.is_trained(x) || one_by_one(x, sequences) {
+        if !self.is_trained(x) {
             return Ok(None);
         }
         let ([x_proj], [dt_proj], None, None) =
@@ -139,7 +139,7 @@ impl Mamba1 {
             delta_bias: Some(&self.dt_bias),
             d: Some(&self.d),
             out_proj: self.out_proj.plain(),
-            packing: sequences.packing().as_ref(),
+            packing: sequences.packing(),
             recompute: false,
             ..Mamba1Inner::new(&xz, &self.conv1d.filters()?, x_proj, dt_proj, &self.a.get()?)
         })?;
@@ -157,8 +157,8 @@ impl Mamba1 {
         };
         let (x, z) = self.split(xz)?;
         let packing = sequences.packing();
-        let x = self.conv1d.forward(&x, packing.as_ref(), conv)?;
-        self.scan(&x, &z, packing.as_ref(), ssm)
+        let x = self.conv1d.forward(&x, packing, conv)?;
+        self.scan(&x, &z, packing, ssm)
     }
 
     /// The scan over sequences or, in place, one step of them.

@@ -7,7 +7,7 @@ use mamba_ops::{
 };
 
 use super::conv::CausalConv;
-use super::{Mixer, NegativeExp, one_by_one, scaled, wide};
+use super::{Mixer, NegativeExp, scaled, wide};
 use crate::Result;
 use crate::batch::Sequences;
 use crate::cache::MixerState;
@@ -143,7 +143,7 @@ impl Mamba2 {
     /// The whole block while training as one function, or as much of it as has no adapter and no multipliers; none if the block
     /// has parts that the function does not have.
     fn fused(&self, x: &Tensor, sequences: &Sequences) -> Result<Option<Tensor>> {
-        if self.config.d_bypass() > 0 || !self.is_trained(x) || one_by_one(x, sequences) {
+        if self.config.d_bypass() > 0 || !self.is_trained(x) {
             return Ok(None);
         }
         let Mamba2Config { d_ssm, headdim, ngroups, dt_limit, chunk_size, .. } = self.config;
@@ -169,7 +169,7 @@ impl Mamba2 {
             dt_limit,
             chunk_size,
             initial_ssm_state: self.initial(sequences, None)?.as_ref(),
-            packing: sequences.packing().as_ref(),
+            packing: sequences.packing(),
             recompute: false,
             ..Mamba2SplitConv1dScan::new(&input, &self.conv1d.filters()?, &self.a.get()?, headdim)
         })?;
@@ -213,14 +213,14 @@ impl Mamba2 {
         let xbc = projected.narrow(2, 2 * bypass + d_ssm, conv_dim)?;
         let dt = projected.narrow(2, 2 * bypass + d_ssm + conv_dim, self.config.nheads())?;
         let packing = sequences.packing();
-        let xbc = self.conv1d.forward(&xbc, packing.as_ref(), conv)?;
+        let xbc = self.conv1d.forward(&xbc, packing, conv)?;
         // Without a norm the scan applies the gate itself.
         let gate = if self.norm.is_none() { Some(z.contiguous()?) } else { None };
         let initial = self.initial(sequences, ssm.as_deref())?;
         if let (Some(state), Some(initial), true) = (&mut ssm, &initial, self.init_states.is_some()) {
             **state = initial.copy()?;
         }
-        let mut y = self.scan(&xbc, &dt, gate.as_ref(), packing.as_ref(), initial, ssm)?;
+        let mut y = self.scan(&xbc, &dt, gate.as_ref(), packing, initial, ssm)?;
         if let Some((GatedNorm { eps, before_gate }, weight)) = &self.norm {
             y = norm(&Norm {
                 z: Some(&z),

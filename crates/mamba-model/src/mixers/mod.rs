@@ -74,11 +74,6 @@ impl NegativeExp {
     }
 }
 
-/// Whether ops read these sequences one after another: a fused block would then compute each a second time in backward.
-fn one_by_one(x: &Tensor, sequences: &Sequences) -> bool {
-    !x.device().is_cpu() && !sequences.even
-}
-
 /// `x` for arithmetic that rounds once at its end: 16 bits are widened. Candle rounds after every operation, and scalars too.
 pub(crate) fn wide(x: &Tensor) -> Result<Tensor> {
     Ok(match x.dtype() {

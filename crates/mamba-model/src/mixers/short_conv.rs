@@ -37,7 +37,7 @@ impl Mixer for ShortConv {
         let part = |i: usize| bcx.narrow(2, i * self.d_model, self.d_model);
         let gated = (part(0)? * part(2)?)?;
         let window = state.and_then(|state| state.conv.as_mut());
-        let convolved = self.conv.forward(&gated, sequences.packing().as_ref(), window)?;
+        let convolved = self.conv.forward(&gated, sequences.packing(), window)?;
         self.out_proj.forward(&(part(1)? * convolved)?)
     }
 }

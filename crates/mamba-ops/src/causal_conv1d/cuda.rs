@@ -7,11 +7,12 @@ use candle_core::{DType, Result, Tensor};
 use super::autograd::{BIAS, INITIAL_STATE, Node, SLOTS, WEIGHT, X};
 use super::{CausalConv1dUpdate, OP, Sizes, UPDATE_OP};
 use crate::autograd::Forward;
-use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::device::{
+    self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pieces, Pointer, int, module,
+};
 use crate::host;
 use crate::layout::Activation;
 use crate::layout::SequenceLayout::{self, ChannelsFirst, ChannelsLast};
-use crate::packing::PackedSequence;
 
 static MODULE: Module = module!("causal_conv1d");
 
@@ -30,7 +31,7 @@ struct Conv {
     weight: Pointer,
     bias: Pointer,
     initial_state: u64,
-    row_stride: i64,
+    pieces: u64,
     token_stride: i64,
     batch: i32,
     dim: i32,
@@ -38,6 +39,8 @@ struct Conv {
     width: i32,
     silu: i32,
     run: i32,
+    count: i32,
+    padding: i32,
 }
 
 #[repr(C)]
@@ -78,9 +81,9 @@ struct ConvUpdate {
     padding: i32,
 }
 
-const _: () = assert!(size_of::<Conv>() == 88);
-const _: () = assert!(size_of::<ConvForward>() == 104);
-const _: () = assert!(size_of::<ConvBackward>() == 152);
+const _: () = assert!(size_of::<Conv>() == 96);
+const _: () = assert!(size_of::<ConvForward>() == 112);
+const _: () = assert!(size_of::<ConvBackward>() == 160);
 const _: () = assert!(size_of::<ConvUpdate>() == 96);
 // SAFETY: as the structs of `causal_conv1d.cu`.
 unsafe impl Arguments for ConvForward {}
@@ -88,32 +91,6 @@ unsafe impl Arguments for ConvForward {}
 unsafe impl Arguments for ConvBackward {}
 // SAFETY: as above.
 unsafe impl Arguments for ConvUpdate {}
-
-/// What one launch handles: the whole batch, or a packed sequence of it.
-#[derive(Clone, Copy)]
-struct Segment {
-    /// Its sizes; `sequences` is not used.
-    sizes: Sizes,
-    /// Its first element in `x`, `y` and their gradients.
-    start: usize,
-    /// Its first sequence, whose place in the states it has.
-    sequence: usize,
-}
-
-fn segments(node: &Node) -> Vec<Segment> {
-    let Sizes { batch, dim, seqlen, .. } = node.sizes;
-    let sequences = node.packing.sequences();
-    let rows = (0..batch).map(|row| PackedSequence { row, start: 0, len: seqlen });
-    if sequences.len() == batch && rows.zip(sequences).all(|(row, sequence)| row == *sequence) {
-        return vec![Segment { sizes: node.sizes, start: 0, sequence: 0 }];
-    }
-    let segment = |(sequence, at): (usize, &PackedSequence)| Segment {
-        sizes: Sizes { batch: 1, seqlen: at.len, ..node.sizes },
-        start: at.row * seqlen * dim + at.start * if node.layout == ChannelsLast { dim } else { 1 },
-        sequence,
-    };
-    sequences.iter().enumerate().map(segment).collect()
-}
 
 /// The inputs as kernels read them, contiguous but for tokens of `x`, channels last, which may lie further apart; how far.
 fn prepare(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<([Option<Tensor>; SLOTS], usize)> {
@@ -136,11 +113,6 @@ fn prepare(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<([Option<Ten
     Ok((prepared, token_stride))
 }
 
-/// Where an element further on is; of no tensor, nowhere.
-fn from(pointer: Pointer, elements: usize, dtype: DType) -> u64 {
-    pointer.offset(elements, dtype).address
-}
-
 /// How a thread reads its elements.
 #[derive(Clone, Copy)]
 struct Shape {
@@ -150,19 +122,10 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(
-        node: &Node,
-        token_stride: usize,
-        segments: &[Segment],
-        dtype: DType,
-        pointers: &[Pointer],
-    ) -> Self {
+    fn new(node: &Node, token_stride: usize, dtype: DType, pointers: &[Pointer]) -> Self {
         let aligned = |n: usize| n > 0 && n.is_multiple_of(8);
         let rows = match node.layout {
-            ChannelsFirst => {
-                let within = |s: &Segment| aligned(s.sizes.seqlen) && s.start.is_multiple_of(8);
-                aligned(node.sizes.seqlen) && segments.iter().all(within)
-            }
+            ChannelsFirst => aligned(node.sizes.seqlen) && node.packing.is_of_rows(),
             ChannelsLast => aligned(node.sizes.dim) && aligned(token_stride),
         };
         let starts =
@@ -198,95 +161,105 @@ fn threads(count: usize) -> usize {
 
 /// Tokens of a run, channels last: few enough to fill the GPU with so many threads a multiprocessor, many enough that the window
 /// costs little.
-fn run(gpu: &Gpu, sizes: Sizes, packs: usize, threads: usize, longest: usize) -> usize {
-    let sequences = sizes.batch.max(1) * packs.max(1);
-    let runs = (gpu.multiprocessors() * threads).div_ceil(sequences);
-    sizes.seqlen.div_ceil(runs).clamp(16, longest).next_multiple_of(4)
-}
-
-/// The arguments that forward and backward share, of one segment.
-fn arguments(
-    node: &Node,
-    segment: &Segment,
-    token_stride: usize,
-    dtype: DType,
-    [x, weight, bias, initial_state]: [Pointer; SLOTS],
-    run: usize,
-) -> Result<Conv> {
-    let Sizes { batch, dim, seqlen, width, .. } = segment.sizes;
-    let start = match node.layout {
-        ChannelsFirst => segment.start,
-        ChannelsLast => segment.start / dim.max(1) * token_stride,
+fn run(gpu: &Gpu, node: &Node, packs: usize, threads: usize, longest: usize) -> usize {
+    // Packed, all sequences are cut as if they were one.
+    let (rows, tokens) = match node.packing.is_of_rows() {
+        true => (node.sizes.batch, node.sizes.seqlen),
+        false => (1, node.packing.tokens()),
     };
-    Ok(Conv {
-        x: from(x, start, dtype),
-        weight,
-        bias,
-        initial_state: from(initial_state, segment.states(), DType::F32),
-        row_stride: node.sizes.seqlen as i64,
-        token_stride: token_stride as i64,
-        batch: int(OP, batch)?,
-        dim: int(OP, dim)?,
-        seqlen: int(OP, seqlen)?,
-        width: int(OP, width)?,
-        silu: i32::from(node.activation == Activation::Silu),
-        run: run as i32,
-    })
+    let runs = (gpu.multiprocessors() * threads).div_ceil(rows.max(1) * packs.max(1));
+    tokens.div_ceil(runs).clamp(16, longest).next_multiple_of(4)
 }
 
-impl Segment {
-    /// Its first element in the states.
-    fn states(&self) -> usize {
-        self.sequence * self.sizes.dim * (self.sizes.width - 1)
-    }
+/// How a kernel is launched.
+struct Grid {
+    launch: Launch,
+    /// Tokens of a thread, channels last.
+    run: usize,
+    /// The sequences, if they are not rows.
+    pieces: Option<Pieces>,
+    /// Pieces of them, packed or not.
+    count: usize,
 }
 
-/// The grid of a forward, and the tokens of a thread, channels last.
-fn forward_grid(gpu: &Gpu, layout: SequenceLayout, sizes: Sizes, shape: Shape) -> (Launch, usize) {
-    let Sizes { batch, dim, seqlen, .. } = sizes;
-    match layout {
-        ChannelsFirst => {
-            let threads = threads(seqlen.div_ceil(STEPS));
-            // A block goes through a long row in several steps, unless there are few rows.
-            let rows = batch * dim;
-            let steps = if rows < gpu.multiprocessors() * 16 { 1 } else { 4 };
-            let splits = seqlen.div_ceil(threads * STEPS * steps).clamp(1, 65535);
-            (Launch { blocks: [rows, splits, 1], threads: [threads, 1], shared: 0 }, 0)
-        }
-        ChannelsLast => {
-            let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
-            let (run, threads) = (run(gpu, sizes, packs, 2048, 24), threads(packs));
-            let runs = seqlen.div_ceil(run).max(1);
-            let blocks = [batch * runs, packs.div_ceil(threads), 1];
-            (Launch { blocks, threads: [threads, 1], shared: 0 }, run)
+impl Grid {
+    /// Of a forward.
+    fn forward(gpu: &Gpu, node: &Node, shape: Shape) -> Result<Self> {
+        let Sizes { batch, dim, seqlen, sequences, .. } = node.sizes;
+        match node.layout {
+            ChannelsFirst => {
+                let longest = node.packing.longest();
+                let threads = threads(longest.div_ceil(STEPS));
+                // A block goes through a long row in several steps, unless there are few rows.
+                let rows = sequences * dim;
+                let steps = if rows < gpu.multiprocessors() * 16 { 1 } else { 4 };
+                let splits = longest.div_ceil(threads * STEPS * steps).clamp(1, 65535);
+                let launch = Launch { blocks: [rows, splits, 1], threads: [threads, 1], shared: 0 };
+                Ok(Self { launch, run: 0, pieces: gpu.pieces(&node.packing, Cut::Whole)?, count: sequences })
+            }
+            ChannelsLast => {
+                let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
+                let (run, threads) = (run(gpu, node, packs, 2048, 24), threads(packs));
+                let pieces = gpu.pieces(&node.packing, Cut::Pieces(run))?;
+                let count =
+                    pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(run).max(1), Pieces::count);
+                let blocks = [count, packs.div_ceil(threads), 1];
+                Ok(Self { launch: Launch { blocks, threads: [threads, 1], shared: 0 }, run, pieces, count })
+            }
         }
     }
-}
 
-/// The grid of a backward, the tokens of a thread, channels last, and into how many sums those of a parameter are split.
-fn backward_grid(
-    gpu: &Gpu,
-    layout: SequenceLayout,
-    sizes: Sizes,
-    shape: Shape,
-) -> Result<(Launch, usize, usize)> {
-    let Sizes { batch, dim, seqlen, .. } = sizes;
-    Ok(match layout {
-        ChannelsFirst => {
-            let pieces = batch * seqlen.div_ceil(STEPS).max(1);
-            int(OP, pieces)?;
-            let threads = threads(pieces);
-            let fill = (gpu.multiprocessors() * 16).div_ceil(dim.max(1));
-            let splits = pieces.div_ceil(threads).clamp(1, fill.min(65535));
-            (Launch { blocks: [dim, splits, 1], threads: [threads, 1], shared: 0 }, 0, splits)
+    /// Of a backward, whose second or first axis, channels last, are the sums into which those of a parameter are split.
+    fn backward(gpu: &Gpu, node: &Node, shape: Shape) -> Result<Self> {
+        let Sizes { batch, dim, seqlen, .. } = node.sizes;
+        match node.layout {
+            ChannelsFirst => {
+                let pieces = gpu.pieces(&node.packing, Cut::Pieces(STEPS))?;
+                let count =
+                    pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(STEPS).max(1), Pieces::count);
+                let threads = threads(count);
+                let fill = (gpu.multiprocessors() * 16).div_ceil(dim.max(1));
+                let splits = count.div_ceil(threads).clamp(1, fill.min(65535));
+                let launch = Launch { blocks: [dim, splits, 1], threads: [threads, 1], shared: 0 };
+                Ok(Self { launch, run: 0, pieces, count })
+            }
+            ChannelsLast => {
+                let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
+                let run = run(gpu, node, packs, 1024, 64);
+                let pieces = gpu.pieces(&node.packing, Cut::Pieces(run))?;
+                let count =
+                    pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(run).max(1), Pieces::count);
+                let blocks = [count.div_ceil(RUNS).max(1), packs.div_ceil(32), 1];
+                Ok(Self { launch: Launch { blocks, threads: [32, RUNS], shared: 0 }, run, pieces, count })
+            }
         }
-        ChannelsLast => {
-            let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
-            let run = run(gpu, sizes, packs, 1024, 64);
-            let splits = (batch * seqlen.div_ceil(run).max(1)).div_ceil(RUNS).max(1);
-            (Launch { blocks: [splits, packs.div_ceil(32), 1], threads: [32, RUNS], shared: 0 }, run, splits)
-        }
-    })
+    }
+
+    /// The arguments that forward and backward share.
+    fn arguments(
+        &self,
+        node: &Node,
+        token_stride: usize,
+        [x, weight, bias, initial_state]: [Pointer; SLOTS],
+    ) -> Result<Conv> {
+        let Sizes { batch, dim, seqlen, width, .. } = node.sizes;
+        Ok(Conv {
+            x: x.address,
+            weight,
+            bias,
+            initial_state: initial_state.address,
+            pieces: self.pieces.as_ref().map_or(0, Pieces::address),
+            token_stride: token_stride as i64,
+            batch: int(OP, batch)?,
+            dim: int(OP, dim)?,
+            seqlen: int(OP, seqlen)?,
+            width: int(OP, width)?,
+            silu: i32::from(node.activation == Activation::Silu),
+            run: int(OP, self.run)?,
+            count: int(OP, self.count)?,
+            padding: 0,
+        })
+    }
 }
 
 pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<Forward<2>> {
@@ -297,23 +270,20 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<F
         let y = gpu.room(dtype, x.elem_count(), &node.packing)?;
         let (sequences, dim, window) = node.sizes.state_shape();
         let final_state = gpu.buffer(DType::F32, sequences * dim * window)?;
-        let segments = segments(node);
-        let shape = Shape::new(node, token_stride, &segments, dtype, &[pointers[X], y.pointer()]);
+        let shape = Shape::new(node, token_stride, dtype, &[pointers[X], y.pointer()]);
         let kernel = Kernel {
             module: &MODULE,
             name: symbol(false, node.layout, node.sizes.width, shape),
             dtype: Some(dtype),
         };
-        for segment in &segments {
-            let (launch, run) = forward_grid(gpu, node.layout, segment.sizes, shape);
-            let args = ConvForward {
-                conv: arguments(node, segment, token_stride, dtype, pointers, run)?,
-                y: from(y.pointer(), segment.start, dtype),
-                final_state: from(final_state.pointer(), segment.states(), DType::F32),
-            };
-            // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
-            unsafe { gpu.launch(kernel, launch, args) }?;
-        }
+        let grid = Grid::forward(gpu, node, shape)?;
+        let args = ConvForward {
+            conv: grid.arguments(node, token_stride, pointers)?,
+            y: y.pointer().address,
+            final_state: final_state.pointer().address,
+        };
+        // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
+        unsafe { gpu.launch(kernel, grid.launch, args) }?;
         let state = final_state.output(node.sizes.state_shape())?;
         Ok(Forward { outputs: [y.output(x.shape().clone())?, state], saved: vec![] })
     })
@@ -338,40 +308,30 @@ pub(super) fn backward(
         let (dinitial, dweight, dbias) = (like(INITIAL_STATE)?, like(WEIGHT)?, like(BIAS)?);
         let [pdx, pdinitial] = [&dx, &dinitial].map(device::pointer);
 
-        let segments = segments(node);
-        let shape = Shape::new(node, token_stride, &segments, dtype, &[px, grad_y, pdx]);
+        let shape = Shape::new(node, token_stride, dtype, &[px, grad_y, pdx]);
         let kernel = Kernel {
             module: &MODULE,
             name: symbol(true, node.layout, node.sizes.width, shape),
             dtype: Some(dtype),
         };
-        let grid = |segment: &Segment| backward_grid(gpu, node.layout, segment.sizes, shape);
-        let grids = segments.iter().map(grid).collect::<Result<Vec<_>>>()?;
+        let grid = Grid::backward(gpu, node, shape)?;
         // Each block sums over some of the tokens of a channel; one alone writes what is wanted.
-        let parts: usize = grids.iter().map(|(_, _, splits)| splits).sum();
+        let parts = grid.launch.blocks[if node.layout == ChannelsFirst { 1 } else { 0 }];
         let sums = |out: &Option<Buffer>, columns: usize| {
-            (out.is_some() && parts != 1).then(|| gpu.buffer(DType::F32, parts * columns)).transpose()
+            (out.is_some() && parts > 1).then(|| gpu.buffer(DType::F32, parts * columns)).transpose()
         };
         let (weight_sums, bias_sums) = (sums(&dweight, dim * width)?, sums(&dbias, dim)?);
-        let place = |sums: &Option<Buffer>, out: &Option<Buffer>, elements: usize| match sums {
-            Some(sums) => sums.pointer().offset(elements, DType::F32),
-            None => device::pointer(out),
+        let args = ConvBackward {
+            conv: grid.arguments(node, token_stride, [px, weight, bias, initial_state])?,
+            grad_y: grad_y.address,
+            grad_state: grad_state.address,
+            dx: pdx.address,
+            dinitial: pdinitial.address,
+            dweight: device::pointer(if weight_sums.is_some() { &weight_sums } else { &dweight }),
+            dbias: device::pointer(if bias_sums.is_some() { &bias_sums } else { &dbias }),
         };
-        let mut part = 0;
-        for (segment, (launch, run, splits)) in segments.iter().zip(grids) {
-            let args = ConvBackward {
-                conv: arguments(node, segment, token_stride, dtype, [px, weight, bias, initial_state], run)?,
-                grad_y: from(grad_y, segment.start, dtype),
-                grad_state: from(grad_state, segment.states(), DType::F32),
-                dx: from(pdx, segment.start, dtype),
-                dinitial: from(pdinitial, segment.states(), DType::F32),
-                dweight: place(&weight_sums, &dweight, part * dim * width),
-                dbias: place(&bias_sums, &dbias, part * dim),
-            };
-            // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
-            unsafe { gpu.launch(kernel, launch, args) }?;
-            part += splits;
-        }
+        // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
+        unsafe { gpu.launch(kernel, grid.launch, args) }?;
         for (sums, out, columns) in [(weight_sums, &dweight, dim * width), (bias_sums, &dbias, dim)] {
             if let (Some(sums), Some(out)) = (sums, out) {
                 gpu.sum_rows(&sums, parts, columns, out)?;

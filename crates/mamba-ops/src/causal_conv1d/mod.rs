@@ -45,10 +45,10 @@ impl<'a> CausalConv1d<'a> {
         Self { x, weight, bias: None, initial_state: None, activation, layout, packing: None }
     }
 
-    /// Whether there are fused kernels; those for GPUs take filters that are not wide, and sequences that are not packed.
+    /// Whether there are fused kernels; those for GPUs take filters that are not wide.
     fn fused(&self) -> bool {
         #[cfg(feature = "cuda")]
-        if self.x.device().is_cuda() && (self.weight.dims()[1] > cuda::WIDEST || self.packing.is_some()) {
+        if self.x.device().is_cuda() && self.weight.dims()[1] > cuda::WIDEST {
             return false;
         }
         args::fused(self.x)
@@ -148,12 +148,7 @@ struct Sizes {
 /// `causal_conv1d_ref` in Dao-AILab/causal-conv1d.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let sizes = args.sizes(OP)?;
-    match args.packing {
-        _ if args.fused() => autograd::apply(args, sizes),
-        // One by one: by the kernel, if it was the packing that it does not take, else by the reference.
-        Some(packing) => reference::packed(args, packing, causal_conv1d),
-        None => reference::forward(args),
-    }
+    if args.fused() { autograd::apply(args, sizes) } else { reference::forward(args) }
 }
 
 /// Arguments of [`causal_conv1d_update`]; see there for shapes.

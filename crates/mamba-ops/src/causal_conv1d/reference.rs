@@ -15,7 +15,7 @@ use crate::reference::{cast, part, silu};
 pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let dtype = window_dtype(args.x);
     if let Some(packing) = args.packing {
-        return packed(args, packing, forward);
+        return packed(args, packing);
     }
     let x = cast(args.x, dtype)?;
     let x = match args.layout {
@@ -50,12 +50,8 @@ pub fn forward(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     Ok(CausalConv1dOutput { y: y.to_dtype(args.x.dtype())?, final_state })
 }
 
-/// Packed sequences one by one, each by `op`. Parameters go in as `f32`, so that their gradients are summed and then rounded.
-pub(super) fn packed(
-    args: &CausalConv1d,
-    packing: &Packing,
-    op: fn(&CausalConv1d) -> Result<CausalConv1dOutput>,
-) -> Result<CausalConv1dOutput> {
+/// Packed sequences one by one. Parameters go in as `f32`, so that their gradients are summed and then rounded.
+fn packed(args: &CausalConv1d, packing: &Packing) -> Result<CausalConv1dOutput> {
     let (axis, (dim, width)) = (args.layout.time_axis(), args.weight.dims2()?);
     let dtype = window_dtype(args.x);
     let weight = cast(args.weight, dtype)?;
@@ -64,7 +60,7 @@ pub(super) fn packed(
         let (x, state) = (sequence.of(args.x, axis)?, state_of(args.initial_state, i)?);
         let (weight, bias, initial_state) = (&weight, bias.as_ref(), state.as_ref());
         let alone = CausalConv1d { x: &x, weight, bias, initial_state, packing: None, ..*args };
-        op(&alone).map(|output| (output.y, output.final_state))
+        forward(&alone).map(|output| (output.y, output.final_state))
     })?;
     Ok(CausalConv1dOutput { y, final_state })
 }

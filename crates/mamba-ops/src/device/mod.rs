@@ -8,6 +8,7 @@
 mod gemm;
 mod graph;
 mod launch;
+mod pieces;
 
 use std::cell::Cell;
 use std::mem::size_of;
@@ -33,8 +34,10 @@ use half::{bf16, f16};
 pub(crate) use self::gemm::{Factor, Gemm};
 pub(crate) use self::graph::Graph;
 pub(crate) use self::launch::{Arguments, Kernel, Launch, Module, module};
+pub(crate) use self::pieces::{Cut, Pieces, PiecesOnGpus};
 use crate::autograd::Output;
 use crate::packing::Packing;
+
 /// A tensor as kernels see it: where its elements start, and their dtype. `Any` in `elem.cuh`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]

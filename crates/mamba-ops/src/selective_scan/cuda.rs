@@ -7,9 +7,12 @@ use candle_core::{DType, Result, Tensor};
 use super::autograd::{A, B, C, D, DELTA, DELTA_BIAS, INITIAL_STATE, Node, SLOTS, U, Z};
 use super::{OP, Sizes};
 use crate::autograd::Forward;
-use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::device::{
+    self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pieces, Pointer, int, module,
+};
 use crate::host;
 use crate::layout::SequenceLayout;
+use crate::packing::Packing;
 
 static FORWARD: Module = module!("selective_scan_forward");
 static BACKWARD: Module = module!("selective_scan_backward");
@@ -111,12 +114,15 @@ impl Shape {
         size_of::<f32>() * (activations + self.coefficients() + kept + sums + self.channels())
     }
 
-    fn launch(self, sizes: Sizes, splits: usize, shared: usize) -> Launch {
-        let blocks = [sizes.batch * self.blocks(sizes), splits, 1];
-        Launch { blocks, threads: [self.threads(), 1], shared }
+    fn launch(self, sizes: Sizes, splits: &Splits, shared: usize) -> Launch {
+        let [x, y] = match &splits.pieces {
+            Some(pieces) => [pieces.count(), 1],
+            None => [sizes.batch, splits.count],
+        };
+        Launch { blocks: [x * self.blocks(sizes), y, 1], threads: [self.threads(), 1], shared }
     }
 
-    /// Blocks of one batch element: the channels of each have one group of `b` and one of `c`.
+    /// Blocks of one sequence: the channels of each have one group of `b` and one of `c`.
     fn blocks(self, sizes: Sizes) -> usize {
         let unit = unit(sizes);
         sizes.dim.checked_div(unit).map_or(0, |units| units * unit.div_ceil(self.channels()))
@@ -167,6 +173,7 @@ struct Scan {
     partials: u64,
     ends: u64,
     spans: u64,
+    pieces: u64,
     u_stride: [i64; 3],
     delta_stride: [i64; 3],
     z_stride: [i64; 3],
@@ -204,7 +211,7 @@ struct Sum {
     padding: i32,
 }
 
-const _: () = assert!(size_of::<Scan>() == 456);
+const _: () = assert!(size_of::<Scan>() == 464);
 const _: () = assert!(size_of::<Sum>() == 80);
 // SAFETY: as `SelectiveScan` in `selective_scan.cuh`.
 unsafe impl Arguments for Scan {}
@@ -277,28 +284,37 @@ fn prepare(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<[Option<Tens
     Ok(prepared)
 }
 
-/// How a sequence is cut into parts that different blocks go through.
-#[derive(Clone, Copy)]
+/// How sequences are cut into parts that different blocks go through.
 struct Splits {
+    /// Of the longest.
     count: usize,
-    /// Tiles of each but the last.
+    /// Tiles of each but the last of a sequence.
     tiles: usize,
+    /// Those of packed sequences.
+    pieces: Option<Pieces>,
 }
 
 impl Splits {
-    fn none(sizes: Sizes) -> Self {
-        Self { count: 1, tiles: sizes.seqlen.div_ceil(TILE) }
+    /// Into this many of the longest sequence.
+    fn new(gpu: &Gpu, packing: &Packing, wanted: usize) -> Result<Self> {
+        let longest = packing.longest().div_ceil(TILE).max(1);
+        let tiles = longest.div_ceil(wanted);
+        let pieces = gpu.pieces(packing, Cut::Pieces(tiles * TILE))?;
+        Ok(Self { count: longest.div_ceil(tiles), tiles, pieces })
     }
 
-    /// As many as blocks of this shape fill the GPU with, but not shorter than what pays for the pass before.
-    fn fill(gpu: &Gpu, shape: Shape, sizes: Sizes) -> Self {
-        const SHORTEST: usize = 4;
-        const MOST: usize = 64; // each block goes through the ends of all before it
-        let tiles = sizes.seqlen.div_ceil(TILE);
-        let blocks = (sizes.batch * shape.blocks(sizes)).max(1);
-        let wanted = (gpu.multiprocessors() * BLOCKS_AT_ONCE / blocks).min(tiles / SHORTEST).clamp(1, MOST);
-        let tiles_of_split = tiles.div_ceil(wanted).max(1);
-        Self { count: tiles.div_ceil(tiles_of_split).max(1), tiles: tiles_of_split }
+    /// Of all sequences.
+    fn rows(&self, sizes: Sizes) -> usize {
+        self.pieces.as_ref().map_or(sizes.batch * self.count, Pieces::count)
+    }
+}
+
+/// Tiles of all sequences; packed, at most so many, as the kernels count them.
+fn tiles(node: &Node) -> usize {
+    let Sizes { batch, seqlen, sequences, .. } = node.sizes;
+    match node.packing.is_of_rows() {
+        true => batch * seqlen.div_ceil(TILE),
+        false => batch * seqlen / TILE + sequences,
     }
 }
 
@@ -306,15 +322,23 @@ impl Splits {
 const BLOCKS_AT_ONCE: usize = 2;
 
 /// How to fill the GPU: with splits where there would be at least so many; else, where channels are too few, with a narrower shape.
-fn divide(gpu: &Gpu, sizes: Sizes, least: usize) -> (Shape, Splits) {
+fn divide(gpu: &Gpu, node: &Node, least: usize) -> Result<(Shape, Splits)> {
+    const SHORTEST: usize = 4; // shorter splits do not pay for the pass before
+    const MOST: usize = 64; // each block goes through the ends of all before it
     const WARPS_TO_FILL: usize = 8;
-    let wide = Shape::wide(sizes);
-    let splits = Splits::fill(gpu, wide, sizes);
+    let (sizes, wide) = (node.sizes, Shape::wide(node.sizes));
+    // Sequences of uneven lengths fill the GPU as this many of the longest would.
+    let longest = node.packing.longest().div_ceil(TILE).max(1);
+    let tiles: usize = node.packing.sequences().iter().map(|sequence| sequence.len.div_ceil(TILE)).sum();
+    let blocks = (tiles * wide.blocks(sizes)).max(1);
+    let fill = gpu.multiprocessors() * BLOCKS_AT_ONCE * longest / blocks;
+    let splits = Splits::new(gpu, &node.packing, fill.min(longest / SHORTEST).clamp(1, MOST))?;
     if splits.count >= least {
-        return (wide, splits);
+        return Ok((wide, splits));
     }
-    let few = sizes.batch * wide.blocks(sizes) * wide.warps < gpu.multiprocessors() * WARPS_TO_FILL;
-    (if few && sizes.d_state <= 16 { NARROW_16 } else { wide }, Splits::none(sizes))
+    let few = blocks * wide.warps < gpu.multiprocessors() * WARPS_TO_FILL * longest;
+    let shape = if few && sizes.d_state <= 16 { NARROW_16 } else { wide };
+    Ok((shape, Splits::new(gpu, &node.packing, 1)?))
 }
 
 /// Where the pass before leaves what each split adds, if there are several.
@@ -324,20 +348,26 @@ struct Ends {
 }
 
 impl Ends {
-    /// Runs the pass before on a grid without the split whose end nobody needs.
-    fn find(gpu: &Gpu, kernel: Kernel, shape: Shape, sizes: Sizes, args: &mut Scan) -> Result<Option<Self>> {
-        let splits = args.splits as usize;
-        if splits < 2 {
+    /// Runs the pass before.
+    fn find(
+        gpu: &Gpu,
+        kernel: Kernel,
+        shape: Shape,
+        sizes: Sizes,
+        splits: &Splits,
+        args: &mut Scan,
+    ) -> Result<Option<Self>> {
+        if splits.count < 2 {
             return Ok(None);
         }
-        let rows = sizes.batch * splits * sizes.dim;
+        let rows = splits.rows(sizes) * sizes.dim;
         let ends = Self {
             states: gpu.buffer(DType::F32, rows * sizes.d_state)?,
             spans: gpu.buffer(DType::F32, rows)?,
         };
         (args.ends, args.spans) = (ends.states.pointer().address, ends.spans.pointer().address);
         // SAFETY: the inputs have the shapes that `sizes` checked, the ends were made for them.
-        unsafe { gpu.launch(kernel, shape.launch(sizes, splits - 1, shape.shared_ends()), *args) }?;
+        unsafe { gpu.launch(kernel, shape.launch(sizes, splits, shape.shared_ends()), *args) }?;
         Ok(Some(ends))
     }
 }
@@ -345,7 +375,7 @@ impl Ends {
 fn arguments(
     node: &Node,
     shape: Shape,
-    splits: Splits,
+    splits: &Splits,
     inputs: &[Option<Tensor>; SLOTS],
     pointers: &[Pointer],
 ) -> Result<Scan> {
@@ -359,10 +389,15 @@ fn arguments(
         C => c_groups.is_some(),
         _ => true,
     };
-    // Channels last, blocks begin at multiples of what shares groups.
-    let row = if node.layout == SequenceLayout::ChannelsFirst { seqlen } else { unit(node.sizes) };
+    // Channels last, blocks begin at multiples of what shares groups; channels first, with their sequences.
+    let begin = match node.layout {
+        SequenceLayout::ChannelsFirst => {
+            seqlen % 8 == 0 && node.packing.sequences().iter().all(|sequence| sequence.start % 8 == 0)
+        }
+        SequenceLayout::ChannelsLast => unit(node.sizes) % 8 == 0,
+    };
     let mut in_rows = [U, DELTA, Z, B, C].into_iter().filter(|&slot| varies(slot));
-    let packs = row % 8 == 0 && in_rows.all(|slot| in_packs(inputs[slot].as_ref(), pointers[slot]));
+    let packs = begin && in_rows.all(|slot| in_packs(inputs[slot].as_ref(), pointers[slot]));
     Ok(Scan {
         u: address(U),
         delta: address(DELTA),
@@ -375,6 +410,7 @@ fn arguments(
         d: address(D),
         delta_bias: address(DELTA_BIAS),
         initial_state: address(INITIAL_STATE),
+        pieces: splits.pieces.as_ref().map_or(0, Pieces::address),
         u_stride: strides(U),
         delta_stride: strides(DELTA),
         z_stride: strides(Z),
@@ -400,28 +436,28 @@ fn arguments(
 pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS], tracked: bool) -> Result<Forward<2>> {
     let inputs = prepare(node, inputs)?;
     let u = host::slot(OP, &inputs, U)?;
-    let Sizes { batch, dim, seqlen, d_state, .. } = node.sizes;
+    let Sizes { dim, d_state, sequences, .. } = node.sizes;
     device::views(OP, inputs.each_ref().map(Option::as_ref), |gpu, pointers| {
         // The pass before takes half as long as the scan itself: fewer splits do not make up for it.
-        let (shape, splits) = divide(gpu, node.sizes, 6);
-        let y = gpu.buffer(u.dtype(), u.elem_count())?;
-        let final_state = gpu.buffer(DType::F32, batch * dim * d_state)?;
+        let (shape, splits) = divide(gpu, node, 6)?;
+        let y = gpu.room(u.dtype(), u.elem_count(), &node.packing)?;
+        let final_state = gpu.buffer(DType::F32, sequences * dim * d_state)?;
         let checkpoints = match tracked {
-            true => Some(gpu.buffer(DType::F32, batch * seqlen.div_ceil(TILE) * dim * d_state)?),
+            true => Some(gpu.buffer(DType::F32, tiles(node) * dim * d_state)?),
             false => None,
         };
         let mut args = Scan {
             y: y.pointer().address,
             final_state: final_state.pointer().address,
             checkpoints: device::pointer(&checkpoints).address,
-            ..arguments(node, shape, splits, &inputs, &pointers)?
+            ..arguments(node, shape, &splits, &inputs, &pointers)?
         };
         let [kernel, ends] =
             shape.forward.map(|name| Kernel { module: &FORWARD, name, dtype: Some(u.dtype()) });
-        let _ends = Ends::find(gpu, ends, shape, node.sizes, &mut args)?;
+        let _ends = Ends::find(gpu, ends, shape, node.sizes, &splits, &mut args)?;
         // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
-        unsafe { gpu.launch(kernel, shape.launch(node.sizes, splits.count, shape.shared_forward()), args) }?;
-        let kept = |x: Buffer| x.tensor((batch, seqlen.div_ceil(TILE), dim, d_state));
+        unsafe { gpu.launch(kernel, shape.launch(node.sizes, &splits, shape.shared_forward()), args) }?;
+        let kept = |x: Buffer| x.tensor((tiles(node), dim, d_state));
         Ok(Forward {
             outputs: [y.output(u.shape().clone())?, final_state.output(node.sizes.state_shape())?],
             saved: checkpoints.map(kept).transpose()?.into_iter().collect(),
@@ -438,30 +474,29 @@ pub(super) fn backward(
 ) -> Result<[Option<Tensor>; SLOTS]> {
     let prepared = prepare(node, inputs)?;
     let u = host::slot(OP, inputs, U)?;
-    let Sizes { batch, dim, seqlen, d_state, b_groups, c_groups, .. } = node.sizes;
+    let Sizes { batch, dim, seqlen, d_state, b_groups, c_groups, sequences } = node.sizes;
     let grad_state = grads[1].as_ref().map(Tensor::contiguous).transpose()?;
     let [u_, delta, a, b, c, d, z, bias, state] = prepared.each_ref().map(Option::as_ref);
     let tensors =
         [u_, delta, a, b, c, d, z, bias, state, saved.first(), grads[0].as_ref(), grad_state.as_ref()];
     device::views(OP, tensors, |gpu, pointers| {
-        let (shape, splits) = divide(gpu, node.sizes, 2);
+        let (shape, splits) = divide(gpu, node, 2)?;
         let blocks = shape.blocks(node.sizes);
-        let rows = |len: usize| gpu.buffer(DType::F32, batch * len);
-        let row_count = batch * splits.count;
+        let row_count = splits.rows(node.sizes);
         let split_rows = |len: usize| gpu.buffer(DType::F32, row_count * len);
-        let activation = || gpu.buffer(u.dtype(), u.elem_count());
+        let activation = || gpu.room(u.dtype(), u.elem_count(), &node.packing);
         let (grad_u, grad_delta) = (activation()?, activation()?);
-        let grad_z = gpu.buffer_like(inputs[Z].as_ref(), true)?;
-        let initial_state = rows(dim * d_state)?;
+        let grad_z = inputs[Z].as_ref().map(|_| activation()).transpose()?;
+        let initial_state = gpu.buffer(DType::F32, sequences * dim * d_state)?;
         let (a_rows, d_rows, bias_rows) = (split_rows(dim * d_state)?, split_rows(dim)?, split_rows(dim)?);
         let constant =
             |groups: Option<usize>| groups.is_none().then(|| split_rows(dim * d_state)).transpose();
         let (b_rows, c_rows) = (constant(b_groups)?, constant(c_groups)?);
         let partials = match (b_groups, c_groups) {
             (None, None) => None,
-            _ => Some(rows(blocks * seqlen * 2 * shape.states())?),
+            _ => Some(gpu.room(DType::F32, batch * blocks * seqlen * 2 * shape.states(), &node.packing)?),
         };
-        let inputs_of_kernel = arguments(node, shape, splits, &prepared, &pointers)?;
+        let inputs_of_kernel = arguments(node, shape, &splits, &prepared, &pointers)?;
         let packs = in_packs(grads[0].as_ref(), pointers[SLOTS + 1]);
         let mut args = Scan {
             packs: inputs_of_kernel.packs & i32::from(packs),
@@ -483,9 +518,9 @@ pub(super) fn backward(
         };
         let [kernel, ends] =
             shape.backward.map(|name| Kernel { module: &BACKWARD, name, dtype: Some(u.dtype()) });
-        let _ends = Ends::find(gpu, ends, shape, node.sizes, &mut args)?;
+        let _ends = Ends::find(gpu, ends, shape, node.sizes, &splits, &mut args)?;
         // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
-        unsafe { gpu.launch(kernel, shape.launch(node.sizes, splits.count, shape.shared_backward()), args) }?;
+        unsafe { gpu.launch(kernel, shape.launch(node.sizes, &splits, shape.shared_backward()), args) }?;
 
         let like = |slot: usize| gpu.buffer_like(inputs[slot].as_ref(), needs[slot]);
         let over_rows = |sums: &Buffer, slot: usize, columns: usize| {

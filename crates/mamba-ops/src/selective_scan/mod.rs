@@ -177,10 +177,10 @@ impl SelectiveScan<'_> {
 }
 
 impl Sizes {
-    /// Whether there are fused kernels; those for GPUs take states that are not large, and no packing.
+    /// Whether there are fused kernels; those for GPUs take states that are not large.
     fn fused(self, args: &SelectiveScan) -> bool {
         #[cfg(feature = "cuda")]
-        if args.u.device().is_cuda() && (self.d_state > cuda::LARGEST_STATE || args.packing.is_some()) {
+        if args.u.device().is_cuda() && self.d_state > cuda::LARGEST_STATE {
             return false;
         }
         args::fused(args.u)
@@ -229,10 +229,5 @@ impl Sizes {
 /// Gu and Dao, 2023, Algorithm 2; `selective_scan_ref` in state-spaces/mamba.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let sizes = args.sizes()?;
-    match args.packing {
-        _ if sizes.fused(args) => autograd::apply(args, sizes),
-        // One by one: by the kernel, if it was the packing that it does not take, else by the reference.
-        Some(packing) => reference::packed(args, packing, selective_scan),
-        None => reference::forward(args),
-    }
+    if sizes.fused(args) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

@@ -15,7 +15,7 @@ use crate::reference::{cast, part, silu, softplus, sum_last};
 /// If candle refuses an operation; shapes are checked by [`selective_scan`](super::selective_scan).
 pub fn forward(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     if let Some(packing) = args.packing {
-        return packed(args, packing, forward);
+        return packed(args, packing);
     }
     let dtype = state_dtype(args.u.dtype());
     let channels_first = |x: &Tensor| match args.layout {
@@ -63,12 +63,8 @@ pub fn forward(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     Ok(SelectiveScanOutput { y: y.to_dtype(args.u.dtype())?, final_state: h })
 }
 
-/// Packed sequences one by one, each by `op`. Parameters go in as `f32`, so that their gradients are summed and then rounded.
-pub(super) fn packed(
-    args: &SelectiveScan,
-    packing: &Packing,
-    op: fn(&SelectiveScan) -> Result<SelectiveScanOutput>,
-) -> Result<SelectiveScanOutput> {
+/// Packed sequences one by one. Parameters go in as `f32`, so that their gradients are summed and then rounded.
+fn packed(args: &SelectiveScan, packing: &Packing) -> Result<SelectiveScanOutput> {
     let (axis, (dim, d_state)) = (args.layout.time_axis(), args.a.dims2()?);
     let dtype = state_dtype(args.u.dtype());
     let parameter = |x: Option<&Tensor>| x.map(|x| cast(x, dtype)).transpose();
@@ -96,7 +92,7 @@ pub(super) fn packed(
             packing: None,
             ..*args
         };
-        op(&alone).map(|output| (output.y, output.final_state))
+        forward(&alone).map(|output| (output.y, output.final_state))
     })?;
     Ok(SelectiveScanOutput { y, final_state })
 }

@@ -7,7 +7,9 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use super::autograd::{A, B, C, D, DT, DT_BIAS, INITIAL_STATE, Node, SLOTS, X, Z};
 use super::{OP, Sizes};
 use crate::autograd::Forward;
-use crate::device::{self, Arguments, Buffer, Gpu, Kernel, Launch, Module, Pointer, int, module};
+use crate::device::{
+    self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pieces, Pointer, int, module,
+};
 use crate::host;
 
 static FORWARD: Module = module!("ssd_forward");
@@ -137,7 +139,7 @@ impl Plan {
         let wide = scans.clone().find(half).or_else(|| scans.clone().find(|extents| fits(extents, room)))?;
         // Narrower blocks do some work twice, but are better than idle multiprocessors; not than kernels that know their sizes.
         let usual = (wide.tokens, sizes.headdim, sizes.d_state) == (64, 64, 128);
-        let blocks = |channels: usize| sizes.batch * sizes.nheads * sizes.headdim.div_ceil(channels);
+        let blocks = |channels: usize| sizes.sequences * sizes.nheads * sizes.headdim.div_ceil(channels);
         let scan = match blocks(wide.channels) < multiprocessors && wide.channels > 32 && !usual {
             true => Extents { channels: 32, ..wide },
             false => wide,
@@ -187,6 +189,8 @@ struct Ssd {
     grad_a_rows: u64,
     grad_dt_bias_rows: u64,
     grad_d_rows: u64,
+    sequences: u64,
+    pieces: u64,
     x_stride: [i64; 3],
     z_stride: [i64; 3],
     grad_y_stride: [i64; 3],
@@ -208,7 +212,7 @@ struct Ssd {
     dt_low: f32,
     dt_high: f32,
     aligned: i32,
-    padding: i32,
+    count: i32,
 }
 
 #[repr(C)]
@@ -220,7 +224,7 @@ struct Sum {
     count: i64,
 }
 
-const _: () = assert!(size_of::<Ssd>() == 416);
+const _: () = assert!(size_of::<Ssd>() == 432);
 const _: () = assert!(size_of::<Sum>() == 48);
 // SAFETY: as `Ssd` in `ssd.cuh`.
 unsafe impl Arguments for Ssd {}
@@ -256,10 +260,40 @@ fn aligned(x: Option<&Tensor>, pointer: Pointer) -> bool {
     pointer.address.is_multiple_of(16) && strides(x).iter().all(|stride| bytes(stride) % 16 == 0)
 }
 
+/// The chunks of all sequences.
+struct Chunks {
+    /// Packed sequences, and their chunks.
+    sequences: Option<Pieces>,
+    pieces: Option<Pieces>,
+    /// How many there are, and room for how many there is.
+    count: usize,
+    room: usize,
+}
+
+impl Chunks {
+    fn new(gpu: &Gpu, node: &Node, tokens: usize) -> Result<Self> {
+        let Sizes { batch, seqlen, sequences, .. } = node.sizes;
+        let pieces = gpu.pieces(&node.packing, Cut::Tokens(tokens))?;
+        let (count, room) = match &pieces {
+            // At most so many, as the kernels count them.
+            Some(pieces) => (pieces.count(), batch * seqlen / tokens + sequences),
+            None => (batch * seqlen.div_ceil(tokens), batch * seqlen.div_ceil(tokens)),
+        };
+        Ok(Self { sequences: gpu.pieces(&node.packing, Cut::Whole)?, pieces, count, room })
+    }
+
+    /// Rows of sums, one a chunk.
+    fn rows(&self, gpu: &Gpu, columns: usize) -> Result<Buffer> {
+        let rows = if self.room > self.count { Gpu::zeros } else { Gpu::buffer };
+        rows(gpu, DType::F32, self.room * columns)
+    }
+}
+
 fn arguments(
     node: &Node,
     extents: Extents,
     p_tile: usize,
+    chunks: &Chunks,
     inputs: &[Option<Tensor>; SLOTS],
     pointers: &[Pointer],
 ) -> Result<Ssd> {
@@ -276,6 +310,8 @@ fn arguments(
         d: address(D),
         dt_bias: address(DT_BIAS),
         initial_state: address(INITIAL_STATE),
+        sequences: chunks.sequences.as_ref().map_or(0, Pieces::address),
+        pieces: chunks.pieces.as_ref().map_or(0, Pieces::address),
         x_stride: stride(X),
         z_stride: stride(Z),
         b_stride: stride(B),
@@ -296,6 +332,7 @@ fn arguments(
         dt_low: node.dt_limit.0,
         dt_high: node.dt_limit.1,
         aligned: i32::from([X, B, C, Z].iter().all(|&i| aligned(inputs[i].as_ref(), pointers[i]))),
+        count: int(OP, chunks.count)?,
         ..Ssd::default()
     })
 }
@@ -321,27 +358,27 @@ fn usual(args: &Ssd, dtype: DType) -> bool {
     known && dtype != DType::F32
 }
 
-/// Makes the steps of all chunks, `(batch, nheads, tokens)` of four numbers, and has `args` point to them.
-fn with_steps(gpu: &Gpu, dtype: DType, args: &mut Ssd) -> Result<Buffer> {
-    let pieces = args.batch as usize * args.nheads as usize * args.chunks as usize;
-    let steps = gpu.buffer(DType::F32, pieces * args.q as usize * 4)?;
+/// Makes the steps of all chunks, `(chunks, nheads, tokens)` of four numbers, and has `args` point to them.
+fn with_steps(gpu: &Gpu, dtype: DType, chunks: &Chunks, args: &mut Ssd) -> Result<Buffer> {
+    let nheads = args.nheads as usize;
+    let steps = gpu.buffer(DType::F32, chunks.room * nheads * args.q as usize * 4)?;
     args.steps = steps.pointer().address;
-    let blocks = [pieces.div_ceil(FORWARD_THREADS / 32), 1, 1];
+    let blocks = [(chunks.count * nheads).div_ceil(FORWARD_THREADS / 32), 1, 1];
     let launch = Launch { blocks, threads: [FORWARD_THREADS, 1], shared: 0 };
     let kernel = Kernel { module: &FORWARD, name: "ssd_steps", dtype: Some(dtype) };
-    // SAFETY: a warp for each piece; the inputs have the shapes that `sizes` checked.
+    // SAFETY: a warp for each chunk of each head; the inputs have the shapes that `sizes` checked.
     unsafe { gpu.launch(kernel, launch, *args) }?;
     Ok(steps)
 }
 
 /// Blocks that walk over the chunks.
 fn walks(sizes: Sizes, p_tile: usize) -> usize {
-    sizes.batch * sizes.nheads * sizes.headdim.div_ceil(p_tile)
+    sizes.sequences * sizes.nheads * sizes.headdim.div_ceil(p_tile)
 }
 
 /// The scan; to `y_ungated`, if given, instead of `y`.
-fn scan(gpu: &Gpu, dtype: DType, sizes: Sizes, plan: Plan, mut args: Ssd) -> Result<()> {
-    let _steps = with_steps(gpu, dtype, &mut args)?;
+fn scan(gpu: &Gpu, dtype: DType, sizes: Sizes, plan: Plan, chunks: &Chunks, mut args: Ssd) -> Result<()> {
+    let _steps = with_steps(gpu, dtype, chunks, &mut args)?;
     let blocks = [walks(sizes, plan.scan.channels), 1, 1];
     let launch = Launch { blocks, threads: [FORWARD_THREADS, 1], shared: plan.scan.of_scan() };
     let name = if usual(&args, dtype) { "ssd_scan_usual" } else { "ssd_scan" };
@@ -354,16 +391,17 @@ pub(super) fn forward(node: &Node, inputs: &[Option<Tensor>; SLOTS]) -> Result<F
     let inputs = prepare(inputs)?;
     let x = host::slot(OP, &inputs, X)?;
     let plan = plan(x, node.sizes)?;
-    let Sizes { batch, nheads, headdim, d_state, .. } = node.sizes;
+    let Sizes { nheads, headdim, d_state, sequences, .. } = node.sizes;
     device::views(OP, inputs.each_ref().map(Option::as_ref), |gpu, pointers| {
-        let y = gpu.buffer(x.dtype(), x.elem_count())?;
-        let final_state = gpu.buffer(DType::F32, batch * nheads * headdim * d_state)?;
+        let y = gpu.room(x.dtype(), x.elem_count(), &node.packing)?;
+        let final_state = gpu.buffer(DType::F32, sequences * nheads * headdim * d_state)?;
+        let chunks = Chunks::new(gpu, node, plan.scan.tokens)?;
         let args = Ssd {
             y: y.pointer().address,
             final_state: final_state.pointer().address,
-            ..arguments(node, plan.scan, plan.scan.channels, &inputs, &pointers)?
+            ..arguments(node, plan.scan, plan.scan.channels, &chunks, &inputs, &pointers)?
         };
-        scan(gpu, x.dtype(), node.sizes, plan, args)?;
+        scan(gpu, x.dtype(), node.sizes, plan, &chunks, args)?;
         Ok(Forward {
             outputs: [y.output(x.shape().clone())?, final_state.output(node.sizes.state_shape())?],
             saved: vec![],
@@ -381,7 +419,7 @@ pub(super) fn backward(
     let x = host::slot(OP, &prepared, X)?;
     let dtype = x.dtype();
     let plan = plan(x, node.sizes)?;
-    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state, .. } = node.sizes;
+    let Sizes { batch, seqlen, nheads, headdim, ngroups, d_state, sequences } = node.sizes;
     let grad_y = grads[0].as_ref().map(rows_in_order).transpose()?;
     let grad_state = grads[1].as_ref().map(Tensor::contiguous).transpose()?;
     let [x_, dt, a, b, c, d, z, bias, state] = prepared.each_ref().map(Option::as_ref);
@@ -391,29 +429,34 @@ pub(super) fn backward(
         // The gradient of the gate needs what it was applied to.
         let ungated = prepared[Z].as_ref().map(|z| floats(z.elem_count())).transpose()?;
         if let Some(ungated) = &ungated {
+            let chunks = Chunks::new(gpu, node, plan.scan.tokens)?;
             let args = Ssd {
                 y_ungated: ungated.pointer().address,
-                ..arguments(node, plan.scan, plan.scan.channels, &prepared, &pointers)?
+                ..arguments(node, plan.scan, plan.scan.channels, &chunks, &prepared, &pointers)?
             };
-            scan(gpu, dtype, node.sizes, plan, args)?;
+            scan(gpu, dtype, node.sizes, plan, &chunks, args)?;
         }
 
-        let chunks = seqlen.div_ceil(plan.gradients.tokens);
+        let chunks = Chunks::new(gpu, node, plan.gradients.tokens)?;
         let heads = nheads / ngroups;
         // Two blocks a multiprocessor, if there are so many heads.
         let splits =
-            (2 * gpu.multiprocessors()).div_ceil((batch * chunks * ngroups).max(1)).clamp(1, heads.max(1));
-        let like = |slot: usize, needed: bool| gpu.buffer_like(inputs[slot].as_ref(), needed);
-        let (grad_x, grad_dt, grad_z) = (like(X, true)?, like(DT, true)?, like(Z, true)?);
-        let initial_state = floats(batch * nheads * headdim * d_state)?;
+            (2 * gpu.multiprocessors()).div_ceil((chunks.count * ngroups).max(1)).clamp(1, heads.max(1));
+        let like = |slot: usize| gpu.buffer_like(inputs[slot].as_ref(), needs[slot]);
+        let activation = |slot: usize| {
+            let room = |x: &Tensor| gpu.room(x.dtype(), x.elem_count(), &node.packing);
+            inputs[slot].as_ref().map(room).transpose()
+        };
+        let (grad_x, grad_dt, grad_z) = (activation(X)?, activation(DT)?, activation(Z)?);
+        let initial_state = floats(sequences * nheads * headdim * d_state)?;
         let matrix = plan.gradients.terms.computed * plan.gradients.channels * plan.gradients.states;
-        let states = || gpu.buffer(DType::BF16, batch * chunks * nheads * matrix);
+        let states = || gpu.buffer(DType::BF16, chunks.room * nheads * matrix);
         let (states, grad_states) = (states()?, states()?);
         let coefficients = splits * batch * seqlen * ngroups * d_state;
-        let (b_rows, c_rows) = (floats(coefficients)?, floats(coefficients)?);
-        let rows = batch * chunks;
-        let (a_rows, bias_rows) = (floats(rows * nheads)?, floats(rows * nheads)?);
-        let d_rows = prepared[D].as_ref().map(|_| floats(rows * nheads * headdim)).transpose()?;
+        let of_coefficients = || gpu.room(DType::F32, coefficients, &node.packing);
+        let (b_rows, c_rows) = (of_coefficients()?, of_coefficients()?);
+        let (a_rows, bias_rows) = (chunks.rows(gpu, nheads)?, chunks.rows(gpu, nheads)?);
+        let d_rows = prepared[D].as_ref().map(|_| chunks.rows(gpu, nheads * headdim)).transpose()?;
 
         let mut args = Ssd {
             grad_y: pointers[SLOTS].address,
@@ -432,10 +475,10 @@ pub(super) fn backward(
             grad_dt_bias_rows: bias_rows.pointer().address,
             grad_d_rows: device::pointer(&d_rows).address,
             splits: int(OP, splits)?,
-            ..arguments(node, plan.gradients, plan.scan.channels, &prepared, &pointers)?
+            ..arguments(node, plan.gradients, plan.scan.channels, &chunks, &prepared, &pointers)?
         };
         args.aligned &= i32::from(aligned(grad_y.as_ref(), pointers[SLOTS]));
-        let _steps = with_steps(gpu, dtype, &mut args)?;
+        let _steps = with_steps(gpu, dtype, &chunks, &mut args)?;
         let channels = plan.gradients.channels.min(plan.scan.channels);
         let shared = Extents { channels, ..plan.gradients }.of_states();
         let blocks = [walks(node.sizes, plan.scan.channels), 2, 1];
@@ -445,7 +488,7 @@ pub(super) fn backward(
         // SAFETY: the inputs have the shapes that `sizes` checked, the outputs were made for them.
         unsafe { gpu.launch(kernel, launch, args) }?;
         let gated = ungated.is_some();
-        let blocks = [batch * ngroups * chunks * splits, 1, 1];
+        let blocks = [chunks.count * ngroups * splits, 1, 1];
         let shared = plan.gradients.of_gradients(gated);
         let launch = Launch { blocks, threads: [BACKWARD_THREADS, 1], shared };
         let name = match gated {
@@ -458,7 +501,8 @@ pub(super) fn backward(
         // SAFETY: as above.
         unsafe { gpu.launch(kernel, launch, args) }?;
 
-        let (grad_b, grad_c) = (like(B, true)?, like(C, true)?);
+        let like_any = |slot: usize| gpu.buffer_like(inputs[slot].as_ref(), true);
+        let (grad_b, grad_c) = (like_any(B)?, like_any(C)?);
         let columns = batch * seqlen * ngroups * d_state;
         let sum = Sum {
             rows: [b_rows.pointer().address, c_rows.pointer().address],
@@ -473,8 +517,8 @@ pub(super) fn backward(
         unsafe { gpu.launch(kernel, launch, sum) }?;
 
         let over_chunks = |sums: &Buffer, slot: usize, columns: usize| {
-            let out = like(slot, needs[slot])?;
-            out.as_ref().map_or(Ok(()), |out| gpu.sum_rows(sums, rows, columns, out))?;
+            let out = like(slot)?;
+            out.as_ref().map_or(Ok(()), |out| gpu.sum_rows(sums, chunks.room, columns, out))?;
             Ok::<_, candle_core::Error>(out)
         };
         let a = over_chunks(&a_rows, A, nheads)?;
@@ -500,7 +544,7 @@ pub(super) fn backward(
         if let (Some(d_rows), Some(d), true, false) = (d_rows, &inputs[D], needs[D], per_channel) {
             // One a head: over channels too.
             let channels = floats(nheads * headdim)?;
-            gpu.sum_rows(&d_rows, rows, nheads * headdim, &channels)?;
+            gpu.sum_rows(&d_rows, chunks.room, nheads * headdim, &channels)?;
             let sum = channels.tensor((nheads, headdim))?.sum(1)?;
             grads[D] = Some(sum.to_dtype(d.dtype())?);
         }

@@ -144,12 +144,10 @@ impl SsdChunkScan<'_> {
 }
 
 impl Sizes {
-    /// Whether there are fused kernels; those for GPUs need room for a state, and take no packing.
+    /// Whether there are fused kernels; those for GPUs need room for a state.
     fn fused(self, args: &SsdChunkScan) -> bool {
         #[cfg(feature = "cuda")]
-        if args.x.device().is_cuda()
-            && (args.packing.is_some() || !cuda::fits(args.x.device(), self, args.x.dtype()))
-        {
+        if args.x.device().is_cuda() && !cuda::fits(args.x.device(), self, args.x.dtype()) {
             return false;
         }
         args::fused(args.x)
@@ -201,10 +199,5 @@ impl Sizes {
 /// folder's `README.md`.
 pub fn ssd_chunk_scan(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     let sizes = args.sizes()?;
-    match args.packing {
-        _ if sizes.fused(args) => autograd::apply(args, sizes),
-        // One by one: by the kernel, if it was the packing that it does not take, else by the reference.
-        Some(packing) => reference::packed(args, packing, ssd_chunk_scan),
-        None => reference::forward(args),
-    }
+    if sizes.fused(args) { autograd::apply(args, sizes) } else { reference::forward(args) }
 }

@@ -14,7 +14,7 @@ use crate::reference::{cast, clamp, part, silu, softplus, sum_last};
 /// If candle refuses an operation; shapes are checked by [`ssd_chunk_scan`](super::ssd_chunk_scan).
 pub fn forward(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     if let Some(packing) = args.packing {
-        return packed(args, packing, forward);
+        return packed(args, packing);
     }
     let dtype = state_dtype(args.x.dtype());
     let x = cast(args.x, dtype)?;
@@ -69,12 +69,8 @@ pub fn forward(args: &SsdChunkScan) -> Result<SsdChunkScanOutput> {
     Ok(SsdChunkScanOutput { y: y.to_dtype(args.x.dtype())?, final_state: h })
 }
 
-/// Packed sequences one by one, each by `op`. Parameters go in as `f32`, so that their gradients are summed and then rounded.
-pub(super) fn packed(
-    args: &SsdChunkScan,
-    packing: &Packing,
-    op: fn(&SsdChunkScan) -> Result<SsdChunkScanOutput>,
-) -> Result<SsdChunkScanOutput> {
+/// Packed sequences one by one. Parameters go in as `f32`, so that their gradients are summed and then rounded.
+fn packed(args: &SsdChunkScan, packing: &Packing) -> Result<SsdChunkScanOutput> {
     let ((_, _, nheads, headdim), (_, _, _, d_state)) = (args.x.dims4()?, args.b.dims4()?);
     let dtype = state_dtype(args.x.dtype());
     let parameter = |x: Option<&Tensor>| x.map(|x| cast(x, dtype)).transpose();
@@ -96,7 +92,7 @@ pub(super) fn packed(
                 packing: None,
                 ..*args
             };
-            op(&alone).map(|output| (output.y, output.final_state))
+            forward(&alone).map(|output| (output.y, output.final_state))
         })?;
     Ok(SsdChunkScanOutput { y, final_state })
 }
