@@ -1,5 +1,6 @@
-// The products of the decoder for 3 to 64 sequences, with 16-bit weights, on tensor cores. Norms and the convolution have kernels
-// of their own here, since a block would compute them for all sequences; inputs of products are rounded.
+// The products of the decoder for 3 to 64 sequences, with 16-bit weights, on tensor cores. Norms have a kernel of their own here,
+// since a block would compute them for all sequences, and so has the convolution behind products of cuBLAS; inputs of products are
+// rounded.
 
 #include "decoder.cuh"
 #include "product.cuh"
@@ -102,11 +103,11 @@ template <typename T> __device__ void stage(const Project& p, T* staged) {
 // `split` warps share 16 outputs, each with a part of the inputs. `x` of `p` is in the dtype of the weights; STAGED, it fits into
 // shared memory.
 template <typename T, int TILES, bool STAGED> __device__ void product(const Project& p) {
-    constexpr int AHEAD = 4;                               // reads of a row that are on their way
+    constexpr int AHEAD = 4;                                    // reads of a row that are on their way
     constexpr int X_AHEAD = !STAGED && TILES <= 2 ? AHEAD : 1;  // and of inputs
     constexpr int ROWS = 8 * TILES, PITCH = ROWS + 1;
     extern __shared__ float4 shared[];
-    float* sums = reinterpret_cast<float*>(shared);           // [warp][M][PITCH]
+    float* sums = reinterpret_cast<float*>(shared);              // [warp][M][PITCH]
     T* staged = reinterpret_cast<T*>(sums + WARPS * M * PITCH);  // a multiple of 16 bytes
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quarter = lane % 4;
     const int part = warp % p.split, outputs = WARPS / p.split * M;  // of a block
@@ -124,18 +125,19 @@ template <typename T, int TILES, bool STAGED> __device__ void product(const Proj
             w[u][half] = there ? __ldcs(reinterpret_cast<const int4*>(row_of<T>(p, of) + k)) : zero;
         }
     };
-    const int x_row = STAGED ? staged_row(p.inputs) : p.x_stride;
-    const T* x = (STAGED ? staged : reinterpret_cast<const T*>(p.x)) + static_cast<int64_t>(group) * x_row + quarter * 8;
+    // Rows that are not there are the last one once more; nobody reads their sums.
+    int rows[TILES];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        rows[tile] = min(tile * 8 + group, p.rows - 1) * (STAGED ? staged_row(p.inputs) : static_cast<int>(p.x_stride));
+    }
+    const T* x = STAGED ? staged : reinterpret_cast<const T*>(p.x);
     const auto fetch_x = [&](int u, int depth) {
+        const int k = depth * DEPTH + quarter * 8;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            const T* from = x + tile * 8 * x_row + depth * DEPTH;
-            if constexpr (STAGED) {
-                b[u][tile] = *reinterpret_cast<const int4*>(from);  // rows that are not there give sums that nobody reads
-            } else {
-                const bool there = depth * DEPTH + quarter * 8 < p.inputs && tile * 8 + group < p.rows;
-                b[u][tile] = there ? *reinterpret_cast<const int4*>(from) : zero;
-            }
+            const bool there = STAGED || k < p.inputs;  // staged, what is behind the end is 0
+            b[u][tile] = there ? *reinterpret_cast<const int4*>(x + rows[tile] + k) : zero;
         }
     };
 #pragma unroll
