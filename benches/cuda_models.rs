@@ -21,6 +21,15 @@ use mamba_model::{InferenceCache, Model};
 use mamba_ops::argmax;
 use serde_json::{Value, json};
 
+/// Hybrids in the sizes that were published: attention beside Mamba-2 in each layer, and in some layers in its place.
+const FALCON_H1: &str = r#"{"model_type": "falcon_h1", "hidden_size": 1024, "num_hidden_layers": 36, "vocab_size": 32784,
+    "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "mamba_d_ssm": 1536,
+    "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "rope_theta": 1e11,
+    "ssm_multipliers": [0.5, 0.5, 0.5, 0.5, 0.5], "mlp_multipliers": [0.9, 0.3], "key_multiplier": 0.4}"#;
+const BAMBA: &str = r#"{"model_type": "bamba", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 128256,
+    "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "attn_layer_indices": [9, 18, 27],
+    "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1}"#;
+
 const PROMPT: usize = 100;
 const NEW: usize = 100;
 
@@ -170,15 +179,20 @@ fn difference(model: &Model) -> Result<f64> {
 fn main() -> Result<()> {
     let args = Args::parse();
     let device = Device::new_cuda(0).context("this benchmark needs a GPU")?;
+    let uniform = ModelConfig::uniform;
+    let (one, two) =
+        (|d| MixerSpec::Mamba1(Mamba1Config::new(d)), |d| MixerSpec::Mamba2(Mamba2Config::new(d)));
     let shapes = [
-        ("mamba-130m", 50280, 768, 24, MixerSpec::Mamba1(Mamba1Config::new(768))),
-        ("mamba2-130m", 50288, 768, 24, MixerSpec::Mamba2(Mamba2Config::new(768))),
-        ("mamba-2.8b", 50280, 2560, 64, MixerSpec::Mamba1(Mamba1Config::new(2560))),
-        ("mamba2-2.7b", 50288, 2560, 64, MixerSpec::Mamba2(Mamba2Config::new(2560))),
+        ("mamba-130m", uniform(50280, 768, 24, one(768))),
+        ("mamba2-130m", uniform(50288, 768, 24, two(768))),
+        ("mamba-2.8b", uniform(50280, 2560, 64, one(2560))),
+        ("mamba2-2.7b", uniform(50288, 2560, 64, two(2560))),
+        ("falcon-h1-0.5b", ModelConfig::from_json(FALCON_H1)?),
+        ("bamba-9b", ModelConfig::from_json(BAMBA)?),
     ];
     let mut rows: Vec<Value> = vec![];
     println!("| case | ms | tokens/s | weights_ms |\n|---|---|---|---|");
-    for (name, vocab, width, layers, mixer) in shapes {
+    for (name, config) in shapes {
         for dtype in &args.dtypes {
             let wanted = |label: &str| {
                 let name = format!("{name} {dtype} {label}");
@@ -187,6 +201,7 @@ fn main() -> Result<()> {
             let labels = [
                 "decode B1",
                 "decode B8",
+                "decode B16",
                 "decode B64",
                 "text B1",
                 "text B64",
@@ -200,7 +215,6 @@ fn main() -> Result<()> {
             if labels.is_empty() {
                 continue;
             }
-            let config = ModelConfig::uniform(vocab, width, layers, mixer.clone());
             let weights = VarBuilder::from_backend(Box::new(RandomWeights), dtype.parse()?, device.clone());
             let model = Model::new(&config, weights)?;
             let bytes: usize =
@@ -214,6 +228,7 @@ fn main() -> Result<()> {
                 let (ms, tokens) = match label {
                     "decode B1" => (decode(&model, 1, Model::step), 1),
                     "decode B8" => (decode(&model, 8, Model::step), 8),
+                    "decode B16" => (decode(&model, 16, Model::step), 16),
                     "decode B64" => (decode(&model, 64, Model::step), 64),
                     "text B1" => (text(&model, 1, false), 1),
                     "text B64" => (text(&model, 64, false), 64),

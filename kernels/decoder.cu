@@ -6,36 +6,46 @@
 
 // ---- The embedding ----------------------------------------------------------------------------------------------------------
 
+constexpr int MAX_ROWS = 64;
+
 struct Embed {
-    Any ids;        // (rows)
-    Any embedding;  // (vocabulary, width)
-    float* out;     // (rows, width)
-    int vocabulary, width;
+    Any ids;         // (rows)
+    Any embedding;   // (vocabulary, width)
+    float* out;      // rows `stride` apart, of one or two copies
+    int* positions;  // (rows): for the kernels of this token, whose arguments are the same for all tokens
+    int64_t stride;
+    int vocabulary, width, copies;
+    float scale;
+    int position[MAX_ROWS];
 };
-static_assert(sizeof(Embed) == 48, "as in arguments.rs");
+static_assert(sizeof(Embed) == 328, "as in arguments.rs");
 
 extern "C" __global__ void __launch_bounds__(256) decoder_embed(const __grid_constant__ Embed args) {
     // The token before, and whatever else changed the states, is over; only then kernels may read them ahead of their wait.
     wait_for_previous();
     let_next_begin();
-    const int64_t id = args.ids.index(blockIdx.y);
+    const int row = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i == 0) args.positions[row] = args.position[row];
+    if (i >= args.width) return;
+    const int64_t id = args.ids.index(row);
     const bool known = 0 <= id && id < args.vocabulary;
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
     // Nothing can be reported from here; what follows from NaN is not mistaken for an answer.
-    if (i < args.width) {
-        args.out[static_cast<int64_t>(blockIdx.y) * args.width + i] =
-            known ? args.embedding.get(id * args.width + i) : __int_as_float(0x7fffffff);
-    }
+    const float x = known ? args.embedding.get(id * args.width + i) * args.scale : __int_as_float(0x7fffffff);
+    for (int copy = 0; copy < args.copies; copy++) args.out[row * args.stride + copy * args.width + i] = x;
 }
 
 // ---- Products ---------------------------------------------------------------------------------------------------------------
+
+#ifndef PREFETCHED_BYTES
+#define PREFETCHED_BYTES 16384
+#endif
+constexpr int PREFETCHED = PREFETCHED_BYTES;  // of each of the first outputs of a block
 
 // A pair of outputs belongs to `split` warps, whose lanes share the inputs.
 template <typename T, int ROWS> __device__ void project(const Project& p) {
     constexpr int V = 16 / sizeof(T), PAIR = 2, UNROLL = 4, SUMS = PAIR * ROWS;
     extern __shared__ float4 shared[];
     __shared__ float scratch[WARPS * SUMS];
-    const T* weight = static_cast<const T*>(p.weight);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int vectors = p.inputs / V, step = 32 * p.split, first = warp % p.split * 32 + lane;
     const int tile = WARPS / p.split * PAIR;  // outputs of a block at once
@@ -44,12 +54,12 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
     const auto fetch = [&](int output, int i) {
 #pragma unroll
         for (int j = 0; j < PAIR; j++) {
+            const int4* row = reinterpret_cast<const int4*>(row_of<T>(p, output + j));
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
                 const int at = i + u * step;
                 if (at < vectors && output + j < p.outputs) {
-                    const int4 bits =
-                        __ldcs(reinterpret_cast<const int4*>(weight + static_cast<int64_t>(output + j) * p.inputs) + at);
+                    const int4 bits = __ldcs(row + at);
                     w[j][u] = *reinterpret_cast<const Pack<T, V>*>(&bits);
                 }
             }
@@ -61,6 +71,7 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
     NormAhead norm;
     norm.load(p, p.inputs / p.norm_groups / 4);
     let_next_begin();
+    prefetch<T>(p, blockIdx.x * tile, tile, PREFETCHED);
     wait_for_previous();
     read_inputs<ROWS, V>(p, norm, shared, scratch);
     __syncthreads();
@@ -113,10 +124,10 @@ template <typename T, int ROWS> __device__ void project(const Project& p) {
             }
         }
         if (leads && mine < p.outputs) {
-            if (p.bias) sum += p.bias[mine];
+            sum = finished(p, mine, sum);
             if (convolves) sum = taps.step(p, row, channel, sum);
             const int64_t at = row * p.y_stride + mine;
-            p.y.set(at, p.add ? p.y.get(at) + sum : sum);
+            p.y.set(at, p.base ? p.base[at] + sum : sum);
         }
     }
 }

@@ -21,25 +21,55 @@ __device__ __forceinline__ void wait_for_previous() {
 
 enum Before : int { PLAIN = 0, RMS = 1, LAYER = 2, RMS_OF_GATED = 3, GATED_RMS = 4 };
 
-// y = f(x) Wᵀ + bias, f a norm or nothing; then, for some outputs, a step of the convolution and silu.
+// y = scale · f(x) Wᵀ ⊙ scales + bias + base, f a norm or nothing; or, for some outputs, without `base`, a step of the convolution.
 struct Project {
-    const void* weight;  // (outputs, inputs)
-    const float* x;      // rows x_stride apart
-    const float* z;      // the gate of the norm, rows z_stride apart
-    const float *norm_weight, *norm_bias, *bias;  // the last two may be absent
-    Any y;               // rows y_stride apart; with `add`, f32 that is added to
+    const void* weights[3];  // (.., inputs): the second one's outputs begin at `ends[0]`, the third one's at `ends[1]`
+    const float* x;          // rows x_stride apart
+    const float* z;          // the gate of the norm, rows z_stride apart
+    const float *norm_weight, *norm_bias, *scales, *bias;  // the last three may be absent
+    const float* base;       // as y, may be y itself or absent
+    Any y;                   // rows y_stride apart
     const float *conv_weight, *conv_bias;
-    float* window;       // (rows, conv_end - conv_begin, conv_width - 1)
-    void* rounded;       // what the convolution gives once more, in the dtype of the weights, (rows, conv_end - conv_begin); or null
+    float* window;           // (rows, conv_end - conv_begin, conv_width - 1)
+    void* rounded;           // what the convolution gives once more, in the dtype of the weights, (rows, conv_end - conv_begin); or null
     int64_t x_stride, z_stride, y_stride;
+    int ends[2];
     int rows, inputs, outputs;
     int before, norm_groups;
-    float eps;
-    int add;
-    int conv_begin, conv_end, conv_width;
+    float eps, scale;
+    int conv_begin, conv_end, conv_width, conv_silu;
     int split;  // warps that share an output
 };
-static_assert(sizeof(Project) == 168, "as in arguments.rs");
+static_assert(sizeof(Project) == 208, "as in arguments.rs");
+
+// The weights of an output.
+template <typename T> __device__ __forceinline__ const T* row_of(const Project& p, int output) {
+    const void* weight = p.weights[0];
+    int64_t row = output;
+    if (output >= p.ends[0]) weight = p.weights[1], row = output - p.ends[0];
+    if (output >= p.ends[1]) weight = p.weights[2], row = output - p.ends[1];
+    return static_cast<const T*>(weight) + row * p.inputs;
+}
+
+// What a sum over the inputs becomes before anything is added that is there.
+__device__ __forceinline__ float finished(const Project& p, int output, float sum) {
+    sum *= p.scale;
+    if (p.scales) sum *= p.scales[output];
+    return p.bias ? sum + p.bias[output] : sum;
+}
+
+// Asks for weights of outputs from `first` on before they are needed: of each of them `bytes`, to the second cache. What runs before
+// this kernel may leave the memory idle.
+template <typename T> __device__ __forceinline__ void prefetch(const Project& p, int first, int count, int bytes) {
+    constexpr int LINE = 128;
+    const int lines = min(static_cast<int>(p.inputs * sizeof(T)), bytes) / LINE;
+    for (int i = threadIdx.x; i < count * lines; i += blockDim.x) {
+        const int output = first + i / lines;
+        if (output >= p.outputs) return;
+        const char* line = reinterpret_cast<const char*>(row_of<T>(p, output)) + i % lines * LINE;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+}
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int WIDEST = 4;  // taps of the convolution
@@ -176,6 +206,6 @@ struct Taps {
             sum = fmaf(weight[k], window[k], sum);
             if (k >= missing) p.window[at * (p.conv_width - 1) + k - missing] = k + 1 < WIDEST - 1 ? window[k + 1] : x;
         }
-        return silu(sum);
+        return p.conv_silu ? silu(sum) : sum;
     }
 };

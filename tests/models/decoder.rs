@@ -4,18 +4,23 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
-use mamba_model::config::{DtBcNorm, GatedNorm, Mamba1Config, Mamba2Config, MixerSpec, ModelConfig};
-use mamba_model::{InferenceCache, Model};
+use mamba_model::config::{
+    AttentionConfig, BranchSpec, DtBcNorm, GatedNorm, LayerSpec, Mamba1Config, Mamba2Config, MixerSpec,
+    MlpActivation, MlpConfig, MlpLayout, ModelConfig, Rope,
+};
+use mamba_model::{Batch, InferenceCache, Model};
 use mamba_ops::NormKind;
 use mamba_ops::decoder::{MAX_BATCH, MAX_BATCH_F32};
 
+use crate::parity::tiny_checkpoints;
+use crate::support::golden::path;
 use crate::support::random::Random;
 use crate::support::target::with_gpu;
 use crate::support::tolerance::relative_rms;
 
 const VOCAB: usize = 60;
 
-/// Everything that a decoder knows, by name.
+/// What blocks of Mamba know, by name.
 fn configs() -> Vec<(&'static str, ModelConfig)> {
     let mamba1 = |mixer: Mamba1Config| ModelConfig::uniform(VOCAB, 48, 3, MixerSpec::Mamba1(mixer));
     let mamba2 = |mixer: Mamba2Config| ModelConfig::uniform(VOCAB, 48, 3, MixerSpec::Mamba2(mixer));
@@ -42,6 +47,96 @@ fn configs() -> Vec<(&'static str, ModelConfig)> {
             mamba2(Mamba2Config { in_bias: true, out_bias: true, dt_limit: (0.01, 0.05), d_conv: 3, ..two }),
         ),
     ]
+}
+
+/// Attention and MLPs beside what families have of them.
+fn attentions() -> Vec<(&'static str, ModelConfig)> {
+    let mamba = Mamba2Config { d_state: 32, headdim: 8, chunk_size: 16, ..Mamba2Config::new(48) };
+    let of = |attention: AttentionConfig, mlp: MlpConfig| {
+        let first =
+            vec![(0.7, MixerSpec::Mamba2(mamba.clone())), (1.3, MixerSpec::Attention(attention.clone()))];
+        let branch = |mixers| BranchSpec { mixers };
+        let second = branch(vec![(0.5, MixerSpec::Mlp(mlp))]);
+        let side = LayerSpec { shared: None, branches: vec![branch(first), second] };
+        ModelConfig::of_layers(VOCAB, 48, [side, LayerSpec::new([MixerSpec::Attention(attention)])])
+    };
+    let mlp = MlpConfig::new(72);
+    let wide = AttentionConfig { qkv_bias: true, ..AttentionConfig::new(2, 2, 160) };
+    let rope = |dim, interleaved| Some(Rope { interleaved, ..Rope::new(dim, 100.0) });
+    vec![
+        ("window", of(AttentionConfig { window: Some(7), ..AttentionConfig::new(6, 3, 16) }, mlp.clone())),
+        (
+            "wide heads, scaled keys, up before gate",
+            of(
+                AttentionConfig { key_scale: 0.3, input_scale: 1.7, rope: rope(64, false), ..wide },
+                MlpConfig { layout: MlpLayout::UpGate, activation: MlpActivation::Gelu, ..mlp.clone() },
+            ),
+        ),
+        (
+            "many queries a key, norms, an MLP without a gate",
+            of(
+                AttentionConfig {
+                    qk_norm_eps: Some(1e-6),
+                    rope: rope(8, true),
+                    ..AttentionConfig::new(12, 1, 32)
+                },
+                MlpConfig {
+                    layout: MlpLayout::Plain,
+                    activation: MlpActivation::GeluTanh,
+                    bias: true,
+                    ..mlp
+                },
+            ),
+        ),
+    ]
+}
+
+/// The checkpoints that are read operation by operation: experts, Mamba-1 with heads, a bypass beside Mamba-2, learned first states.
+const BY_OPERATIONS: [&str; 7] = [
+    "granitemoehybrid",
+    "jamba",
+    "nemotron_h_latent_moe",
+    "nemotron_h_moe",
+    "ss_mamba2_init_states",
+    "ss_mamba2_partial_ssm",
+    "zamba",
+];
+
+/// How many others there are.
+const DECODED: usize = 34;
+
+/// Every family that there is a checkpoint of, in larger sizes, of which the kernels read 16 bytes at once.
+fn families() -> Vec<(String, ModelConfig)> {
+    let attention = |c: &mut AttentionConfig| {
+        c.headdim *= 4;
+        if let Some(rope) = &mut c.rope {
+            rope.dim *= 4;
+        }
+    };
+    let mlp = |c: &mut MlpConfig| c.d_hidden = (2 * c.d_hidden).next_multiple_of(8);
+    let larger = |mut config: ModelConfig| {
+        config.d_model = 48;
+        for block in &mut config.shared_blocks {
+            attention(&mut block.attention);
+            mlp(&mut block.mlp);
+            let ranks = [&mut block.attention_adapter_rank, &mut block.mlp_adapter_rank];
+            ranks.into_iter().flatten().for_each(|rank| *rank = 8);
+        }
+        let branches = config.layers.iter_mut().flat_map(|layer| &mut layer.branches);
+        for (_, mixer) in branches.flat_map(|branch| &mut branch.mixers) {
+            match mixer {
+                MixerSpec::Mamba1(c) => (c.d_inner, c.d_state) = (96, 8),
+                MixerSpec::Mamba2(c) => (c.d_inner, c.d_ssm, c.d_state) = (2 * c.d_inner, 2 * c.d_ssm, 8),
+                MixerSpec::Attention(c) => attention(c),
+                MixerSpec::Mlp(c) => mlp(c),
+                _ => {}
+            }
+        }
+        config
+    };
+    let config =
+        |name: &String| ModelConfig::from_file(path("models").join(name).join("config.json")).unwrap();
+    tiny_checkpoints().into_iter().map(|name| (name.clone(), larger(config(&name)))).collect()
 }
 
 /// A model whose norms and biases are not what they begin with.
@@ -85,16 +180,26 @@ impl Reader<'_> {
     }
 }
 
-/// All logits of `ids`; `plain` leaves the decoder out.
-fn read(model: &Model, ids: &Tensor, plain: bool) -> Result<Tensor> {
+/// Whether single tokens have become a graph.
+fn is_captured(cache: &InferenceCache) -> bool {
+    format!("{cache:?}").contains("captured: true")
+}
+
+/// Whether they should, where there is a decoder.
+fn captures() -> bool {
+    std::env::var("MAMBA_CUDA_GRAPHS").map_or(true, |value| value != "0")
+}
+
+/// All logits of `ids`, with the decoder, if there is one, or without.
+fn read(model: &Model, ids: &Tensor, plain: bool, has_decoder: bool) -> Result<Tensor> {
     let batch = ids.dim(0)?;
     let ids = ids.to_device(model.device())?;
     let mut reader = Reader { model, ids, cache: model.new_cache(batch).unwrap(), logits: vec![] };
     reader.read(5)?;
     reader.step(4, plain)?;
     let most = if model.dtype() == DType::F32 { MAX_BATCH_F32 } else { MAX_BATCH };
-    let decodes = !plain && batch <= most;
-    assert_eq!(format!("{:?}", reader.cache).contains("captured: true"), decodes, "a graph of the layers");
+    let decodes = !plain && has_decoder && batch <= most;
+    assert_eq!(is_captured(&reader.cache), decodes && captures(), "a graph of the layers");
     // A fork goes its own way without touching this one.
     let mut fork = reader.cache.fork().unwrap();
     let other = reader.ids.narrow(1, 0, 1)?.squeeze(1)?;
@@ -103,6 +208,9 @@ fn read(model: &Model, ids: &Tensor, plain: bool) -> Result<Tensor> {
     }
     reader.step(2, plain)?;
     reader.read(3)?;
+    // What was saved goes on as what was not.
+    let bytes = reader.cache.to_bytes().unwrap();
+    reader.cache = InferenceCache::from_bytes(&bytes, model.config(), model.device()).unwrap();
     reader.step(4, plain)?;
     Tensor::cat(&reader.logits, 1)
 }
@@ -114,58 +222,185 @@ mod cuda {
     }
 
     #[test]
+    fn families() {
+        super::with_gpu(super::every_family);
+    }
+
+    #[test]
+    fn grows() {
+        super::with_gpu(super::grows);
+    }
+
+    #[test]
+    fn rows_of_unequal_lengths() {
+        super::with_gpu(super::rows_of_unequal_lengths);
+    }
+
+    #[test]
     fn unknown_ids() {
         super::with_gpu(super::unknown_ids);
     }
 }
 
+/// Weights as a dtype keeps them, in f32; those of recurrences are never rounded.
+fn rounded(weights: &HashMap<String, Tensor>, dtype: DType) -> Result<HashMap<String, Tensor>> {
+    let rounded = weights.iter().map(|(name, x)| {
+        let kept = ["A_log", ".D", "dt_bias", "init_states"].iter().any(|end| name.ends_with(end));
+        Ok((name.clone(), if kept { x.clone() } else { x.to_dtype(dtype)?.to_dtype(DType::F32)? }))
+    });
+    rounded.collect()
+}
+
+fn model(config: &ModelConfig, weights: &HashMap<String, Tensor>, dtype: DType, device: &Device) -> Model {
+    Model::new(config, VarBuilder::from_tensors(weights.clone(), dtype, device)).unwrap()
+}
+
 /// f32 as the CPU; f16 and bf16 at least as close to it as the operations, which round more often.
-fn equals_whole_passes(device: &Device) -> Result<usize> {
-    let mut cases = 0;
-    for (i, (name, config)) in configs().into_iter().enumerate() {
-        let weights = random(&config, i as u64)?;
-        for (dtype, batch) in [
-            (DType::F32, 1),
-            (DType::F32, 3),
-            (DType::F16, 1),
-            (DType::F16, 8),
-            (DType::BF16, 2),
-            (DType::BF16, 4),
-            (DType::F16, MAX_BATCH),
-            (DType::BF16, 13),
-            (DType::BF16, 33),
-            (DType::F32, MAX_BATCH_F32 + 1),
-        ] {
-            let rounded = weights.iter().map(|(name, x)| {
-                let kept = ["A_log", ".D", "dt_bias"].iter().any(|end| name.ends_with(end));
-                Ok((name.clone(), if kept { x.clone() } else { x.to_dtype(dtype)?.to_dtype(DType::F32)? }))
-            });
-            let rounded: HashMap<_, _> = rounded.collect::<Result<_>>()?;
-            let model = |dtype: DType, device: &Device| {
-                Model::new(&config, VarBuilder::from_tensors(rounded.clone(), dtype, device)).unwrap()
-            };
-            let (exact, on_gpu) = (model(DType::F32, &Device::Cpu), model(dtype, device));
-            let ids = Random::new(7).ids(batch * 18, VOCAB as u32);
-            let ids = Tensor::from_vec(ids, (batch, 18), &Device::Cpu)?;
-            let want = exact.forward(&ids, None).unwrap();
-            let error = relative_rms(&read(&on_gpu, &ids, false)?, &want);
-            let bound = match dtype {
-                DType::F32 => 1e-5,
-                _ => relative_rms(&read(&on_gpu, &ids, true)?, &want),
-            };
-            println!("{name}, {}, batch {batch}: off by {error:.1e}, bound {bound:.1e}", dtype.as_str());
-            assert!(error <= bound, "{name}, {}, batch {batch}: off by {error:.1e}", dtype.as_str());
-            cases += 1;
-        }
+fn check(
+    name: &str,
+    config: &ModelConfig,
+    seed: u64,
+    cases: &[(DType, usize)],
+    has_decoder: bool,
+    device: &Device,
+) -> Result<()> {
+    let weights = random(config, seed)?;
+    for &(dtype, batch) in cases {
+        let rounded = rounded(&weights, dtype)?;
+        let (exact, on_gpu) =
+            (model(config, &rounded, DType::F32, &Device::Cpu), model(config, &rounded, dtype, device));
+        let ids = Random::new(7).ids(batch * 18, config.vocab_size as u32);
+        let ids = Tensor::from_vec(ids, (batch, 18), &Device::Cpu)?;
+        let want = exact.forward(&ids, None).unwrap();
+        let error = relative_rms(&read(&on_gpu, &ids, false, has_decoder)?, &want);
+        let bound = match dtype {
+            DType::F32 => 1e-5,
+            _ => relative_rms(&read(&on_gpu, &ids, true, has_decoder)?, &want),
+        };
+        println!("{name}, {}, batch {batch}: off by {error:.1e}, bound {bound:.1e}", dtype.as_str());
+        assert!(error <= bound, "{name}, {}, batch {batch}: off by {error:.1e}", dtype.as_str());
     }
-    assert_eq!(cases, 110);
-    Ok(cases)
+    Ok(())
+}
+
+fn equals_whole_passes(device: &Device) -> Result<usize> {
+    let cases = [
+        (DType::F32, 1),
+        (DType::F32, 3),
+        (DType::F16, 1),
+        (DType::F16, 8),
+        (DType::BF16, 2),
+        (DType::BF16, 4),
+        (DType::F16, MAX_BATCH),
+        (DType::BF16, 13),
+        (DType::BF16, 33),
+        (DType::F32, MAX_BATCH_F32 + 1),
+    ];
+    let configs = configs().into_iter().chain(attentions()).collect::<Vec<_>>();
+    for (i, (name, config)) in configs.iter().enumerate() {
+        check(name, config, i as u64, &cases, true, device)?;
+    }
+    assert_eq!(configs.len(), 14);
+    Ok(configs.len() * cases.len())
+}
+
+/// Also those that have no decoder give what a whole pass gives.
+fn every_family(device: &Device) -> Result<usize> {
+    let cases = [
+        (DType::F32, 1),
+        (DType::F32, 3),
+        (DType::F16, 1),
+        (DType::BF16, 2),
+        (DType::F16, 5),
+        (DType::BF16, 13),
+        (DType::F16, 33),
+    ];
+    let families = families();
+    let (mut decoded, mut by_operations) = (0, 0);
+    for (i, (name, config)) in families.iter().enumerate() {
+        let has_decoder = !BY_OPERATIONS.contains(&name.as_str());
+        let cases = if has_decoder { &cases[..] } else { &cases[..1] };
+        check(name, config, i as u64, cases, has_decoder, device)?;
+        if has_decoder { decoded += 1 } else { by_operations += 1 }
+    }
+    assert_eq!((decoded, by_operations), (DECODED, BY_OPERATIONS.len()));
+    Ok(cases.len() * decoded + by_operations)
+}
+
+/// Over the ends of blocks of keys and values, and over the room that a graph was made for; with a window, blocks are given up.
+fn grows(device: &Device) -> Result<usize> {
+    let cases = [(None, 250, 12), (None, 4090, 12), (Some(100), 500, 280), (Some(300), 780, 30)];
+    for (window, prompt, steps) in cases {
+        let rope = Some(Rope::new(16, 1e4));
+        let attention = AttentionConfig { window, rope, ..AttentionConfig::new(4, 2, 16) };
+        let config = ModelConfig::uniform(VOCAB, 48, 2, MixerSpec::Attention(attention));
+        let weights = random(&config, 3)?;
+        let (exact, on_gpu) = (
+            model(&config, &weights, DType::F32, &Device::Cpu),
+            model(&config, &weights, DType::F32, device),
+        );
+        let len = prompt + steps;
+        let ids = Tensor::from_vec(Random::new(5).ids(2 * len, VOCAB as u32), (2, len), &Device::Cpu)?;
+        let want = exact.forward(&ids, None).unwrap().narrow(1, prompt, steps)?;
+        let ids = ids.to_device(device)?;
+        let cache = on_gpu.new_cache(2).unwrap();
+        let mut reader = Reader { model: &on_gpu, ids, cache, logits: vec![] };
+        reader.read(prompt)?;
+        reader.logits.clear();
+        reader.step(steps, false)?;
+        assert_eq!(is_captured(&reader.cache), captures());
+        let error = relative_rms(&Tensor::cat(&reader.logits, 1)?, &want);
+        println!("window {window:?}, {prompt} tokens and {steps} steps: off by {error:.1e}");
+        assert!(error <= 1e-5, "window {window:?}, {prompt} tokens and {steps} steps: off by {error:.1e}");
+    }
+    Ok(cases.len())
+}
+
+/// Rows that have read different numbers of tokens, and forks of them that both go on, each as if it were alone.
+fn rows_of_unequal_lengths(device: &Device) -> Result<usize> {
+    let configs: Vec<_> = attentions().into_iter().chain(configs()).collect();
+    for (name, config) in &configs {
+        let weights = random(config, 11)?;
+        let (exact, on_gpu) =
+            (model(config, &weights, DType::F32, &Device::Cpu), model(config, &weights, DType::F32, device));
+        let (lengths, width, steps) = ([9, 2, 5], 9, 5);
+        let rows: Vec<Vec<u32>> =
+            (0..3).map(|row| Random::new(row).ids(lengths[row as usize] + steps, VOCAB as u32)).collect();
+        let padded: Vec<u32> = rows
+            .iter()
+            .zip(lengths)
+            .flat_map(|(row, len)| std::iter::repeat_n(0, width - len).chain(row[..len].iter().copied()))
+            .collect();
+        let prompt = Tensor::from_vec(padded, (3, width), device)?;
+        let mut cache = on_gpu.new_cache(3).unwrap();
+        on_gpu.prefill(Batch::left_padded(&prompt, &lengths).unwrap(), &mut cache).unwrap();
+        let mut forks = vec![];
+        for step in 0..steps {
+            let ids: Vec<u32> = rows.iter().zip(lengths).map(|(row, len)| row[len + step]).collect();
+            let ids = Tensor::new(ids, device)?;
+            if step == 3 {
+                forks.push(cache.fork().unwrap());
+            }
+            for cache in std::iter::once(&mut cache).chain(&mut forks) {
+                let logits = on_gpu.step(&ids, cache).unwrap().to_device(&Device::Cpu)?;
+                for (i, (row, len)) in rows.iter().zip(lengths).enumerate() {
+                    let alone = Tensor::new(&row[..=len + step], &Device::Cpu)?.unsqueeze(0)?;
+                    let want = exact.forward(&alone, None).unwrap().narrow(1, len + step, 1)?.squeeze(1)?;
+                    let error = relative_rms(&logits.narrow(0, i, 1)?, &want);
+                    assert!(error <= 2e-5, "{name}, row {i}, step {step}: off by {error:.1e}");
+                }
+            }
+        }
+        assert!(!forks.is_empty());
+    }
+    Ok(configs.len())
 }
 
 /// An id past the vocabulary gives no answer that looks like one, and spoils its own row alone.
 fn unknown_ids(device: &Device) -> Result<usize> {
-    for (_, config) in configs() {
-        let model = Model::random(&config, 0, device).unwrap();
+    let configs: Vec<_> = configs().into_iter().chain(attentions()).collect();
+    for (_, config) in &configs {
+        let model = Model::random(config, 0, device).unwrap();
         let (mut one, mut other) = (model.new_cache(2).unwrap(), model.new_cache(2).unwrap());
         let unknown = Tensor::new(&[3u32, VOCAB as u32 + 8], device)?;
         let known = Tensor::new(&[3u32, 4], device)?;
@@ -174,5 +409,5 @@ fn unknown_ids(device: &Device) -> Result<usize> {
         assert_eq!(got[0], want[0]);
         assert!(got[1].iter().all(|x| x.is_nan()));
     }
-    Ok(configs().len())
+    Ok(configs.len())
 }

@@ -1,15 +1,14 @@
 //! What a model remembers of the tokens it has read: per mixer a window of inputs, a state in `f32`, keys and values.
 
 mod bytes;
+mod kept;
 mod kv;
 mod rows;
 mod state;
 
-use std::sync::Arc;
+use candle_core::{DType, Device};
 
-use candle_core::{DType, Device, Tensor};
-use mamba_ops::decoder::{self, Decoder};
-
+use self::kept::KeptDecoder;
 use crate::batch::Sequences;
 use crate::config::{ModelConfig, SharedBlockUse};
 use crate::{Error, Result};
@@ -47,22 +46,8 @@ pub struct InferenceCache {
     states: Vec<MixerState>,
     positions: Vec<usize>,
     fingerprint: String,
+    /// What read the last tokens, one at a time, if that was on a GPU.
     decoder: Option<KeptDecoder>,
-}
-
-/// What reads single tokens on a GPU, for the model that last did.
-#[derive(Debug)]
-struct KeptDecoder {
-    model: Arc<()>,
-    /// None if that model has none.
-    decoder: Option<Decoder>,
-}
-
-impl KeptDecoder {
-    fn fork(&self) -> Result<Self> {
-        let decoder = self.decoder.as_ref().map(Decoder::fork).transpose()?;
-        Ok(Self { model: self.model.clone(), decoder })
-    }
 }
 
 impl InferenceCache {
@@ -161,26 +146,6 @@ impl InferenceCache {
         }
         sequences.positions.clone_from(&self.positions);
         Ok(())
-    }
-
-    /// Reads a token of each sequence through the decoder of a model, which `make` makes; none if it has none.
-    pub(crate) fn decode(
-        &mut self,
-        model: &Arc<()>,
-        make: impl FnOnce(usize) -> Result<Option<Decoder>>,
-        ids: &Tensor,
-    ) -> Result<Option<Tensor>> {
-        let batch = self.batch();
-        let kept = match self.decoder.take().filter(|kept| Arc::ptr_eq(&kept.model, model)) {
-            Some(kept) => kept,
-            None => KeptDecoder { model: model.clone(), decoder: make(batch)? },
-        };
-        let Some(decoder) = &mut self.decoder.insert(kept).decoder else { return Ok(None) };
-        let states = self.states.iter().map(|state| match (&state.conv, &state.ssm) {
-            (Some(conv), Some(ssm)) => Ok(decoder::State { conv, ssm }),
-            _ => Err(Error::Cache("has no states for a layer that needs them".into())),
-        });
-        Ok(Some(decoder.step(ids, &states.collect::<Result<Vec<_>>>()?)?))
     }
 
     pub(crate) fn states_mut(&mut self) -> impl Iterator<Item = &mut MixerState> {

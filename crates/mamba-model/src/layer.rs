@@ -167,11 +167,29 @@ impl Layer {
         Ok(Self { shared, branches: branches.collect::<Result<_>>()? })
     }
 
-    /// The weights for a decoder, if it computes the same: one branch of one mixer.
-    pub(crate) fn decoder(&self) -> Result<Option<decoder::Layer>> {
-        let (None, [branch]) = (&self.shared, &*self.branches) else { return Ok(None) };
-        let [(1.0, mixer)] = &*branch.mixers else { return Ok(None) };
-        Ok(mixer.decoder()?.map(|mixer| decoder::Layer { norm: branch.norm.decoder(), mixer }))
+    /// The weights for a decoder, a layer for each branch, if it computes the same.
+    pub(crate) fn decoder(&self) -> Result<Option<Vec<decoder::Layer>>> {
+        let mut layers = vec![];
+        for (b, branch) in self.branches.iter().enumerate() {
+            let shared = match &self.shared {
+                Some(Shared { block, adapter, linear }) if b == 0 => {
+                    let Some(linear) = linear.plain() else { return Ok(None) };
+                    let Some(shared) = block.decoder(*adapter, linear.clone())? else { return Ok(None) };
+                    Some(shared)
+                }
+                _ => None,
+            };
+            let mut mixers = vec![];
+            for (scale, mixer) in &branch.mixers {
+                let Some(mixer) = mixer.decoder()? else { return Ok(None) };
+                mixers.push((*scale, mixer));
+            }
+            if !(1..=2).contains(&mixers.len()) {
+                return Ok(None);
+            }
+            layers.push(decoder::Layer { shared, norm: branch.norm.decoder(), mixers });
+        }
+        Ok(Some(layers))
     }
 
     /// How many branches there are.

@@ -36,8 +36,25 @@ impl Linear {
 
     /// The weights, without an adapter, for a decoder.
     pub(crate) fn decoder(&self) -> Option<Product> {
-        let product = Product { weight: self.weight.clone(), bias: self.bias.clone() };
+        let product = Product { bias: self.bias.clone(), ..Product::new(self.weight.clone()) };
         self.adapter.is_none().then_some(product)
+    }
+
+    /// Several of the same inputs, one after another.
+    pub(crate) fn decoder_of(linears: &[&Self]) -> Result<Option<Product>> {
+        if linears.iter().any(|linear| linear.adapter.is_some()) {
+            return Ok(None);
+        }
+        let product = Product::of(linears.iter().map(|linear| linear.weight.clone()).collect());
+        if linears.iter().all(|linear| linear.bias.is_none()) {
+            return Ok(Some(product));
+        }
+        let bias = linears.iter().map(|linear| match &linear.bias {
+            Some(bias) => Ok(bias.clone()),
+            None => Ok(Tensor::zeros(linear.weight.dim(0)?, linear.dtype(), linear.weight.device())?),
+        });
+        let bias = Tensor::cat(&bias.collect::<Result<Vec<_>>>()?, 0)?;
+        Ok(Some(Product { bias: Some(bias), ..product }))
     }
 
     pub(crate) fn is_trained(&self) -> bool {

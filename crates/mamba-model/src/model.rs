@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use mamba_ops::Embedding;
-use mamba_ops::decoder::{Decoder, Stack};
+use mamba_ops::decoder::{Decoder, Product, Stack};
 
 use crate::adapter::LowRank;
 use crate::batch::{Batch, Sequences};
@@ -316,8 +316,9 @@ impl Model {
 
     /// Reads one token a sequence, `(batch,)`, changing the cache in place; the logits, `(batch, vocab_size)`.
     ///
-    /// On a GPU, models of Mamba-1 or Mamba-2 layers alone go through a [`Decoder`] for batches it takes, which the cache keeps; there
-    /// an id out of range gives logits of NaN.
+    /// On a GPU, all layers go through a [`Decoder`] for batches it takes, which the cache keeps; there an id out of range gives logits of
+    /// NaN. Models with experts, adapters that are not merged, Mamba-1 with heads (Zamba), a bypass beside Mamba-2 or learned first states are
+    /// read operation by operation.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
@@ -327,7 +328,8 @@ impl Model {
             cache.check(&self.cache_sizes, &mut sequences)?;
             let ids = if ids.dtype() == DType::U8 { ids.to_dtype(DType::U32)? } else { ids.clone() };
             let ids = ids.to_device(self.device())?;
-            if let Some(logits) = cache.decode(&self.identity, |batch| self.decoder(batch), &ids)? {
+            let made = |batch| self.decoder(batch);
+            if let Some(logits) = cache.decode(&self.identity, made, &ids, self.dtype())? {
                 cache.advance(&sequences);
                 return Ok(logits);
             }
@@ -338,16 +340,19 @@ impl Model {
     /// A decoder of the same function, if there is one.
     fn decoder(&self, batch: usize) -> Result<Option<Decoder>> {
         let layers: Option<Vec<_>> = self.layers.iter().map(Layer::decoder).collect::<Result<_>>()?;
-        let scaled = self.config.embedding_scale != 1.0 || self.config.logits_scale != 1.0;
-        let (Some(layers), Some(head), false, None) =
-            (layers, self.head()?.decoder(), scaled, &self.embedding_adapter)
+        let (Some(layers), Some(head), None) = (layers, self.head()?.decoder(), &self.embedding_adapter)
         else {
             return Ok(None);
         };
-        // Ids past the vocabulary exist for alignment only.
-        let embedding = self.embedding.narrow(0, 0, self.config.vocab_size)?;
-        let norm_f = self.norm_f.decoder();
-        Ok(Decoder::new(Stack { embedding, layers, norm_f, head: head.weight }, batch)?)
+        let stack = Stack {
+            // Ids past the vocabulary exist for alignment only.
+            embedding: self.embedding.narrow(0, 0, self.config.vocab_size)?,
+            embedding_scale: self.config.embedding_scale,
+            layers: layers.into_iter().flatten().collect(),
+            norm_f: self.norm_f.decoder(),
+            head: Product { scale: self.config.logits_scale, ..head },
+        };
+        Ok(Decoder::new(stack, batch)?)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -1,7 +1,7 @@
 //! A transformer block that several layers use, as in Zamba: its weights are the same everywhere but for adapters.
 
 use candle_core::Tensor;
-use mamba_ops::{Norm, norm};
+use mamba_ops::{Norm, NormKind, decoder, norm};
 
 use crate::Result;
 use crate::batch::Sequences;
@@ -44,6 +44,12 @@ impl LowRank {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.1.forward(&self.0.forward(x)?)
     }
+
+    /// The weights for a decoder.
+    fn decoder(&self) -> Option<decoder::LowRank> {
+        let matrix = |linear: &Linear| linear.plain().cloned();
+        Some(decoder::LowRank { down: matrix(&self.0)?, up: matrix(&self.1)? })
+    }
 }
 
 impl SharedBlock {
@@ -61,6 +67,36 @@ impl SharedBlock {
             mlp: Mlp::new(&spec.mlp, d_model, &params.at("mlp"))?,
             adapters: adapters.collect::<Result<_>>()?,
         })
+    }
+
+    /// The weights for a decoder, with those of a use.
+    pub(crate) fn decoder(&self, adapter: usize, linear: Tensor) -> Result<Option<decoder::Shared>> {
+        let rms = |weight: &Tensor| decoder::Norm {
+            kind: NormKind::Rms,
+            weight: weight.clone(),
+            bias: None,
+            eps: self.eps,
+        };
+        let (Some(attention), Some(mlp)) = (self.attention.decoder_attention()?, self.mlp.decoder_mlp()?)
+        else {
+            return Ok(None);
+        };
+        let adapters = self.adapters.iter().find(|adapters| adapters.number == adapter);
+        let qkv = adapters.and_then(|adapters| adapters.qkv.as_ref());
+        let qkv_adapters = match qkv.map(|qkv| qkv.each_ref().map(LowRank::decoder)) {
+            Some([Some(q), Some(k), Some(v)]) => Some([q, k, v]),
+            Some(_) => return Ok(None),
+            None => None,
+        };
+        let mlp_adapter = match adapters.and_then(|adapters| adapters.mlp.as_ref()) {
+            Some(mlp) => match mlp.decoder() {
+                Some(mlp) => Some(mlp),
+                None => return Ok(None),
+            },
+            None => None,
+        };
+        let (norm, norm2) = (rms(&self.norm), rms(&self.norm2));
+        Ok(Some(decoder::Shared { norm, attention, qkv_adapters, norm2, mlp, mlp_adapter, linear }))
     }
 
     /// `(batch, seqlen, d_model)` from the stream and the embedding of the same shape.

@@ -123,7 +123,7 @@ impl Tensors {
         };
         let mut rows = vec![];
         for (row, position) in positions.iter().enumerate() {
-            let mut kv = KvCache::new(window);
+            let mut kv = KvCache::new(nheads_kv, headdim, window);
             let [keys, values] = [KEYS, VALUES].map(|name| format!("{i}.{name}.{row}"));
             if *position > 0 {
                 // With a window, what is out of sight may be missing.

@@ -7,16 +7,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
+use mamba_ops::decoder::{BLOCK, KeysValues};
 
 use crate::Result;
 
-/// Tokens of a block.
-const BLOCK: usize = 256;
-
 /// Keys and values of the tokens that a sequence has read, each token `(nheads_kv, headdim)`.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct KvCache {
+    nheads_kv: usize,
+    headdim: usize,
     blocks: Vec<Block>,
     window: Option<usize>,
 }
@@ -62,13 +62,13 @@ impl Block {
 }
 
 impl KvCache {
-    pub(super) fn new(window: Option<usize>) -> Self {
-        Self { blocks: vec![], window }
+    pub(super) fn new(nheads_kv: usize, headdim: usize, window: Option<usize>) -> Self {
+        Self { nheads_kv, headdim, blocks: vec![], window }
     }
 
     /// The same with nothing left here.
     pub(super) fn take(&mut self) -> Self {
-        Self { blocks: std::mem::take(&mut self.blocks), window: self.window }
+        Self { blocks: std::mem::take(&mut self.blocks), ..*self }
     }
 
     pub(super) fn clear(&mut self) {
@@ -86,12 +86,53 @@ impl KvCache {
 
     /// Another that goes its own way, and shares the memory of what is there.
     pub(super) fn fork(&self) -> Self {
-        Self { blocks: self.blocks.clone(), window: self.window }
+        Self { blocks: self.blocks.clone(), ..*self }
+    }
+
+    /// Room behind what is there, in a block of its own.
+    fn push(&mut self, dtype: DType, device: &Device) -> Result<()> {
+        let zeros = || Tensor::zeros((1, BLOCK, self.nheads_kv, self.headdim), dtype, device);
+        self.blocks.push(Block::new(zeros()?, zeros()?, 0));
+        Ok(())
+    }
+
+    /// Sees to it that a [`Decoder`](mamba_ops::decoder::Decoder) can write one more token; false if blocks are not as it takes them.
+    pub(super) fn reserve(&mut self, dtype: DType, device: &Device) -> Result<bool> {
+        let full = self.blocks.len().saturating_sub(1);
+        let regular = |(i, block): (usize, &Block)| {
+            block.capacity() == BLOCK && !block.keys.track_op() && (i >= full || block.len == BLOCK)
+        };
+        if !self.blocks.iter().enumerate().all(regular) {
+            return Ok(false);
+        }
+        if self.blocks.last().is_none_or(|block| block.len == BLOCK) {
+            self.push(dtype, device)?;
+        }
+        if let Some(block) = self.blocks.last_mut() {
+            block.claim(1)?;
+        }
+        Ok(true)
+    }
+
+    /// What is there, and room for a token more, for a decoder.
+    pub(super) fn keys_values(&self) -> KeysValues<'_> {
+        KeysValues {
+            len: self.blocks.iter().map(|block| block.len).sum(),
+            blocks: self.blocks.iter().map(|block| [&block.keys, &block.values]).collect(),
+        }
+    }
+
+    /// Counts the token that a decoder has written.
+    pub(super) fn grow(&mut self) {
+        if let Some(block) = self.blocks.last_mut() {
+            block.len += 1;
+        }
+        self.trim();
     }
 
     /// Adds tokens, `(1, seqlen, nheads_kv, headdim)`.
     pub(crate) fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
-        let (_, seqlen, nheads_kv, headdim) = keys.dims4()?;
+        let seqlen = keys.dim(1)?;
         if keys.track_op() || values.track_op() {
             // Writing into a block would cut their gradients.
             self.blocks.push(Block::new(keys.clone(), values.clone(), seqlen));
@@ -100,8 +141,7 @@ impl KvCache {
         let mut read = 0;
         while read < seqlen {
             if self.blocks.last().is_none_or(|block| block.len == block.capacity() || block.keys.track_op()) {
-                let zeros = || Tensor::zeros((1, BLOCK, nheads_kv, headdim), keys.dtype(), keys.device());
-                self.blocks.push(Block::new(zeros()?, zeros()?, 0));
+                self.push(keys.dtype(), keys.device())?;
             }
             let Some(block) = self.blocks.last_mut() else { break };
             let count = (block.capacity() - block.len).min(seqlen - read);
@@ -178,7 +218,7 @@ mod tests {
 
     #[test]
     fn what_is_given_up_is_overwritten_in_place() {
-        let mut cache = KvCache::new(None);
+        let mut cache = KvCache::new(1, 2, None);
         append(&mut cache, 0, 100);
         let before = place(&cache);
         for round in 0..5 {
@@ -201,7 +241,7 @@ mod tests {
     #[test]
     fn of_two_that_go_on_one_is_copied() {
         for first in [0, 1] {
-            let mut one = KvCache::new(None);
+            let mut one = KvCache::new(1, 2, None);
             append(&mut one, 0, 10);
             let mut caches = [one.fork(), one];
             let before = place(&caches[0]);
@@ -222,7 +262,7 @@ mod tests {
         /// Any tree of forks, in any order: each has what it was given.
         #[test]
         fn forks_are_values(steps in prop::collection::vec((0u8..8, 0usize..8, 1usize..300), 1..60)) {
-            let mut caches = vec![(KvCache::new(None), vec![])];
+            let mut caches = vec![(KvCache::new(1, 2, None), vec![])];
             let mut next = 0;
             for (step, at, count) in steps {
                 let at = at % caches.len();
@@ -250,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_copy_has_the_dtype_and_the_window() {
-        let mut one = KvCache::new(Some(4));
+        let mut one = KvCache::new(1, 2, Some(4));
         let half = tokens(0, 3).to_dtype(DType::BF16).unwrap();
         one.append(&half, &half).unwrap();
         let mut two = one.fork();

@@ -59,7 +59,9 @@ impl MixerState {
         let zeros = |shape: Vec<usize>| Tensor::zeros(shape, dtype, device);
         let conv = shape.conv.map(|(dim, window)| zeros(vec![batch, dim, window])).transpose()?;
         let ssm = shape.ssm.as_ref().map(|shape| zeros([&[batch], shape.as_slice()].concat())).transpose()?;
-        let kv = shape.kv.map(|(.., window)| (0..batch).map(|_| KvCache::new(window)).collect());
+        let empty =
+            |(heads, headdim, window)| (0..batch).map(|_| KvCache::new(heads, headdim, window)).collect();
+        let kv = shape.kv.map(empty);
         Ok(Self { conv, ssm, kv })
     }
 

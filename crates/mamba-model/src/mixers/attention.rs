@@ -1,7 +1,7 @@
 //! Softmax attention with everything that the hybrids add to it.
 
 use candle_core::Tensor;
-use mamba_ops::{Activation, Norm, norm};
+use mamba_ops::{Activation, Norm, decoder, norm};
 
 use super::conv::CausalConv;
 use super::rope::Rotary;
@@ -65,6 +65,43 @@ impl Attention {
             o_proj: Linear::new(&params.at("o_proj"), d_out_proj, d_out, out_bias)?,
             config: config.clone(),
         })
+    }
+
+    /// The weights for a decoder.
+    pub(crate) fn decoder_attention(&self) -> Result<Option<decoder::Attention>> {
+        let AttentionConfig { nheads, nheads_kv, headdim, softmax_scale, key_scale, window, .. } =
+            self.config;
+        let qkv = match &self.projections {
+            Projections::Packed(linear) => linear.decoder(),
+            Projections::Separate([q, k, v]) => Linear::decoder_of(&[q, k, v])?,
+        };
+        let conv = match &self.conv1d {
+            Some(conv1d) => match conv1d.decoder()? {
+                Some(conv) => Some(conv),
+                None => return Ok(None),
+            },
+            None => None,
+        };
+        let (Some(qkv), Some(out_proj)) = (qkv, self.o_proj.decoder()) else { return Ok(None) };
+        let device = out_proj.weights[0].device().clone();
+        let qk_norms = match (&self.qk_norm, self.config.qk_norm_eps) {
+            (Some((q, k)), Some(eps)) => Some((eps, [q.clone(), k.clone()])),
+            _ => None,
+        };
+        Ok(Some(decoder::Attention {
+            qkv: decoder::Product { scale: self.config.input_scale, ..qkv },
+            conv,
+            nheads,
+            nheads_kv,
+            headdim,
+            softmax_scale,
+            key_scale,
+            window,
+            qk_norms,
+            rotary: self.rotary.as_ref().map_or(Ok(None), |rotary| rotary.decoder(&device))?,
+            mlp: self.config.packed.map_or(0, |packed| packed.d_mlp / 2),
+            out_proj,
+        }))
     }
 
     /// `(batch, seqlen, d_in)` to `(batch, seqlen, d_out)`.
@@ -160,5 +197,9 @@ impl Attention {
 impl Mixer for Attention {
     fn forward(&self, x: &Tensor, sequences: &Sequences, state: Option<&mut MixerState>) -> Result<Tensor> {
         self.apply(x, sequences, state, None)
+    }
+
+    fn decoder(&self) -> Result<Option<decoder::Mixer>> {
+        Ok(self.decoder_attention()?.map(decoder::Mixer::Attention))
     }
 }

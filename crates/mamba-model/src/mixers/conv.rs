@@ -29,12 +29,13 @@ impl CausalConv {
         Ok(Self { weight, bias, activation, adapter: LowRank::find(params, channels, width)? })
     }
 
-    /// The weights, without an adapter and with silu behind them, for a decoder.
+    /// The weights, without an adapter, for a decoder.
     pub(super) fn decoder(&self) -> Result<Option<decoder::Conv>> {
-        if self.adapter.is_some() || self.activation != Activation::Silu {
+        if self.adapter.is_some() {
             return Ok(None);
         }
-        Ok(Some(decoder::Conv { weight: self.weight.squeeze(1)?, bias: self.bias.clone() }))
+        let silu = self.activation == Activation::Silu;
+        Ok(Some(decoder::Conv { weight: self.weight.squeeze(1)?, bias: self.bias.clone(), silu }))
     }
 
     pub(super) fn is_trained(&self) -> bool {

@@ -235,7 +235,7 @@ impl Mixer for Mamba1 {
             conv,
             x_proj,
             dt_bc_norms: self.norms.clone(),
-            dt_proj: dt_proj.weight,
+            dt_proj: dt_proj.weights[0].clone(),
             dt_bias: self.dt_bias.clone(),
             a: a.clone(),
             d: self.d.clone(),

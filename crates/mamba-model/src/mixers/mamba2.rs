@@ -267,8 +267,7 @@ impl Mixer for Mamba2 {
 
     fn decoder(&self) -> Result<Option<decoder::Mixer>> {
         let Mamba2Config { d_state, headdim, ngroups, dt_limit, input_scale, .. } = self.config;
-        let special = self.scales.is_some() || self.init_states.is_some() || input_scale != 1.0;
-        if special || self.config.d_bypass() > 0 {
+        if self.init_states.is_some() || self.config.d_bypass() > 0 {
             return Ok(None);
         }
         let (Some(in_proj), Some(out_proj)) = (self.in_proj.decoder(), self.out_proj.decoder()) else {
@@ -282,7 +281,7 @@ impl Mixer for Mamba2 {
             eps: norm.eps,
         };
         Ok(Some(decoder::Mixer::Mamba2(decoder::Mamba2 {
-            in_proj,
+            in_proj: decoder::Product { scale: input_scale, scales: self.scales.clone(), ..in_proj },
             conv,
             dt_bias: self.dt_bias.clone(),
             dt_limit,

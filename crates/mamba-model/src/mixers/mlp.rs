@@ -1,6 +1,7 @@
 //! Multilayer perceptrons, with and without a gate.
 
 use candle_core::Tensor;
+use mamba_ops::decoder;
 
 use super::{Mixer, scaled, wide};
 use crate::Result;
@@ -51,6 +52,28 @@ impl Mlp {
         Self { config: config.clone(), first, down_proj: Linear::from_weight(down) }
     }
 
+    /// The weights for a decoder.
+    pub(crate) fn decoder_mlp(&self) -> Result<Option<decoder::Mlp>> {
+        let (up, layout) = match &self.first {
+            First::Plain(up) => (up.decoder(), decoder::MlpLayout::Plain),
+            First::Gated(gate, up) => (Linear::decoder_of(&[gate, up])?, decoder::MlpLayout::GateUp),
+            First::Packed(both) if self.config.layout == MlpLayout::UpGate => {
+                (both.decoder(), decoder::MlpLayout::UpGate)
+            }
+            First::Packed(both) => (both.decoder(), decoder::MlpLayout::GateUp),
+        };
+        let (Some(up), Some(down)) = (up, self.down_proj.decoder()) else { return Ok(None) };
+        let activation = match self.config.activation {
+            MlpActivation::Silu => decoder::MlpActivation::Silu,
+            MlpActivation::Gelu => decoder::MlpActivation::Gelu,
+            MlpActivation::GeluTanh => decoder::MlpActivation::GeluTanh,
+            MlpActivation::Relu2 => decoder::MlpActivation::Relu2,
+        };
+        // Without a gate there is nothing to scale.
+        let gate_scale = if layout == decoder::MlpLayout::Plain { 1.0 } else { self.config.gate_scale };
+        Ok(Some(decoder::Mlp { up, layout, activation, gate_scale, down }))
+    }
+
     /// `(.., d_model)` to the same.
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor> {
         self.apply_adapted(x, None)
@@ -83,6 +106,10 @@ impl Mlp {
 impl Mixer for Mlp {
     fn forward(&self, x: &Tensor, _: &Sequences, _: Option<&mut MixerState>) -> Result<Tensor> {
         self.apply(x)
+    }
+
+    fn decoder(&self) -> Result<Option<decoder::Mixer>> {
+        Ok(self.decoder_mlp()?.map(decoder::Mixer::Mlp))
     }
 }
 

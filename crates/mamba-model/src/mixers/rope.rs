@@ -1,6 +1,7 @@
 //! The rotary embedding: pairs of channels are turned by an angle that grows with the position.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use mamba_ops::decoder;
 
 use crate::Result;
 use crate::batch::Sequences;
@@ -29,6 +30,16 @@ impl Rotary {
             _ => 1.0,
         };
         Self { dim, interleaved, frequencies: frequencies(config), factor }
+    }
+
+    /// The same for a decoder.
+    pub(super) fn decoder(&self, device: &Device) -> Result<Option<decoder::Rotary>> {
+        let Self { ref frequencies, interleaved, factor, .. } = *self;
+        if frequencies.is_empty() {
+            return Ok(None);
+        }
+        let frequencies = Tensor::from_slice(frequencies, frequencies.len(), device)?;
+        Ok(Some(decoder::Rotary { frequencies, interleaved, factor }))
     }
 
     /// The angles of sequences of one length.

@@ -1,7 +1,7 @@
 //! The gated short convolution of LFM2.
 
 use candle_core::Tensor;
-use mamba_ops::Activation;
+use mamba_ops::{Activation, decoder};
 
 use super::Mixer;
 use super::conv::CausalConv;
@@ -39,5 +39,13 @@ impl Mixer for ShortConv {
         let window = state.and_then(|state| state.conv.as_mut());
         let convolved = self.conv.forward(&gated, sequences.packing(), window)?;
         self.out_proj.forward(&(part(1)? * convolved)?)
+    }
+    fn decoder(&self) -> Result<Option<decoder::Mixer>> {
+        let (Some(in_proj), Some(conv), Some(out_proj)) =
+            (self.in_proj.decoder(), self.conv.decoder()?, self.out_proj.decoder())
+        else {
+            return Ok(None);
+        };
+        Ok(Some(decoder::Mixer::ShortConv(decoder::ShortConv { in_proj, conv, out_proj })))
     }
 }

@@ -1,29 +1,35 @@
 //! The decoder on a GPU: buffers that are made once, what is launched for a token, and the graph of it.
 
 mod arguments;
+mod attention;
 mod calls;
+mod check;
+mod mixers;
+mod prepared;
+mod products;
+mod scratch;
+mod tables;
 
-use std::cell::Cell;
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use self::calls::{Call, Scratch};
-use super::{Layer, MAX_BATCH, MAX_BATCH_F32, Mixer, OP, Stack, State, expect};
-use crate::args::Checker;
+use self::calls::Call;
+use self::mixers::{Addresses, Rest};
+use self::scratch::{Scratch, attentions};
+use self::tables::Tables;
+use super::{Attention, KeysValues, MAX_BATCH, MAX_BATCH_F32, Mixer, OP, Stack, State, expect};
 use crate::device::{self, Gpu, Graph};
-use crate::norm::NormKind;
-
-/// The widest convolution that the kernels take.
-const WIDEST: usize = 4;
 
 pub(super) struct Decoder {
     stack: Arc<Stack>,
     batch: usize,
     gpu: Gpu,
     scratch: Scratch,
+    /// Where keys and values lie.
+    tables: Tables,
     /// Where the states of the token before lay.
-    addresses: Vec<[u64; 2]>,
+    addresses: Vec<Addresses>,
     /// What the layers launch for states that lie there.
     layers: Vec<Call>,
     /// The same as a graph, from the second token on.
@@ -49,11 +55,11 @@ impl Decoder {
         if !known || !stack.embedding.device().is_cuda() || !(1..=most).contains(&batch) {
             return Ok(None);
         }
-        let trained = check(&stack)?;
-        if trained || !runs(&stack, batch)? {
+        let trained = check::check(&stack)?;
+        if trained || !check::runs(&stack, batch)? {
             return Ok(None);
         }
-        Self::of(Arc::new(prepared(&stack)?), batch).map(Some)
+        Self::of(Arc::new(prepared::prepared(&stack)?), batch).map(Some)
     }
 
     /// Another for as many sequences, with the same weights.
@@ -64,32 +70,46 @@ impl Decoder {
     fn of(stack: Arc<Stack>, batch: usize) -> Result<Self> {
         let gpu = Gpu::of(OP, &[Some(&stack.embedding)])?;
         let scratch = Scratch::new(&gpu, &stack, batch)?;
+        let tables = Tables::new(&gpu, attentions(&stack).len(), batch)?;
         let captures = std::env::var("MAMBA_CUDA_GRAPHS").map_or(true, |value| value != "0");
-        Ok(Self { stack, batch, gpu, scratch, addresses: vec![], layers: vec![], graph: None, captures })
+        Ok(Self {
+            stack,
+            batch,
+            gpu,
+            scratch,
+            tables,
+            addresses: vec![],
+            layers: vec![],
+            graph: None,
+            captures,
+        })
     }
 
-    pub(super) fn step(&mut self, ids: &Tensor, states: &[State]) -> Result<Tensor> {
+    pub(super) fn step(&mut self, ids: &Tensor, positions: &[usize], states: &[State]) -> Result<Tensor> {
         expect("ids", ids, &[self.batch])?;
-        if states.len() != self.stack.layers.len() {
-            bail!("{OP}: got {} states, expected {}", states.len(), self.stack.layers.len());
+        if positions.len() != self.batch {
+            bail!("{OP}: got {} positions, expected {}", positions.len(), self.batch);
         }
         self.check_places(ids, states)?;
-        for (layer, state) in self.stack.layers.iter().zip(states) {
-            check_state(layer, state, self.batch)?;
-        }
-        let addresses: Vec<_> = states.iter().map(|state| self.addresses_of(state)).collect::<Result<_>>()?;
-        let settled = addresses == self.addresses;
+        let attentions = check_states(&self.stack, states, self.batch)?;
+        let addresses: Vec<_> = states.iter().map(addresses_of).collect::<Result<_>>()?;
+        touch(&self.gpu, &attentions)?;
+        let moved = self.tables.update(&self.gpu, positions, &attentions, self.stack.embedding.dtype())?;
+        let settled = !moved && addresses == self.addresses;
         if !settled {
-            let calls = self.stack.layers.iter().zip(&addresses);
-            let calls = calls.map(|(layer, at)| self.scratch.layer(&self.gpu, layer, *at));
-            self.layers = calls.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+            let mut rest = Rest { states: addresses.iter(), attentions: 0 };
+            self.layers.clear();
+            for layer in &self.stack.layers {
+                self.layers.extend(self.scratch.layer(&self.gpu, layer, &self.tables, &mut rest)?);
+            }
             (self.graph, self.addresses) = (None, addresses);
         }
-        let logits = self.gpu.buffer(self.stack.embedding.dtype(), self.batch * self.stack.head.dim(0)?)?;
+        let outputs = self.stack.head.outputs()?;
+        let logits = self.gpu.buffer(self.stack.embedding.dtype(), self.batch * outputs)?;
         let head = self.scratch.head(&self.gpu, &self.stack, &logits)?;
         let ids = ids.contiguous()?;
         device::views(OP, [Some(&ids)], |gpu, [ids]| {
-            self.scratch.embed(&self.stack, ids)?.launch(gpu)?;
+            self.scratch.embed(&self.stack, ids, positions)?.launch(gpu)?;
             if settled && self.captures && self.graph.is_none() && !self.layers.is_empty() {
                 self.graph = gpu.capture(|| self.layers.iter().try_for_each(|call| call.launch(gpu)))?;
                 self.captures = self.graph.is_some();
@@ -101,8 +121,9 @@ impl Decoder {
             head.iter().try_for_each(|call| call.launch(gpu))
         })?;
         // On several streams, others wait for what was changed.
-        states.iter().try_for_each(|state| self.addresses_of(state).map(drop))?;
-        logits.tensor((self.batch, self.stack.head.dim(0)?))
+        states.iter().try_for_each(|state| addresses_of(state).map(drop))?;
+        touch(&self.gpu, &attentions)?;
+        logits.tensor((self.batch, outputs))
     }
 
     /// Checks that everything is on the GPU of the weights, and ids are of a kind that the kernel reads.
@@ -111,198 +132,96 @@ impl Decoder {
             bail!("{OP}: `ids` has dtype {}, expected u32, i64 or i32", ids.dtype().as_str());
         }
         // As every op without a backward, it changes nothing that tracks.
-        if states.iter().any(|state| state.conv.track_op() || state.ssm.track_op()) {
+        let parts = || states.iter().flat_map(|state| state.conv.into_iter().chain(state.ssm));
+        if parts().any(Tensor::track_op) {
             bail!("{OP}: a state tracks gradients, expected detached tensors: this op has no backward");
         }
         let here = |x: &Tensor| x.device().same_device(self.stack.embedding.device());
-        if !here(ids) || !states.iter().all(|state| here(state.conv) && here(state.ssm)) {
+        let blocks = || states.iter().flat_map(|state| &state.kv).flat_map(|kv| kv.blocks.iter().flatten());
+        if !here(ids) || !parts().all(here) || !blocks().all(|x| here(x)) {
             bail!("{OP}: ids or states are not on the GPU of the weights");
         }
         Ok(())
     }
+}
 
-    fn addresses_of(&self, state: &State) -> Result<[u64; 2]> {
-        let (conv, ssm) = (device::modify(OP, state.conv, Ok)?, device::modify(OP, state.ssm, Ok)?);
-        if !ssm.is_multiple_of(16) {
-            bail!("{OP}: `state.ssm` is a view that does not begin at a multiple of 16 bytes");
+fn addresses_of(state: &State) -> Result<Addresses> {
+    let address = |x: Option<&Tensor>| x.map_or(Ok(0), |x| device::modify(OP, x, Ok));
+    let (conv, ssm) = (address(state.conv)?, address(state.ssm)?);
+    if !ssm.is_multiple_of(16) {
+        bail!("{OP}: `state.ssm` is a view that does not begin at a multiple of 16 bytes");
+    }
+    Ok([conv, ssm])
+}
+
+/// Says that blocks of keys and values are used here, where other streams may use them too: the last one is written.
+fn touch(gpu: &Gpu, attentions: &[(&Attention, &[KeysValues])]) -> Result<()> {
+    if gpu.has_several_streams() {
+        let rows = attentions.iter().flat_map(|(_, rows)| *rows);
+        for x in rows.flat_map(|kv| kv.blocks.iter().flatten()) {
+            device::modify_any(OP, x, |_| Ok(()))?;
         }
-        Ok([conv, ssm])
     }
+    Ok(())
 }
 
-/// Whether the kernels are for these sizes; the matrices are read 16 bytes at once.
-fn runs(stack: &Stack, batch: usize) -> Result<bool> {
-    let pack = 16 / stack.embedding.dtype().size_in_bytes();
-    let gpu = Gpu::of(OP, &[Some(&stack.embedding)])?;
-    let product = |weight: &Tensor| -> Result<bool> {
-        let inputs = weight.dim(1)?;
-        Ok(inputs % pack == 0 && inputs > 0 && Scratch::fits(&gpu, inputs, batch, weight.dtype()))
-    };
-    let mut runs = product(&stack.head)?;
-    for layer in &stack.layers {
-        runs &= match &layer.mixer {
-            Mixer::Mamba1(m) => {
-                product(&m.in_proj.weight)?
-                    && product(&m.x_proj.weight)?
-                    && product(&m.out_proj.weight)?
-                    && (2..=WIDEST).contains(&m.conv.weight.dim(1)?)
-                    && m.a.dim(1)? % 4 == 0
-                    && Scratch::fits(&gpu, m.x_proj.weight.dim(0)?, 1, DType::F32)
-            }
-            Mixer::Mamba2(m) => {
-                product(&m.in_proj.weight)?
-                    && product(&m.out_proj.weight)?
-                    && (2..=WIDEST).contains(&m.conv.weight.dim(1)?)
-                    && m.d_state % 4 == 0
-                    && m.out_proj.weight.dim(1)? % (4 * m.ngroups) == 0
-            }
-        };
+/// Checks that there is a state for each mixer, and of the right shape; those of attentions.
+fn check_states<'a>(
+    stack: &'a Stack,
+    states: &'a [State],
+    batch: usize,
+) -> Result<Vec<(&'a Attention, &'a [KeysValues<'a>])>> {
+    let mut rest = states.iter();
+    let mut attentions: Vec<(&Attention, &[KeysValues])> = vec![];
+    let mixers = |layer: &'a super::Layer| layer.mixers.iter().map(|(_, mixer)| mixer);
+    let count: usize = stack.layers.iter().map(|l| l.mixers.len() + usize::from(l.shared.is_some())).sum();
+    if states.len() != count {
+        bail!("{OP}: got {} states, expected {count}", states.len());
     }
-    Ok(runs)
-}
-
-/// Checks that the weights fit one another; whether some are trained, that is, may be others at the next token.
-fn check(stack: &Stack) -> Result<bool> {
-    let trained = Cell::new(false);
-    let checker = Checker::new(OP, "embedding", &stack.embedding)?;
-    let [_, d_model] = checker.main_dims(["vocabulary", "d_model"])?;
-    trained.set(stack.embedding.track_op());
-    let matrix = |name, x: &Tensor, outputs: usize, inputs: usize| {
-        trained.set(trained.get() || x.track_op());
-        checker.activation(name, x, &[("outputs", outputs), ("inputs", inputs)])
-    };
-    let table = |name, x: &Tensor, rows: usize, columns: usize| {
-        trained.set(trained.get() || x.track_op());
-        checker.parameter(name, x, &[("channels", rows), ("columns", columns)])
-    };
-    let vector = |name, x: &Tensor, len: usize| {
-        trained.set(trained.get() || x.track_op());
-        checker.parameter(name, x, &[("channels", len)])
-    };
-    let optional = |name, x: &Option<Tensor>, len: usize| x.iter().try_for_each(|x| vector(name, x, len));
-    let norm = |norm: &super::Norm, len: usize| {
-        vector("norm.weight", &norm.weight, len)?;
-        optional("norm.bias", &norm.bias, len)
-    };
-    let product = |name, product: &super::Product, outputs: usize, inputs: usize| {
-        matrix(name, &product.weight, outputs, inputs)?;
-        optional(name, &product.bias, outputs)
-    };
-    let conv = |conv: &super::Conv, channels: usize| {
-        table("conv.weight", &conv.weight, channels, conv.weight.dim(1)?)?;
-        optional("conv.bias", &conv.bias, channels)
+    let mut of_attention = |attention: &'a Attention, state: &'a State| -> Result<()> {
+        if state.kv.len() != batch {
+            bail!("{OP}: got keys and values of {} sequences, expected {batch}", state.kv.len());
+        }
+        attentions.push((attention, &state.kv));
+        match &attention.conv {
+            Some(conv) => check_tensor("state.conv", state.conv, &window_of(conv, batch)?),
+            None => Ok(()),
+        }
     };
     for layer in &stack.layers {
-        norm(&layer.norm, d_model)?;
-        match &layer.mixer {
-            Mixer::Mamba1(m) => {
-                let ((d_inner, d_state), dt_rank) = (m.a.dims2()?, m.dt_proj.dim(1)?);
-                table("a", &m.a, d_inner, d_state)?;
-                product("in_proj", &m.in_proj, 2 * d_inner, d_model)?;
-                conv(&m.conv, d_inner)?;
-                product("x_proj", &m.x_proj, dt_rank + 2 * d_state, d_inner)?;
-                matrix("dt_proj", &m.dt_proj, d_inner, dt_rank)?;
-                for (weights, len) in
-                    m.dt_bc_norms.iter().map(|(_, weights)| (weights, [dt_rank, d_state, d_state]))
-                {
-                    weights.iter().zip(len).try_for_each(|(x, len)| optional("dt_bc_norms", x, len))?;
+        if let Some(shared) = &layer.shared
+            && let Some(state) = rest.next()
+        {
+            of_attention(&shared.attention, state)?;
+        }
+        for (mixer, state) in mixers(layer).zip(&mut rest) {
+            match mixer {
+                Mixer::Mamba1(m) => {
+                    let (d_inner, d_state) = m.a.dims2()?;
+                    check_tensor("state.conv", state.conv, &window_of(&m.conv, batch)?)?;
+                    check_tensor("state.ssm", state.ssm, &[batch, d_inner, d_state])?;
                 }
-                vector("dt_bias", &m.dt_bias, d_inner)?;
-                vector("d", &m.d, d_inner)?;
-                product("out_proj", &m.out_proj, d_model, d_inner)?;
-            }
-            Mixer::Mamba2(m) => {
-                let nheads = m.a.dims1()?;
-                let (d_inner, bc) = (nheads * m.headdim, m.ngroups * m.d_state);
-                if m.ngroups == 0 || nheads % m.ngroups != 0 {
-                    bail!("{OP}: `ngroups` is {}, expected a divisor of {nheads} heads", m.ngroups);
+                Mixer::Mamba2(m) => {
+                    check_tensor("state.conv", state.conv, &window_of(&m.conv, batch)?)?;
+                    check_tensor("state.ssm", state.ssm, &[batch, m.a.dim(0)?, m.headdim, m.d_state])?;
                 }
-                product("in_proj", &m.in_proj, 2 * d_inner + 2 * bc + nheads, d_model)?;
-                conv(&m.conv, d_inner + 2 * bc)?;
-                vector("a", &m.a, nheads)?;
-                vector("dt_bias", &m.dt_bias, nheads)?;
-                checker.dt_limit(m.dt_limit)?;
-                if m.norm.as_ref().is_some_and(|norm| norm.kind != NormKind::Rms) {
-                    bail!("{OP}: `norm` of Mamba-2 is a layer norm, expected an RMSNorm");
-                }
-                vector("d", &m.d, if m.d.elem_count() == nheads { nheads } else { d_inner })?;
-                m.norm.iter().try_for_each(|n| norm(n, d_inner))?;
-                product("out_proj", &m.out_proj, d_model, d_inner)?;
+                Mixer::Attention(m) => of_attention(m, state)?,
+                Mixer::ShortConv(m) => check_tensor("state.conv", state.conv, &window_of(&m.conv, batch)?)?,
+                Mixer::Mlp(_) => {}
             }
         }
     }
-    norm(&stack.norm_f, d_model)?;
-    matrix("head", &stack.head, stack.head.dim(0)?, d_model)?;
-    Ok(trained.get())
+    Ok(attentions)
 }
 
-fn check_state(layer: &Layer, state: &State, batch: usize) -> Result<()> {
-    match &layer.mixer {
-        Mixer::Mamba1(m) => {
-            let (channels, width) = m.conv.weight.dims2()?;
-            expect("state.conv", state.conv, &[batch, channels, width - 1])?;
-            expect("state.ssm", state.ssm, &[batch, channels, m.a.dim(1)?])
-        }
-        Mixer::Mamba2(m) => {
-            let (channels, width) = m.conv.weight.dims2()?;
-            expect("state.conv", state.conv, &[batch, channels, width - 1])?;
-            expect("state.ssm", state.ssm, &[batch, m.a.dim(0)?, m.headdim, m.d_state])
-        }
+fn window_of(conv: &super::Conv, batch: usize) -> Result<[usize; 3]> {
+    let (channels, width) = conv.weight.dims2()?;
+    Ok([batch, channels, width - 1])
+}
+
+fn check_tensor(name: &str, x: Option<&Tensor>, expected: &[usize]) -> Result<()> {
+    match x {
+        Some(x) => expect(name, x, expected),
+        None => bail!("{OP}: `{name}` is missing, expected {expected:?}"),
     }
-}
-
-/// The same weights as the kernels read them: matrices at addresses of 16 bytes, everything else in f32; what is so already is
-/// shared.
-fn prepared(stack: &Stack) -> Result<Stack> {
-    let aligned = |x: &Tensor| -> Result<Tensor> {
-        let x = x.contiguous()?;
-        let address = device::views(OP, [Some(&x)], |_, [x]| Ok(x.address))?;
-        if address.is_multiple_of(16) { Ok(x) } else { x.copy() }
-    };
-    let vector = |x: &Tensor| aligned(&x.to_dtype(DType::F32)?);
-    let some = |x: &Option<Tensor>| x.as_ref().map(vector).transpose();
-    let norm = |n: &super::Norm| -> Result<super::Norm> {
-        Ok(super::Norm { weight: vector(&n.weight)?, bias: some(&n.bias)?, ..n.clone() })
-    };
-    let product = |p: &super::Product| -> Result<super::Product> {
-        Ok(super::Product { weight: aligned(&p.weight)?, bias: some(&p.bias)? })
-    };
-    let conv = |c: &super::Conv| -> Result<super::Conv> {
-        Ok(super::Conv { weight: vector(&c.weight)?, bias: some(&c.bias)? })
-    };
-    let layer = |layer: &Layer| -> Result<Layer> {
-        let mixer = match &layer.mixer {
-            Mixer::Mamba1(m) => Mixer::Mamba1(super::Mamba1 {
-                in_proj: product(&m.in_proj)?,
-                conv: conv(&m.conv)?,
-                x_proj: product(&m.x_proj)?,
-                dt_bc_norms: match &m.dt_bc_norms {
-                    Some((eps, [dt, b, c])) => Some((*eps, [some(dt)?, some(b)?, some(c)?])),
-                    None => None,
-                },
-                dt_proj: aligned(&m.dt_proj)?,
-                dt_bias: vector(&m.dt_bias)?,
-                a: vector(&m.a)?,
-                d: vector(&m.d)?,
-                out_proj: product(&m.out_proj)?,
-            }),
-            Mixer::Mamba2(m) => Mixer::Mamba2(super::Mamba2 {
-                in_proj: product(&m.in_proj)?,
-                conv: conv(&m.conv)?,
-                dt_bias: vector(&m.dt_bias)?,
-                a: vector(&m.a)?,
-                d: vector(&m.d)?,
-                norm: m.norm.as_ref().map(norm).transpose()?,
-                out_proj: product(&m.out_proj)?,
-                ..m.clone()
-            }),
-        };
-        Ok(Layer { norm: norm(&layer.norm)?, mixer })
-    };
-    Ok(Stack {
-        embedding: aligned(&stack.embedding)?,
-        layers: stack.layers.iter().map(layer).collect::<Result<_>>()?,
-        norm_f: norm(&stack.norm_f)?,
-        head: aligned(&stack.head)?,
-    })
 }

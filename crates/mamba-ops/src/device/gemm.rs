@@ -9,7 +9,7 @@ use candle_core::{DType, Result, bail};
 
 use super::{Gpu, Pointer, int};
 
-/// `y = a b`, or added to `y`: a product of cuBLAS whose sums are f32, where `y` is f32 or as the factors.
+/// `y = scale · a b`, or added to `y`: a product of cuBLAS whose sums are f32, where `y` is f32 or as the factors.
 #[derive(Clone, Copy)]
 pub(crate) struct Gemm {
     /// `(rows, inner)`.
@@ -24,6 +24,7 @@ pub(crate) struct Gemm {
     pub(crate) columns: usize,
     /// Of the factors: f32, f16 or bf16.
     pub(crate) dtype: DType,
+    pub(crate) scale: f32,
     pub(crate) add: bool,
 }
 
@@ -43,7 +44,7 @@ impl Gpu {
     /// # Safety
     /// The addresses are of matrices of those sizes.
     pub(crate) unsafe fn gemm(&self, gemm: Gemm) -> Result<()> {
-        let Gemm { a, b, y, y_stride, rows, inner, columns, dtype, add } = gemm;
+        let Gemm { a, b, y, y_stride, rows, inner, columns, dtype, scale, add } = gemm;
         let factors = match dtype {
             DType::F32 => cublas::cudaDataType::CUDA_R_32F,
             DType::F16 => cublas::cudaDataType::CUDA_R_16F,
@@ -52,7 +53,7 @@ impl Gpu {
         };
         let sums = if y.dtype == 0 { cublas::cudaDataType::CUDA_R_32F } else { factors };
         let size = |n: usize| int("a product", n);
-        let (alpha, beta) = (1f32, if add { 1f32 } else { 0f32 });
+        let (alpha, beta) = (scale, if add { 1f32 } else { 0f32 });
         let order = |factor: Factor| match factor.transposed {
             true => cublas::cublasOperation_t::CUBLAS_OP_T,
             false => cublas::cublasOperation_t::CUBLAS_OP_N,

@@ -67,6 +67,10 @@ impl Pointer {
         Ok(Self { address, dtype })
     }
 
+    pub(crate) fn is_f32(self) -> bool {
+        self.dtype == 0
+    }
+
     /// The pointer to an element of this dtype further on; of no tensor, none.
     pub(crate) fn offset(self, elements: usize, dtype: DType) -> Self {
         let bytes = (elements * dtype.size_in_bytes()) as u64;
@@ -173,6 +177,7 @@ impl Gpu {
             DType::BF16 => self.storage::<bf16>(len),
             DType::F64 => self.storage::<f64>(len),
             DType::U32 => self.storage::<u32>(len),
+            DType::I64 => self.storage::<i64>(len),
             other => bail!("no kernel fills a buffer of {}", other.as_str()),
         }?;
         let (address, _) = address(&storage, &self.stream)?;
@@ -190,6 +195,23 @@ impl Gpu {
             unsafe { result::memset_d8_async(address, 0, bytes, stream) }.w()?;
         }
         Ok(buffer)
+    }
+
+    /// Writes numbers into a buffer of them from a place on, after everything enqueued.
+    pub(crate) fn write(&self, buffer: &mut Buffer, from: usize, numbers: &[i64]) -> Result<()> {
+        let slice = match &mut buffer.storage.slice {
+            CudaStorageSlice::I64(slice) => slice,
+            _ => bail!("a buffer is not of i64"),
+        };
+        let Some(mut part) = slice.try_slice_mut(from..from + numbers.len()) else {
+            bail!("{} numbers do not fit into a buffer from {from} on", numbers.len())
+        };
+        self.stream.memcpy_htod(numbers, &mut part).w()
+    }
+
+    /// Whether there are several streams, whose work on a tensor waits for each other's only where each says what it uses.
+    pub(crate) fn has_several_streams(&self) -> bool {
+        self.stream.context().is_managing_stream_synchronization()
     }
 
     /// Room for an output with an axis of tokens, of which kernels write all but the padding.

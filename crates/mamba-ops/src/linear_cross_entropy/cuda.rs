@@ -68,6 +68,7 @@ pub(super) fn run(args: &LinearCrossEntropy, sizes: Sizes, needs: Needs) -> Resu
                     inner: dim,
                     columns: classes,
                     dtype,
+                    scale: 1.0,
                     add: false,
                 })?;
                 let args = CrossEntropy {
@@ -90,6 +91,7 @@ pub(super) fn run(args: &LinearCrossEntropy, sizes: Sizes, needs: Needs) -> Resu
                         inner: classes,
                         columns: dim,
                         dtype,
+                        scale: 1.0,
                         add: false,
                     })?;
                 }
@@ -103,6 +105,7 @@ pub(super) fn run(args: &LinearCrossEntropy, sizes: Sizes, needs: Needs) -> Resu
                         inner: count,
                         columns: dim,
                         dtype,
+                        scale: 1.0,
                         add: start > 0,
                     })?;
                 }
