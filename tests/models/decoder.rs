@@ -126,7 +126,7 @@ fn families() -> Vec<(String, ModelConfig)> {
         for (_, mixer) in branches.flat_map(|branch| &mut branch.mixers) {
             match mixer {
                 MixerSpec::Mamba1(c) => (c.d_inner, c.d_state) = (96, 8),
-                MixerSpec::Mamba2(c) => (c.d_inner, c.d_ssm, c.d_state) = (2 * c.d_inner, 2 * c.d_ssm, 8),
+                MixerSpec::Mamba2(c) => (c.d_inner, c.d_ssm, c.d_state) = (4 * c.d_inner, 4 * c.d_ssm, 8),
                 MixerSpec::Attention(c) => attention(c),
                 MixerSpec::Mlp(c) => mlp(c),
                 _ => {}
