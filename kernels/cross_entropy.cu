@@ -4,15 +4,15 @@
 #include "reduce.cuh"
 
 struct CrossEntropy {
-    const float* logits;     // (rows, classes), before scaling
+    const float* logits;     // (rows, classes), before scaling; rows are `stride` apart, a multiple of V
     const int64_t* targets;  // (rows)
-    void* grad;              // (rows, classes), may be the logits; null if it is not asked for
+    void* grad;              // the same, may be the logits; null if it is not asked for
     float* losses;           // (rows)
     int64_t ignore_index;
-    int classes;
+    int classes, stride;
     float scale;
 };
-static_assert(sizeof(CrossEntropy) == 48, "as in linear_cross_entropy/cuda.rs");
+static_assert(sizeof(CrossEntropy) == 56, "as in linear_cross_entropy/cuda.rs");
 
 constexpr int THREADS = 1024, V = 4;
 
@@ -44,12 +44,11 @@ struct Total {
 
 template <typename T> __device__ void cross_entropy(const CrossEntropy& p) {
     __shared__ Total of_warps[THREADS / 32];
-    const int64_t offset = static_cast<int64_t>(blockIdx.x) * p.classes;
+    const int64_t offset = static_cast<int64_t>(blockIdx.x) * p.stride;
     const float* x = p.logits + offset;
     const int64_t target = p.targets[blockIdx.x];
     const bool ignored = target == p.ignore_index;
     T* grad = p.grad ? static_cast<T*>(p.grad) + offset : nullptr;
-    const bool vector = p.classes % V == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0;
     if (ignored) {
         if (threadIdx.x == 0) p.losses[blockIdx.x] = 0.0f;
         if (grad) for (int i = threadIdx.x; i < p.classes; i += THREADS) grad[i] = from_float<T>(0.0f);
@@ -59,8 +58,7 @@ template <typename T> __device__ void cross_entropy(const CrossEntropy& p) {
     Total total;
     for (int first = threadIdx.x * V; first < p.classes; first += THREADS * V) {
         float values[V];
-        if (vector) load<V, true>(values, x + first);
-        else load<V, false>(values, x + first, p.classes - first);
+        load<V, true>(values, x + first);
 #pragma unroll
         for (int v = 0; v < V; v++) if (first + v < p.classes) total.add(p.scale * values[v]);
     }
@@ -89,14 +87,12 @@ template <typename T> __device__ void cross_entropy(const CrossEntropy& p) {
     const float factor = known ? p.scale / total.sum : NAN;
     for (int first = threadIdx.x * V; first < p.classes; first += THREADS * V) {
         float values[V];
-        if (vector) load<V, true>(values, x + first);
-        else load<V, false>(values, x + first, p.classes - first);
+        load<V, true>(values, x + first);
 #pragma unroll
         for (int v = 0; v < V; v++) {
             values[v] = factor * __expf(p.scale * values[v] - total.most) - (first + v == target ? p.scale : 0.0f);
         }
-        if (vector) store<V, true>(grad + first, values);
-        else store<V, false>(grad + first, values, p.classes - first);
+        store<V, true>(grad + first, values);  // behind the last class is nothing that anyone reads
     }
 }
 
