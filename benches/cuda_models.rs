@@ -84,9 +84,10 @@ fn clock(device: &Device, f: impl FnOnce() -> Result<()>) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64() * 1e3)
 }
 
-fn ids(batch: usize, len: usize, device: &Device) -> Result<Tensor> {
-    let ids: Vec<u32> = (0..(batch * len) as u32).map(|i| i.wrapping_mul(2_654_435_761) % 50_000).collect();
-    Ok(Tensor::from_vec(ids, (batch, len), device)?)
+fn ids(batch: usize, len: usize, model: &Model) -> Result<Tensor> {
+    let id = |i: u32| i.wrapping_mul(2_654_435_761) % model.config().vocab_size as u32;
+    let ids: Vec<u32> = (0..(batch * len) as u32).map(id).collect();
+    Ok(Tensor::from_vec(ids, (batch, len), model.device())?)
 }
 
 /// The next token of each sequence.
@@ -99,7 +100,7 @@ fn plain(model: &Model, ids: &Tensor, cache: &mut InferenceCache) -> mamba_model
 /// The best milliseconds a step of several runs.
 fn decode(model: &Model, batch: usize, step: Step) -> Result<f64> {
     let device = model.device();
-    let prompt = ids(batch, PROMPT, device)?;
+    let prompt = ids(batch, PROMPT, model)?;
     let mut best = f64::INFINITY;
     for _ in 0..4 {
         let mut cache = model.new_cache(batch)?;
@@ -118,7 +119,7 @@ fn decode(model: &Model, batch: usize, step: Step) -> Result<f64> {
 
 /// The best milliseconds that a batch of texts takes for a token each.
 fn text(model: &Model, batch: usize, read: bool) -> Result<f64> {
-    let prompt = ids(batch, PROMPT, model.device())?.to_vec2::<u32>()?;
+    let prompt = ids(batch, PROMPT, model)?.to_vec2::<u32>()?;
     let mut best = f64::INFINITY;
     for _ in 0..3 {
         let mut rows = Batch::new(model);
@@ -143,7 +144,7 @@ fn text(model: &Model, batch: usize, read: bool) -> Result<f64> {
 
 fn prefill(model: &Model, batch: usize, len: usize) -> Result<f64> {
     let device = model.device();
-    let prompt = ids(batch, len, device)?;
+    let prompt = ids(batch, len, model)?;
     let mut cache = model.new_cache(batch)?;
     let mut times = vec![];
     for _ in 0..7 {
@@ -161,7 +162,7 @@ fn prefill(model: &Model, batch: usize, len: usize) -> Result<f64> {
 
 /// How far the decoder's logits are from those of the operations, by the largest.
 fn difference(model: &Model) -> Result<f64> {
-    let prompt = ids(1, PROMPT, model.device())?;
+    let prompt = ids(1, PROMPT, model)?;
     let (mut one, mut other) = (model.new_cache(1)?, model.new_cache(1)?);
     let mut next = model.prefill(&prompt, &mut one)?.argmax(1)?;
     model.prefill(&prompt, &mut other)?;

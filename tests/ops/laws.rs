@@ -127,13 +127,20 @@ pub fn differentiate(run: Run, inputs: &Tensors, cotangents: &Tensors) -> Result
             let gradient = match store.get(var.as_tensor()) {
                 Some(gradient) => gradient.detach(),
                 None if var.dtype() == DType::F64 => var.zeros_like()?,
-                None if target::is_cuda() && var.elem_count() == 0 => var.zeros_like()?, // not moved, see `target`
+                // Nothing empty is moved, see `target`: neither this input, nor, where there is no other, what came out.
+                None if target::is_cuda() && (var.elem_count() == 0 || empty(&outputs)) => {
+                    var.zeros_like()?
+                }
                 None => panic!("no gradient reached `{name}`"),
             };
             gradients.insert((*name).clone(), gradient);
         }
     }
     Ok((outputs.into_iter().map(|(name, y)| (name, y.detach())).collect(), gradients))
+}
+
+fn empty(tensors: &Tensors) -> bool {
+    tensors.values().all(|x| x.elem_count() == 0)
 }
 
 pub fn cast<O: Op>(inputs: &Tensors, dtype: DType) -> Result<Tensors> {
