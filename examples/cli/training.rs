@@ -1,5 +1,8 @@
 //! What the examples `train` and `finetune` share: flags, the loop, and everything that a person sees of it.
 
+#[path = "memory.rs"]
+mod memory;
+
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -375,7 +378,8 @@ pub fn run(task: Task) -> Result<()> {
         let report = trainer.step(&parts)?;
         let tokens_per_s = speed.after(report.tokens);
         bar.inc(1);
-        bar.set_message(format!("loss {:.4}, {tokens_per_s:.0} tokens/s,", report.loss));
+        let memory = memory::gib(&device).map(|gib| format!(" {gib:.1} GiB,")).unwrap_or_default();
+        bar.set_message(format!("loss {:.4}, {tokens_per_s:.0} tokens/s,{memory}", report.loss));
         if let Some(metrics) = &mut metrics {
             metrics.step(&report, tokens_per_s)?;
         }

@@ -239,7 +239,9 @@ pub fn mamba1_cases() -> Vec<Mamba1> {
     cases.push(Mamba1 { in_proj: true, out_proj: true, ..Mamba1::new([2, 9, 6, 4, 1]) });
     cases.push(Mamba1 { options: false, states: false, width: 2, ..Mamba1::new([2, 9, 17, 16, 3]) });
     cases.push(Mamba1 { delta_softplus: false, ..Mamba1::new([2, 9, 6, 4, 2]) });
-    for packing in laws::packings().into_iter().skip(3) {
+    // Gradients of longer ones are beyond the largest number of f16, here and unfused.
+    let short = |packing: &Packing| packing.seqlen() <= 500;
+    for packing in laws::packings().into_iter().skip(3).filter(short) {
         cases.push(Mamba1::new([0, 0, 6, 4, 2]).with_packing(Some(packing)));
     }
     cases

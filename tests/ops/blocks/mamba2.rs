@@ -305,7 +305,9 @@ pub fn mamba2_cases() -> Vec<Mamba2> {
     cases.push(Mamba2 { d_has_headdim: true, width: 3, ..Mamba2::new([2, 9, 2, 4, 2, 3]) });
     cases.push(Mamba2 { options: false, states: false, ..Mamba2::new([2, 9, 4, 4, 2, 3]) });
     cases.push(Mamba2 { dt_limit: (0.2, 0.7), chunk_size: 64, ..Mamba2::new([2, 70, 4, 4, 2, 3]) });
-    for packing in laws::packings().into_iter().skip(3) {
+    // Gradients of longer ones are beyond the largest number of f16, here and unfused.
+    let short = |packing: &Packing| packing.seqlen() <= 500;
+    for packing in laws::packings().into_iter().skip(3).filter(short) {
         cases.push(Mamba2 { out_proj: true, ..Mamba2::new([0, 0, 4, 3, 2, 5]) }.with_packing(Some(packing)));
     }
     cases
