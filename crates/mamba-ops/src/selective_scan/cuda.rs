@@ -394,7 +394,7 @@ fn arguments(
         SequenceLayout::ChannelsFirst => {
             seqlen % 8 == 0 && node.packing.sequences().iter().all(|sequence| sequence.start % 8 == 0)
         }
-        SequenceLayout::ChannelsLast => unit(node.sizes) % 8 == 0,
+        SequenceLayout::ChannelsLast => unit(node.sizes).is_multiple_of(8),
     };
     let mut in_rows = [U, DELTA, Z, B, C].into_iter().filter(|&slot| varies(slot));
     let packs = begin && in_rows.all(|slot| in_packs(inputs[slot].as_ref(), pointers[slot]));

@@ -7,6 +7,7 @@ use crate::device::{Gemm, Gpu, Kernel, Launch};
 
 /// Work for the GPU. It holds the addresses of weights and buffers that the decoder keeps, and of states that lie where they did when
 /// it was made.
+#[allow(clippy::large_enum_variant, reason = "nearly all are kernels, in one list that is made once")]
 pub(super) enum Call {
     Kernel(Kernel, Launch, Args),
     /// A product of cuBLAS.
