@@ -2,10 +2,9 @@
 
 use candle_core::Device;
 
-/// GiB: of a GPU, what all programs have of it now; else the most that this one has had so far. None where nobody says.
-pub fn gib(device: &Device) -> Option<f64> {
-    let bytes = if device.is_cuda() { of_gpu() } else { of_process() };
-    Some(bytes? as f64 / (1u64 << 30) as f64)
+/// Bytes: of a GPU, what all programs have of it now; else the most that this one has had so far. None where nobody says.
+pub fn bytes(device: &Device) -> Option<u64> {
+    if device.is_cuda() { of_gpu() } else { of_process() }
 }
 
 #[cfg(feature = "cuda")]

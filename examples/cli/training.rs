@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use mamba_generate::{Generator, SamplingConfig, TextGenerator, TextOptions};
 use mamba_model::{Model, Recompute};
 use mamba_train::data::{
@@ -378,7 +378,7 @@ pub fn run(task: Task) -> Result<()> {
         let report = trainer.step(&parts)?;
         let tokens_per_s = speed.after(report.tokens);
         bar.inc(1);
-        let memory = memory::gib(&device).map(|gib| format!(" {gib:.1} GiB,")).unwrap_or_default();
+        let memory = memory::bytes(&device).map(|n| format!(" {},", HumanBytes(n))).unwrap_or_default();
         bar.set_message(format!("loss {:.4}, {tokens_per_s:.0} tokens/s,{memory}", report.loss));
         if let Some(metrics) = &mut metrics {
             metrics.step(&report, tokens_per_s)?;

@@ -62,7 +62,9 @@ impl Sampler for ArgMax {
 /// The source is ChaCha12, as published, with stream 0 and a key whose first eight bytes are the seed (little endian) and
 /// whose others are 0. Each token takes one 64-bit word, of which the upper 53 bits make a number `u` in `[0, 1)`; the
 /// token is the first, in the order of the candidates, at which the sum of the weights exceeds `u` times their total, in
-/// `f64`. So a seed gives the same tokens in every version and on every machine, as long as `exp` rounds alike there.
+/// `f64`. So a seed gives the same tokens in every version and on every machine, as long as `exp` rounds alike there. A model on
+/// a GPU that draws itself (see [`CausalLm::draws`](crate::CausalLm::draws)) uses the same `u`, with weights rounded to `f32`: another token only
+/// where `u` falls between two of them.
 ///
 /// # Example
 /// ```

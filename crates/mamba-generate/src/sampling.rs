@@ -95,23 +95,21 @@ impl SamplingConfig {
     /// # Errors
     /// If an option is outside the domain of its filter, also where greedy decoding would not use it.
     pub fn build(&self) -> Result<Sampling> {
-        Ok(Sampling { draw: self.draw(), ..self.chain()? })
-    }
-
-    fn chain(&self) -> Result<Sampling> {
         let mut chain = self.edits()?;
         let greedy = self.temperature == 0.0;
         // Greedy decoding is not changed by what follows, which is made nevertheless, to check the options.
         let choices = self.choices(greedy)?;
         let mirostat = self.mirostat.map(|(tau, eta)| Mirostat::new(tau, eta, self.seed)).transpose()?;
-        if greedy {
-            return Ok(Sampling::new(chain, ArgMax));
-        }
-        chain.push(choices);
-        Ok(match mirostat {
-            Some(mirostat) => Sampling::new(chain, mirostat),
-            None => Sampling::new(chain, Multinomial::with_seed(self.seed)),
-        })
+        let sampling = if greedy {
+            Sampling::new(chain, ArgMax)
+        } else {
+            chain.push(choices);
+            match mirostat {
+                Some(mirostat) => Sampling::new(chain, mirostat),
+                None => Sampling::new(chain, Multinomial::with_seed(self.seed)),
+            }
+        };
+        Ok(Sampling { draw: self.draw(), ..sampling })
     }
 
     /// The draw that is all there is to it, but for its random number, if no option asks for more.
