@@ -91,13 +91,37 @@ pub(crate) fn pointers<const N: usize, R>(
     tensors: [Option<&Tensor>; N],
     f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
 ) -> Result<R> {
-    let mut contiguous = [const { None }; N];
-    for (slot, x) in contiguous.iter_mut().zip(tensors) {
-        // Of an empty tensor nothing is read.
-        *slot = x.filter(|x| x.elem_count() > 0).map(Tensor::contiguous).transpose()?;
+    let mut all = [const { None }; N];
+    for (slot, x) in all.iter_mut().zip(tensors) {
+        *slot = contiguous(x)?;
     }
     let gpu = Gpu::of(op, &tensors)?;
-    on(gpu, op, contiguous.each_ref().map(Option::as_ref), f)
+    on(gpu, op, all.each_ref().map(Option::as_ref), f)
+}
+
+/// The elements in row-major order; none of an empty tensor, of which nothing is read.
+pub(crate) fn contiguous(x: Option<&Tensor>) -> Result<Option<Tensor>> {
+    x.filter(|x| x.elem_count() > 0).map(Tensor::contiguous).transpose()
+}
+
+/// From one row to the next, in elements, of a tensor whose rows are whole and evenly apart.
+pub(crate) fn row_stride(x: &Tensor) -> Option<usize> {
+    let (columns, rows) = x.dims().split_last()?;
+    let (one, strides) = x.stride().split_last()?;
+    if *columns > 1 && *one != 1 {
+        return None;
+    }
+    // Of axes with one element the stride does not matter.
+    let mut axes = rows.iter().zip(strides).rev().filter(|(n, _)| **n != 1);
+    let Some((&n, &stride)) = axes.next() else { return Some(*columns) };
+    let mut expected = n * stride;
+    for (&n, &outer) in axes {
+        if outer != expected {
+            return None;
+        }
+        expected *= n;
+    }
+    Some(stride)
 }
 
 /// As [`pointers`], but to the first elements of views as they lie in memory, for kernels that take strides.
