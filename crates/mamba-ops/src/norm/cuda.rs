@@ -118,10 +118,9 @@ impl Shape {
 fn prepare(inputs: &[Option<Tensor>; SLOTS]) -> Result<([Option<Tensor>; SLOTS], usize)> {
     let mut prepared = [const { None }; SLOTS];
     for (slot, to) in prepared.iter_mut().enumerate() {
-        let x = inputs[slot].as_ref();
-        *to = match x {
-            Some(z) if slot == Z && z.elem_count() > 0 && device::row_stride(z).is_some() => Some(z.clone()),
-            _ => device::contiguous(x)?,
+        *to = match &inputs[slot] {
+            Some(z) if slot == Z && device::row_stride(z).is_some() => Some(z.clone()),
+            x => device::contiguous(x.as_ref())?,
         };
     }
     let z_stride = prepared[Z].as_ref().and_then(device::row_stride).unwrap_or(0);
