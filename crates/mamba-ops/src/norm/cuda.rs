@@ -90,6 +90,8 @@ impl Shape {
         let vector = aligned && [sizes.group_size, z_stride].iter().all(|n| n.is_multiple_of(PACK));
         let packs_of_thread = match packs.div_ceil(THREADS) {
             _ if !vector => 4,
+            // Fewer threads, each with more on its way: 173 µs in place of 184 for 16384 rows of 2560 on an H100, where a copy takes 171.
+            1 if pass == Pass::Forward && packs > THREADS / 2 => 2,
             1 => 1,
             2 => 2,
             _ => 4,
