@@ -19,7 +19,7 @@ const ROWS: usize = 8;
 
 /// The inputs as slices, `(rows, dim)`, and the options of [`Norm`](super::Norm).
 #[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
+pub(crate) struct Rows<'a> {
     pub sizes: Sizes,
     pub kind: NormKind,
     pub eps: f32,
@@ -60,6 +60,11 @@ pub(super) fn forward(rows: &Rows, isa: Isa, with_sum: bool) -> Forward {
         });
     }
     Forward { y, sum }
+}
+
+/// All rows, to `y`, on this thread.
+pub(crate) fn forward_to(rows: &Rows, isa: Isa, y: &mut [f32]) {
+    isa.dispatch(ForwardTask { rows, start: 0, y, sum: None });
 }
 
 /// The backward pass; `grad_y` and `grad_sum` are the gradients of the outputs.
@@ -126,13 +131,13 @@ impl Rows<'_> {
         }
     }
 
-    /// `û` from `r`, in place, and the `ρ` of each group.
+    /// `û` from `r`, in place; `keep` is called with the `ρ` of each group.
     #[inline(always)]
-    fn normalise<S: Simd>(&self, simd: S, at: usize, row: &mut [f32], rho: &mut [f32]) {
+    fn normalise<S: Simd>(&self, simd: S, at: usize, row: &mut [f32], mut keep: impl FnMut(usize, f32)) {
         if let Some(z) = self.gate(at, false) {
             mul_silu(simd, row, z);
         }
-        for (group, rho) in row.chunks_exact_mut(self.sizes.group_size).zip(rho) {
+        for (i, group) in row.chunks_exact_mut(self.sizes.group_size).enumerate() {
             if self.kind == NormKind::Layer {
                 // The second time takes away what rounding left of a mean that is large beside the spread.
                 for _ in 0..2 {
@@ -140,8 +145,9 @@ impl Rows<'_> {
                     map(simd, group, |u| simd.sub_f32s(u, mean));
                 }
             }
-            *rho = 1.0 / (dot(simd, group, group) / group.len() as f32 + self.eps).sqrt();
-            let factor = simd.splat_f32s(*rho);
+            let rho = 1.0 / (dot(simd, group, group) / group.len() as f32 + self.eps).sqrt();
+            keep(i, rho);
+            let factor = simd.splat_f32s(rho);
             map(simd, group, |u| simd.mul_f32s(u, factor));
         }
     }
@@ -172,15 +178,14 @@ impl WithSimd for ForwardTask<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { rows, start, y, mut sum } = self;
-        let Sizes { dim, group_size, .. } = rows.sizes;
-        let mut rho = vec![0.0; dim / group_size];
+        let dim = rows.sizes.dim;
         for (i, y) in y.chunks_exact_mut(dim).enumerate() {
             let at = start + i * dim;
             rows.add(simd, at, y);
             if let Some(sum) = &mut sum {
                 sum[i * dim..][..dim].copy_from_slice(y);
             }
-            rows.normalise(simd, at, y, &mut rho);
+            rows.normalise(simd, at, y, |_, _| {});
             rows.affine(simd, y);
             if let Some(z) = rows.gate(at, true) {
                 mul_silu(simd, y, z);
@@ -215,7 +220,7 @@ impl WithSimd for BackwardTask<'_> {
             if rows.gate(at, false).is_some() {
                 grad_z[i * dim..][..dim].copy_from_slice(&u);
             }
-            rows.normalise(simd, at, &mut u, &mut rho);
+            rows.normalise(simd, at, &mut u, |group, value| rho[group] = value);
 
             g.copy_from_slice(&grad_y[at..at + dim]);
             if let Some(z) = rows.gate(at, true) {
