@@ -80,7 +80,7 @@ pub struct Decoder(Imp);
 enum Imp {
     Cpu(cpu::Decoder),
     #[cfg(feature = "cuda")]
-    Cuda(cuda::Decoder),
+    Cuda(Box<cuda::Decoder>),
 }
 
 impl Decoder {
@@ -92,7 +92,7 @@ impl Decoder {
     pub fn new(stack: Stack, batch: usize) -> Result<Option<Self>> {
         #[cfg(feature = "cuda")]
         if stack.embedding.device().is_cuda() {
-            return Ok(cuda::Decoder::new(stack, batch)?.map(|decoder| Self(Imp::Cuda(decoder))));
+            return Ok(cuda::Decoder::new(stack, batch)?.map(|decoder| Self(Imp::Cuda(Box::new(decoder)))));
         }
         Ok(cpu::Decoder::new(&stack, batch)?.map(|decoder| Self(Imp::Cpu(decoder))))
     }
@@ -105,7 +105,7 @@ impl Decoder {
         match &self.0 {
             Imp::Cpu(decoder) => Ok(Self(Imp::Cpu(decoder.fork()))),
             #[cfg(feature = "cuda")]
-            Imp::Cuda(decoder) => Ok(Self(Imp::Cuda(decoder.fork()?))),
+            Imp::Cuda(decoder) => Ok(Self(Imp::Cuda(Box::new(decoder.fork()?)))),
         }
     }
 
