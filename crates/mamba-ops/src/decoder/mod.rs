@@ -78,7 +78,7 @@ pub struct Decoder(Imp);
 
 #[derive(Debug)]
 enum Imp {
-    Cpu(cpu::Decoder),
+    Cpu(Box<cpu::Decoder>),
     #[cfg(feature = "cuda")]
     Cuda(Box<cuda::Decoder>),
 }
@@ -94,7 +94,7 @@ impl Decoder {
         if stack.embedding.device().is_cuda() {
             return Ok(cuda::Decoder::new(stack, batch)?.map(|decoder| Self(Imp::Cuda(Box::new(decoder)))));
         }
-        Ok(cpu::Decoder::new(&stack, batch)?.map(|decoder| Self(Imp::Cpu(decoder))))
+        Ok(cpu::Decoder::new(&stack, batch)?.map(|decoder| Self(Imp::Cpu(Box::new(decoder)))))
     }
 
     /// Another decoder for as many sequences, whose weights are the same tensors: for states that go their own way.
@@ -103,7 +103,7 @@ impl Decoder {
     /// If the GPU is out of memory.
     pub fn fork(&self) -> Result<Self> {
         match &self.0 {
-            Imp::Cpu(decoder) => Ok(Self(Imp::Cpu(decoder.fork()))),
+            Imp::Cpu(decoder) => Ok(Self(Imp::Cpu(Box::new(decoder.fork())))),
             #[cfg(feature = "cuda")]
             Imp::Cuda(decoder) => Ok(Self(Imp::Cuda(Box::new(decoder.fork()?)))),
         }
