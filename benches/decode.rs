@@ -1,9 +1,8 @@
 //! Times of whole models on the CPU, beside candle-transformers' models with the same weights, in one run:
 //! `cargo bench -p mamba-benches --bench decode`.
 //!
-//! `prefill 512` is a prompt of so many tokens, `decode` a token behind it, both until their logits are there. `weights_ms` is what reading all
-//! weights once takes, by the same threads: no token of one sequence is faster. Each model runs in a process of its own, whose most memory is
-//! `peak_mib`. Weights are random; with `--save FOLDER` they go there as GGUF files and nothing is measured, and with `--load FOLDER` they are
+//! `prefill 512` is a prompt of so many tokens, `decode` a token behind it, both until their logits are there; `weights_gb_per_s` is how fast a token
+//! reads all weights, which binds it. Each model runs in a process of its own, whose most memory is `peak_mib`. Weights are random; with `--save FOLDER` they go there as GGUF files and nothing is measured, and with `--load FOLDER` they are
 //! those: `benches/peers/cpu.sh` measures llama.cpp with the same files. The logits of candle-transformers are compared with ours first. They
 //! run by turns, and the best of several rounds counts, since machines are noisy.
 
@@ -13,7 +12,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{mamba, mamba2};
 use clap::Parser;
@@ -21,7 +20,6 @@ use mamba_model::Model;
 use mamba_model::checkpoint::LocalDir;
 use mamba_model::checkpoint::gguf::{self, GgmlType, Metadata};
 use mamba_model::config::{Mamba1Config, Mamba2Config, MixerSpec, ModelConfig};
-use rayon::prelude::*;
 use serde_json::{Value, json};
 
 /// Measures prompt reading and generation.
@@ -186,32 +184,6 @@ fn measure(subject: &mut dyn Subject, ids: &[u32], generate: usize) -> Result<[f
     Ok([prefill, start.elapsed().as_secs_f64() / generate as f64])
 }
 
-/// Seconds for reading all parameters once.
-fn read_weights(model: &Model) -> f64 {
-    fn sum<T: Sync>(values: &[T]) -> u64 {
-        // SAFETY: weights are numbers of 2 or 4 bytes, of which any 8 at a multiple of 8 are a number.
-        let (_, words, _) = unsafe { values.align_to::<u64>() };
-        words
-            .par_chunks(1 << 15)
-            .map(|words| words.iter().fold(0u64, |sum, x| sum ^ x))
-            .reduce(|| 0, |a, b| a ^ b)
-    }
-    let read = || {
-        let start = Instant::now();
-        for (_, x) in model.parameters() {
-            let (storage, _) = x.storage_and_layout();
-            std::hint::black_box(match &*storage {
-                Storage::Cpu(CpuStorage::F32(x)) => sum(x),
-                Storage::Cpu(CpuStorage::F16(x)) => sum(x),
-                Storage::Cpu(CpuStorage::BF16(x)) => sum(x),
-                _ => 0,
-            });
-        }
-        start.elapsed().as_secs_f64()
-    };
-    (0..5).map(|_| read()).fold(f64::INFINITY, f64::min)
-}
-
 /// The most memory that this process had, in MiB, where the system says it.
 fn peak_mib() -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -257,7 +229,8 @@ fn run(args: &Args, name: &str, dtype: DType) -> Result<Rows> {
         None => converted(&random()?, dtype)?,
     };
     let vocab = model.config().vocab_size;
-    let weights_ms = 1e3 * read_weights(&model);
+    let bytes = |(_, x): &(String, Tensor)| x.elem_count() * x.dtype().size_in_bytes();
+    let weights: usize = model.parameters().iter().map(bytes).sum();
     let theirs = if with_peer { Some(peer(&model)?) } else { None };
     let cache = model.new_cache(1)?;
     let mut subjects: Vec<Box<dyn Subject>> = vec![Box::new(Ours { model, cache })];
@@ -286,9 +259,10 @@ fn run(args: &Args, name: &str, dtype: DType) -> Result<Rows> {
                 "case": format!("{name} {} {what}", dtype.as_str()), "ms": 1e3 * seconds,
                 "tokens_per_s": tokens as f64 / seconds,
             });
-            if i == 0 {
-                row["weights_ms"] = json!(weights_ms);
-            } else {
+            if tokens == 1 {
+                row["weights_gb_per_s"] = json!(1e-9 * weights as f64 / seconds);
+            }
+            if i > 0 {
                 row["logits_differ_by"] = json!(f64::from(gap / scale));
             }
             if subjects.len() == 1 {
@@ -359,7 +333,7 @@ fn main() -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
     }
-    println!("{device}\n\n| case | ms | tokens/s | weights | MiB | candle-transformers | logits differ by |");
+    println!("{device}\n\n| case | ms | tokens/s | GB/s | MiB | candle-transformers | logits differ by |");
     println!("|---|---|---|---|---|---|---|");
     for row in ours {
         let number = |row: &Value, field: &str, digits: usize| match row[field].as_f64() {
@@ -376,7 +350,7 @@ fn main() -> Result<()> {
             row["case"].as_str().unwrap_or_default(),
             number(&row, "ms", 2),
             number(&row, "tokens_per_s", 1),
-            number(&row, "weights_ms", 2),
+            number(&row, "weights_gb_per_s", 1),
             number(&row, "peak_mib", 0),
             number(peer, "ms", 2),
             ratio.unwrap_or_default(),

@@ -36,14 +36,15 @@ def ops(pairs):
 
 
 def models(pairs):
-    print("Times in ms, of a step in decoding and of the whole prompt; `weights` is what reading them once takes.\n")
-    # The most memory that each process had, where both sides say it.
-    memory = any("peak_mib" in row for _, *rows in pairs for row in rows)
-    head = ("case", "ms", "tokens/s", "weights", "upstream", "ratio")
-    table(head + (("MiB", "its MiB") if memory else ()), (
-        (case, number(ours.get("ms"), 3), number(ours.get("tokens_per_s"), 0), number(ours.get("weights_ms"), 3),
+    print("Times in ms, of a step in decoding and of the whole prompt; on a GPU, `weights` is what reading them once takes.\n")
+    # What one of the sides says of none of its rows has no column.
+    said = lambda key: any(key in row for _, *rows in pairs for row in rows)  # noqa: E731
+    weights, memory = said("weights_ms"), said("peak_mib")
+    head = ("case", "ms", "tokens/s", *(["weights"] * weights), "upstream", "ratio", *(["MiB", "its MiB"] * memory))
+    table(head, (
+        (case, number(ours.get("ms"), 3), number(ours.get("tokens_per_s"), 0), *([number(ours.get("weights_ms"), 3)] * weights),
          number(peer.get("ms"), 3), ratio(peer.get("ms"), ours.get("ms")),
-         *((number(ours.get("peak_mib"), 0), number(peer.get("peak_mib"), 0)) if memory else ()))
+         *([number(ours.get("peak_mib"), 0), number(peer.get("peak_mib"), 0)] * memory))
         for case, ours, peer in pairs))
 
 
