@@ -4,14 +4,14 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
-use half::slice::HalfFloatSliceExt;
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 use half::{bf16, f16};
 use parking_lot::RwLockReadGuard;
 use rayon::prelude::*;
 
 use crate::args::share_storage;
 use crate::autograd::Output;
+use crate::simd::half::{narrow, narrow_bf16, widen, widen_bf16};
 
 /// The elements of a CPU tensor as a contiguous `f32` slice: borrowed if that is what they are, else converted.
 pub(crate) struct HostSlice<'a>(Source<'a>);
@@ -45,8 +45,8 @@ pub(crate) fn read<'a>(name: &'static str, x: &'a Tensor) -> Result<HostSlice<'a
     let mut out = uninit(end - start);
     match storage {
         CpuStorage::F32(v) => out.copy_from_slice(&v[start..end]),
-        CpuStorage::F16(v) => convert(&v[start..end], &mut out, |src, dst| src.convert_to_f32_slice(dst)),
-        CpuStorage::BF16(v) => convert(&v[start..end], &mut out, |src, dst| src.convert_to_f32_slice(dst)),
+        CpuStorage::F16(v) => convert(&v[start..end], &mut out, widen),
+        CpuStorage::BF16(v) => convert(&v[start..end], &mut out, widen_bf16),
         CpuStorage::F64(v) => convert(&v[start..end], &mut out, |src, dst| {
             dst.iter_mut().zip(src).for_each(|(d, s)| *d = *s as f32);
         }),
@@ -112,16 +112,14 @@ impl Stored<'_> {
 
 /// A tensor of f32, f16 or bf16 with copies of `f32` values, rounded once.
 pub(crate) fn copied(values: &[f32], shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
-    fn halves<T: Copy>(zero: T, values: &[f32], f: impl Fn(&[f32], &mut [T])) -> Vec<T> {
+    fn halves<T: Copy>(zero: T, values: &[f32], f: fn(&[f32], &mut [T])) -> Vec<T> {
         let mut out = vec![zero; values.len()];
         f(values, &mut out);
         out
     }
     let storage = match dtype {
-        DType::F16 => CpuStorage::F16(halves(f16::ZERO, values, |src, dst| dst.convert_from_f32_slice(src))),
-        DType::BF16 => {
-            CpuStorage::BF16(halves(bf16::ZERO, values, |src, dst| dst.convert_from_f32_slice(src)))
-        }
+        DType::F16 => CpuStorage::F16(halves(f16::ZERO, values, narrow)),
+        DType::BF16 => CpuStorage::BF16(halves(bf16::ZERO, values, narrow_bf16)),
         _ => return tensor(values.to_vec(), shape, dtype),
     };
     Ok(Tensor::from((Storage::Cpu(storage), shape.into())))
@@ -132,13 +130,13 @@ pub(crate) fn output(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) ->
     let storage = match dtype {
         DType::F32 => CpuStorage::F32(values),
         DType::F16 => {
-            let mut out = vec![half::f16::ZERO; values.len()];
-            convert(&values, &mut out, |src, dst| dst.convert_from_f32_slice(src));
+            let mut out = unfilled(values.len(), f16::NAN);
+            convert(&values, &mut out, narrow);
             CpuStorage::F16(out)
         }
         DType::BF16 => {
-            let mut out = vec![half::bf16::ZERO; values.len()];
-            convert(&values, &mut out, |src, dst| dst.convert_from_f32_slice(src));
+            let mut out = unfilled(values.len(), bf16::NAN);
+            convert(&values, &mut out, narrow_bf16);
             CpuStorage::BF16(out)
         }
         DType::F64 => CpuStorage::F64(values.into_iter().map(f64::from).collect()),
@@ -194,15 +192,20 @@ fn convert<S: Sync, D: Send>(src: &[S], dst: &mut [D], f: impl Fn(&[S], &mut [D]
 }
 
 /// A buffer that a kernel overwrites in full: NaN in debug builds, so that what it forgets is seen.
-#[allow(clippy::uninit_vec)] // as candle does; filling a buffer costs as much as a light kernel
 pub(crate) fn uninit(len: usize) -> Vec<f32> {
+    unfilled(len, f32::NAN)
+}
+
+/// A buffer of floating numbers of some type that is overwritten in full: filled in debug builds only.
+#[allow(clippy::uninit_vec)] // as candle does; filling a buffer costs as much as a light kernel
+fn unfilled<T: WithDType>(len: usize, fill: T) -> Vec<T> {
     if cfg!(debug_assertions) {
-        return vec![f32::NAN; len];
+        return vec![fill; len];
     }
     let mut buffer = Vec::with_capacity(len);
     #[cfg(target_os = "linux")]
     ask_for_huge_pages(&mut buffer);
-    // SAFETY: within the capacity. Every bit pattern is an f32, kernels write before they read, and the debug build above would
+    // SAFETY: within the capacity. Every bit pattern is a number, kernels write before they read, and the debug build above would
     // show what they forget; what the language strictly wants, `MaybeUninit`, candle's storage does not take.
     unsafe { buffer.set_len(len) };
     buffer
@@ -211,10 +214,10 @@ pub(crate) fn uninit(len: usize) -> Vec<f32> {
 /// Advises the kernel to back a large buffer by huge pages. The first touch of every page is a fault: with pages of 4 KiB
 /// that takes longer than a convolution or a norm over the whole buffer.
 #[cfg(target_os = "linux")]
-fn ask_for_huge_pages(buffer: &mut Vec<f32>) {
+fn ask_for_huge_pages<T>(buffer: &mut Vec<T>) {
     const LARGE: usize = 4 << 20;
     const PAGE: usize = 1 << 16; // a multiple of every size that small pages have
-    let (start, len) = (buffer.as_mut_ptr().cast::<u8>(), size_of::<f32>() * buffer.capacity());
+    let (start, len) = (buffer.as_mut_ptr().cast::<u8>(), size_of::<T>() * buffer.capacity());
     if len < LARGE {
         return;
     }
@@ -298,8 +301,8 @@ impl InplaceOp1 for Write<'_> {
         let range = start + at..start + at + values.len();
         match storage {
             CpuStorage::F32(to) => to[range].copy_from_slice(values),
-            CpuStorage::F16(to) => to[range].convert_from_f32_slice(values),
-            CpuStorage::BF16(to) => to[range].convert_from_f32_slice(values),
+            CpuStorage::F16(to) => narrow(values, &mut to[range]),
+            CpuStorage::BF16(to) => narrow_bf16(values, &mut to[range]),
             _ => bail!("{op}: what is written to is not f32, f16 or bf16"),
         }
         Ok(())

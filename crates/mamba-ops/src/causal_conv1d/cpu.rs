@@ -22,6 +22,9 @@ const STRIP: usize = 512;
 /// Bytes.
 const CACHE_LINE: usize = 64;
 
+/// As many channels for gradients, which take more room, channels last.
+const GRADIENT_STRIP: usize = 256;
+
 /// Tokens whose products are added to the sums over tokens at once, channels last.
 const TOGETHER: usize = 4;
 
@@ -599,34 +602,38 @@ impl WithSimd for BackwardBlock<'_> {
         // g of the tokens of this block and of those that reach back into it, zeros behind the sequence.
         let rows = tokens + width - 1;
         let reach = rows.min(block.sequence.len - first);
-        let mut strip = vec![0.0; rows * STRIP.min(dim)];
-        for start in (0..dim).step_by(STRIP) {
-            let end = dim.min(start + STRIP);
+        let mut strip = vec![0.0; rows * GRADIENT_STRIP.min(dim)];
+        for start in (0..dim).step_by(GRADIENT_STRIP) {
+            let end = dim.min(start + GRADIENT_STRIP);
             let columns = end - start;
-            let (g, behind) = strip.split_at_mut(reach * columns);
-            behind.fill(0.0);
-            for (i, g) in g.chunks_exact_mut(columns).enumerate() {
-                taps.convolve(simd, conv, &block, [first + i, start], Wanted::Gradient(grad_y), g);
-            }
-            let g = &strip[..rows * columns];
-            for (i, dx) in dx.chunks_exact_mut(dim).enumerate() {
-                let tap = |m: usize| (&taps.weight[(width - 1 - m) * dim + start..], &g[(i + m) * columns..]);
-                weighted(simd, width, tap, 0.0, (), &mut dx[start..end], |sum, ()| sum);
-            }
-            let product = |k: usize, i: usize| {
-                (&g[i * columns..], taps.token(conv, &block, first + i, width - 1 - k, start))
-            };
-            let whole = tokens - tokens % TOGETHER;
-            for (k, sums) in weight_sums.chunks_exact_mut(dim).enumerate() {
-                let sums = &mut sums[start..end];
-                for i in (0..whole).step_by(TOGETHER) {
-                    add_products::<S, TOGETHER>(simd, sums, |j| product(k, i + j));
+            strip[reach * columns..rows * columns].fill(0.0);
+            let mut known = 0;
+            // A few tokens at a time, which stay in the first cache through all of this.
+            for i in (0..tokens).step_by(TOGETHER) {
+                let together = TOGETHER.min(tokens - i);
+                for ahead in known..reach.min(i + together + width - 1) {
+                    let g = &mut strip[ahead * columns..][..columns];
+                    taps.convolve(simd, conv, &block, [first + ahead, start], Wanted::Gradient(grad_y), g);
+                    known = ahead + 1;
                 }
-                (whole..tokens).for_each(|i| add_products::<S, 1>(simd, sums, |_| product(k, i)));
+                let g = |i: usize| &strip[i * columns..][..columns];
+                for i in i..i + together {
+                    let tap = |m: usize| (&taps.weight[(width - 1 - m) * dim + start..], g(i + m));
+                    let dx = &mut dx[i * dim + start..i * dim + end];
+                    weighted(simd, width, tap, 0.0, (), dx, |sum, ()| sum);
+                    map2(simd, &mut bias_sums[start..end], g(i), |sum, g| simd.add_f32s(sum, g));
+                }
+                for (k, sums) in weight_sums.chunks_exact_mut(dim).enumerate() {
+                    let x = |i: usize| taps.token(conv, &block, first + i, width - 1 - k, start);
+                    let sums = &mut sums[start..end];
+                    if together == TOGETHER {
+                        add_products::<S, TOGETHER>(simd, sums, |j| (g(i + j), x(i + j)));
+                    } else {
+                        (i..i + together).for_each(|i| add_products::<S, 1>(simd, sums, |_| (g(i), x(i))));
+                    }
+                }
             }
-            for g in g.chunks_exact(columns).take(tokens) {
-                map2(simd, &mut bias_sums[start..end], g, |sum, g| simd.add_f32s(sum, g));
-            }
+            let g = &strip;
             if first == 0 {
                 for c in start..end {
                     // SAFETY: the first block of each sequence writes its windows.

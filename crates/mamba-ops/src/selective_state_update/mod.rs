@@ -207,14 +207,7 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        // The kernels take one token of each state of a batch.
-        if let Some(indices) = state_indices {
-            let states = indices.gather(state)?;
-            let alone = SelectiveStateUpdate { state: &states, state_indices: None, ..*args };
-            let y = indices.without_padding(&selective_state_update(&alone)?)?;
-            indices.put(&states, state)?;
-            return Ok(y);
-        }
+        // The kernels take one token.
         if x.rank() == state.rank() {
             let in_place =
                 |alone: &SelectiveStateUpdate| Ok((selective_state_update(alone)?, alone.state.clone()));
