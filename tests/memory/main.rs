@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod decoding;
 mod loading;
 
 use candle_core::{Device, Result, Tensor, Var};
@@ -231,6 +232,8 @@ fn attention_over_many_tokens() {
 
 #[test]
 fn memory() {
+    decoding::a_token_of_a_decoder();
+    decoding::tokens_of_models();
     attention_over_many_tokens();
     mamba2();
     mamba1();

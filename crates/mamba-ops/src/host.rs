@@ -6,6 +6,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 use half::{bf16, f16};
+use parking_lot::RwLockReadGuard;
 use rayon::prelude::*;
 
 use crate::args::share_storage;
@@ -16,7 +17,7 @@ use crate::simd::half::{narrow, narrow_bf16, widen, widen_bf16};
 pub(crate) struct HostSlice<'a>(Source<'a>);
 
 enum Source<'a> {
-    Borrowed { storage: Box<dyn Deref<Target = Storage> + 'a>, start: usize, end: usize },
+    Borrowed { storage: RwLockReadGuard<'a, Storage>, start: usize, end: usize },
     Owned(Vec<f32>),
 }
 
@@ -30,7 +31,7 @@ pub(crate) fn read<'a>(name: &'static str, x: &'a Tensor) -> Result<HostSlice<'a
         if let (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) =
             (&*storage, layout.contiguous_offsets())
         {
-            return Ok(HostSlice(Source::Borrowed { storage: Box::new(storage), start, end }));
+            return Ok(HostSlice(Source::Borrowed { storage, start, end }));
         }
     }
     if !x.device().is_cpu() {
@@ -65,7 +66,7 @@ impl Deref for HostSlice<'_> {
     fn deref(&self) -> &[f32] {
         match &self.0 {
             Source::Owned(values) => values,
-            Source::Borrowed { storage, start, end } => match &***storage {
+            Source::Borrowed { storage, start, end } => match &**storage {
                 Storage::Cpu(CpuStorage::F32(values)) => &values[*start..*end],
                 _ => &[], // `read` borrows f32 in CPU memory only
             },
@@ -75,7 +76,7 @@ impl Deref for HostSlice<'_> {
 
 /// The elements of a contiguous CPU tensor in the dtype in which they are stored, borrowed.
 pub(crate) struct Stored<'a> {
-    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    storage: RwLockReadGuard<'a, Storage>,
     start: usize,
     end: usize,
 }
@@ -92,7 +93,7 @@ pub(crate) enum Values<'a> {
 pub(crate) fn stored(x: &Tensor) -> Option<Stored<'_>> {
     let (storage, layout) = x.storage_and_layout();
     let (start, end) = layout.contiguous_offsets()?;
-    let stored = Stored { storage: Box::new(storage), start, end };
+    let stored = Stored { storage, start, end };
     stored.values().is_some().then_some(stored)
 }
 
@@ -100,13 +101,28 @@ impl Stored<'_> {
     /// The elements; there are some of whatever [`stored`] gave.
     pub(crate) fn values(&self) -> Option<Values<'_>> {
         let range = self.start..self.end;
-        match &**self.storage {
+        match &*self.storage {
             Storage::Cpu(CpuStorage::F32(values)) => values.get(range).map(Values::F32),
             Storage::Cpu(CpuStorage::F16(values)) => values.get(range).map(Values::F16),
             Storage::Cpu(CpuStorage::BF16(values)) => values.get(range).map(Values::BF16),
             _ => None,
         }
     }
+}
+
+/// A tensor of f32, f16 or bf16 with copies of `f32` values, rounded once.
+pub(crate) fn copied(values: &[f32], shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+    fn halves<T: Copy>(zero: T, values: &[f32], f: fn(&[f32], &mut [T])) -> Vec<T> {
+        let mut out = vec![zero; values.len()];
+        f(values, &mut out);
+        out
+    }
+    let storage = match dtype {
+        DType::F16 => CpuStorage::F16(halves(f16::ZERO, values, narrow)),
+        DType::BF16 => CpuStorage::BF16(halves(bf16::ZERO, values, narrow_bf16)),
+        _ => return tensor(values.to_vec(), shape, dtype),
+    };
+    Ok(Tensor::from((Storage::Cpu(storage), shape.into())))
 }
 
 /// Makes an output of the given dtype from `f32` values, rounding once.
@@ -260,6 +276,39 @@ pub(crate) fn replace(state: &Tensor, next: &Tensor) -> Result<()> {
     state.slice_set(&next.contiguous()?, 0, 0)
 }
 
+/// Overwrites elements of a contiguous tensor of f32, f16 or bf16, from the one at `at` on; every clone of the tensor sees it.
+pub(crate) fn write(op: &'static str, x: &Tensor, at: usize, values: &[f32]) -> Result<()> {
+    x.inplace_op1(&Write { op, at, values })
+}
+
+struct Write<'a> {
+    op: &'static str,
+    at: usize,
+    values: &'a [f32],
+}
+
+impl InplaceOp1 for Write<'_> {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let Self { op, at, values } = *self;
+        let fits = |(start, end): &(usize, usize)| at + values.len() <= end - start;
+        let Some((start, _)) = layout.contiguous_offsets().filter(fits) else {
+            bail!("{op}: what is written does not fit, or the tensor is not contiguous")
+        };
+        let range = start + at..start + at + values.len();
+        match storage {
+            CpuStorage::F32(to) => to[range].copy_from_slice(values),
+            CpuStorage::F16(to) => narrow(values, &mut to[range]),
+            CpuStorage::BF16(to) => narrow_bf16(values, &mut to[range]),
+            _ => bail!("{op}: what is written to is not f32, f16 or bf16"),
+        }
+        Ok(())
+    }
+}
+
 struct Modify<F, T> {
     op: &'static str,
     f: Cell<Option<F>>,
@@ -290,6 +339,12 @@ pub(crate) fn parallel(count: usize, operations: usize, f: impl Fn(usize) + Sync
     } else {
         (0..count).into_par_iter().for_each(f)
     }
+}
+
+/// Runs `f` on one of the threads that [`parallel`] uses: what it runs in parallel is then handed over without waking anybody that waits
+/// for all of it.
+pub(crate) fn on_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
 }
 
 /// A mutable slice that threads write in disjoint pieces which no `chunks_mut` describes, such as columns.

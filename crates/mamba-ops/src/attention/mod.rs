@@ -1,6 +1,6 @@
 //! Softmax attention over keys and values that lie in blocks, as a cache that grows keeps them.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod reference;
@@ -71,21 +71,21 @@ impl<'a> Attention<'a> {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    seqlen: usize,
-    nheads: usize,
-    headdim: usize,
-    nheads_kv: usize,
-    kv_len: usize,
+pub(crate) struct Sizes {
+    pub batch: usize,
+    pub seqlen: usize,
+    pub nheads: usize,
+    pub headdim: usize,
+    pub nheads_kv: usize,
+    pub kv_len: usize,
 }
 
 /// What does not change between forward and backward.
 #[derive(Debug, Clone, Copy)]
-struct Options {
-    scale: f64,
-    causal: bool,
-    window: Option<usize>,
+pub(crate) struct Options {
+    pub scale: f64,
+    pub causal: bool,
+    pub window: Option<usize>,
 }
 
 impl Options {

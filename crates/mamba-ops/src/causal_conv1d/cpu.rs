@@ -161,28 +161,33 @@ pub(super) fn step(conv: &Conv, isa: Isa, rows: &[(usize, usize)], state: &mut [
             (y.get(start, len), state.get((window * dim + first) * (width - 1), len * (width - 1)))
         };
         y.copy_from_slice(&conv.x[start..][..len]);
-        isa.dispatch(StepRows { conv, first, y, state });
+        let weight = &conv.weight[first * width..][..len * width];
+        let bias = conv.bias.map(|bias| &bias[first..first + len]);
+        isa.dispatch(StepRows { weight, bias, activation: conv.activation, y, state });
     });
     out
 }
 
-/// Neighbouring channels of one batch element; `y` comes in as `x`.
-struct StepRows<'a> {
-    conv: &'a Conv<'a>,
-    first: usize,
-    y: &'a mut [f32],
-    state: &'a mut [f32],
+/// One token of some channels; `y` comes in as `x`.
+pub(crate) struct StepRows<'a> {
+    /// `(channels, width)`.
+    pub weight: &'a [f32],
+    pub bias: Option<&'a [f32]>,
+    pub activation: Activation,
+    pub y: &'a mut [f32],
+    /// `(channels, width - 1)`.
+    pub state: &'a mut [f32],
 }
 impl WithSimd for StepRows<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { conv, first, y, state } = self;
-        match conv.sizes.width {
-            4 => step_rows(conv, first, 4, y, state),
-            width => step_rows(conv, first, width, y, state),
+        let Self { weight, bias, activation, y, state } = self;
+        match weight.len() / y.len().max(1) {
+            4 => step_rows(weight, bias, 4, y, state),
+            width => step_rows(weight, bias, width, y, state),
         }
-        if conv.activation == Activation::Silu {
+        if activation == Activation::Silu {
             silu(simd, y);
         }
     }
@@ -190,13 +195,13 @@ impl WithSimd for StepRows<'_> {
 
 /// The sums over taps; inlined, so that a constant `width` unrolls the loops over taps.
 #[inline(always)]
-fn step_rows(conv: &Conv, first: usize, width: usize, y: &mut [f32], state: &mut [f32]) {
-    let weight = &conv.weight[first * width..][..y.len() * width];
+fn step_rows(weight: &[f32], bias: Option<&[f32]>, width: usize, y: &mut [f32], state: &mut [f32]) {
+    let weight = &weight[..y.len() * width];
     let state = &mut state[..y.len() * (width - 1)];
     for (i, y) in y.iter_mut().enumerate() {
         let (weight, window) = (&weight[i * width..][..width], &mut state[i * (width - 1)..][..width - 1]);
         let mut next = *y;
-        let mut sum = conv.bias.map_or(0.0, |bias| bias[first + i]) + weight[width - 1] * next;
+        let mut sum = bias.map_or(0.0, |bias| bias[i]) + weight[width - 1] * next;
         for (w, x) in weight[..width - 1].iter().zip(window).rev() {
             sum += w * *x;
             next = std::mem::replace(x, next);

@@ -1,7 +1,7 @@
 //! Depthwise causal convolution over time with optional SiLU, its window as a state, and the in-place update.
 
 mod autograd;
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod reference;

@@ -19,7 +19,7 @@ const ROWS: usize = 8;
 
 /// The inputs as slices, `(rows, dim)`, and the options of [`Norm`](super::Norm).
 #[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
+pub(crate) struct Rows<'a> {
     pub sizes: Sizes,
     pub kind: NormKind,
     pub eps: f32,
@@ -60,6 +60,11 @@ pub(super) fn forward(rows: &Rows, isa: Isa, with_sum: bool) -> Forward {
         });
     }
     Forward { y, sum }
+}
+
+/// All rows, to `y`, on this thread.
+pub(crate) fn forward_to(rows: &Rows, isa: Isa, y: &mut [f32]) {
+    isa.dispatch(ForwardTask { rows, start: 0, y, sum: None });
 }
 
 /// The backward pass; `grad_y` and `grad_sum` are the gradients of the outputs.
