@@ -35,8 +35,8 @@ template <typename T, int LANES, int V, int ROWS, bool SHARED>
 __device__ void update_heads(const Update& args) {
     constexpr int GROUPS = 32 / LANES;  // rows that a warp reads at once
     const int lane = threadIdx.x % LANES;
-    const int warp = (blockIdx.x * THREADS + threadIdx.x) / 32;
-    const int64_t first = static_cast<int64_t>(warp) * (GROUPS * ROWS) + threadIdx.x % 32 / LANES;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+    const int64_t first = warp * (GROUPS * ROWS) + threadIdx.x % 32 / LANES;
     const int channels = args.nheads * args.headdim, n = args.d_state;
     const int heads_of_group = args.nheads / args.ngroups;
 
