@@ -102,3 +102,35 @@ template <typename T> __device__ void cross_entropy(const CrossEntropy& p) {
         cross_entropy<T>(args);                                                      \
     }
 FOR_EACH_DTYPE(CROSS_ENTROPY)
+
+// y = factor x.
+struct Scaled {
+    const void* x;
+    const float* factor;
+    void* y;
+    int64_t len;
+};
+static_assert(sizeof(Scaled) == 32, "as in linear_cross_entropy/cuda.rs");
+
+template <typename T> __device__ void scaled(const Scaled& p) {
+    constexpr int PACK = 8;
+    const int64_t first = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * PACK;
+    if (first >= p.len) return;
+    const T* const x = static_cast<const T*>(p.x) + first;
+    T* const y = static_cast<T*>(p.y) + first;
+    const float factor = *p.factor;
+    // `x` may begin anywhere: the numbers of a view.
+    const bool whole = p.len - first >= PACK && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+    const int count = static_cast<int>(min(p.len - first, int64_t(PACK)));
+    float values[PACK];
+    if (whole) load<PACK, true>(values, x); else load<PACK, false>(values, x, count);
+#pragma unroll
+    for (int i = 0; i < PACK; i++) values[i] *= factor;
+    if (whole) store<PACK, true>(y, values); else store<PACK, false>(y, values, count);
+}
+
+#define SCALED(T, name)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) scaled_##name(const __grid_constant__ Scaled args) { \
+        scaled<T>(args);                                                                                  \
+    }
+FOR_EACH_DTYPE(SCALED)

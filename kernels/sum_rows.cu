@@ -1,6 +1,8 @@
-// The last step of sums over blocks: adds the rows of a matrix of partial sums, always in the same order.
+// The last step of sums over blocks: adds the rows of a matrix of partial sums, always in the same order; and, where outputs are
+// sums over neighbouring columns too, those.
 
 #include "elem.cuh"
+#include "reduce.cuh"
 
 struct SumRows {
     const float* matrix;  // (rows, columns)
@@ -25,4 +27,26 @@ extern "C" __global__ void __launch_bounds__(COLUMNS* LANES) sum_rows(const SumR
         for (int lane = 1; lane < LANES; lane++) sum += sums[lane][threadIdx.x];
         args.out.set(column, sum);
     }
+}
+
+struct SumGroups {
+    const float* matrix;  // (rows, groups, columns)
+    Any out;              // (groups)
+    int64_t rows, columns;
+};
+static_assert(sizeof(SumGroups) == 40, "as in device.rs");
+
+constexpr int THREADS = 512;
+
+extern "C" __global__ void __launch_bounds__(THREADS) sum_groups(const SumGroups args) {
+    __shared__ float scratch[THREADS / 32];
+    const int64_t group = blockIdx.x, groups = gridDim.x;
+    float sum[1] = {0.0f};
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < args.rows * args.columns; i += THREADS) {
+        const int64_t row = i / args.columns;
+        sum[0] += args.matrix[(row * groups + group) * args.columns + (i - row * args.columns)];
+    }
+    block_sum(sum, scratch, threadIdx.x / 32, THREADS / 32);
+    if (threadIdx.x == 0) args.out.set(group, sum[0]);
 }

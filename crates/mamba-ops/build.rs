@@ -46,6 +46,7 @@ fn build() -> Result<(), String> {
 
     let capabilities = capabilities()?;
     let nvcc = nvcc()?;
+    knows(&nvcc, &capabilities)?;
     println!("cargo::rustc-env=MAMBA_CUDA_CAPABILITIES={}", capabilities.join(", "));
 
     let workers = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize).clamp(1, 16);
@@ -111,6 +112,23 @@ fn nvcc() -> Result<PathBuf, String> {
          (https://developer.nvidia.com/cuda-downloads), put its `bin` on PATH or set CUDA_HOME, or build without the \
          feature `cuda`"
         .into())
+}
+
+/// Whether the compiler knows the GPUs that it is to build for; one that lists none is believed to.
+fn knows(nvcc: &Path, capabilities: &[String]) -> Result<(), String> {
+    let output = Command::new(nvcc).arg("--list-gpu-arch").output();
+    let list = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let known: Vec<&str> = list.lines().filter_map(|line| line.trim().strip_prefix("compute_")).collect();
+    match capabilities.iter().find(|capability| !known.contains(&capability.as_str())) {
+        Some(unknown) if !known.is_empty() => Err(format!(
+            "CUDA_COMPUTE_CAP has `{unknown}`, but {} builds for {}: install another CUDA toolkit \
+             (https://developer.nvidia.com/cuda-downloads), or set CUDA_COMPUTE_CAP to the largest of these that is not \
+             above {unknown}, which runs there too",
+            nvcc.display(),
+            known.join(", ")
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// The version in `Cuda compilation tools, release 13.0, V13.0.88`.

@@ -262,7 +262,12 @@ pub fn device(name: &str) -> Result<Device> {
             candle_core::utils::cuda_is_available(),
             "this program was built without CUDA: add --features cuda to the cargo command"
         );
-        Device::new_cuda(index).with_context(|| format!("no CUDA device {index} can be used"))
+        Device::new_cuda(index).with_context(|| {
+            format!(
+                "no CUDA device {index} can be used: see that nvidia-smi lists it, else install or update NVIDIA's driver \
+                 (https://www.nvidia.com/drivers), or take --device cpu"
+            )
+        })
     };
     match name {
         "auto" => Ok(cuda(0).unwrap_or(Device::Cpu)),

@@ -299,3 +299,5 @@ fn misuse() {
     let half = [k[0].to_dtype(DType::F16).unwrap()];
     fails(Attention { keys: &half, ..good }, "`keys` has dtype f16, expected f32 as `q`");
 }
+
+crate::on_cuda!(reference_agrees, partial_gradients);

@@ -5,8 +5,6 @@ use mamba_ops::{Embedding, embedding};
 
 use crate::support::message;
 use crate::support::random::Random;
-#[cfg(feature = "cuda")]
-use crate::support::target;
 use crate::support::tolerance::{self, of_rounding, relative_rms, values};
 
 /// Value and gradient of the table, for every dtype, many ids more than once, and the same bits on any number of threads.
@@ -45,39 +43,6 @@ fn equals_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// The gradient on a GPU is that on the CPU, to the rounding of sums in another order, and the same bits twice.
-#[cfg(feature = "cuda")]
-#[test]
-fn on_cuda() {
-    target::with_gpu(|device| {
-        let mut random = Random::new(5);
-        let mut cases = 0;
-        for (rows, dim, count) in
-            [(3, 1, 1), (5, 7, 18), (50, 33, 400), (2, 64, 3000), (50_000, 768, 4096), (7, 2100, 300)]
-        {
-            let ids = Tensor::from_vec(random.ids(count, rows as u32), count, &Device::Cpu)?;
-            let cotangent = random.normal(&[count, dim]);
-            for dtype in [DType::F32, DType::F16, DType::BF16] {
-                let run = |device: &Device| -> Result<Tensor> {
-                    let table = Var::zeros((rows, dim), dtype, device)?;
-                    let y = embedding(&Embedding::new(&ids.to_device(device)?, &table))?;
-                    let loss = (y * cotangent.to_dtype(dtype)?.to_device(device)?)?.sum_all()?;
-                    loss.backward()?.get(&table).unwrap().to_device(&Device::Cpu)
-                };
-                let (got, want) = (run(device)?, run(&Device::Cpu)?);
-                let error = relative_rms(&got, &want);
-                assert!(
-                    error <= of_rounding(&want, dtype, tolerance::BACKWARD),
-                    "{rows} {dim} {dtype:?}: {error}"
-                );
-                assert_eq!(values(&got), values(&run(device)?));
-                cases += 1;
-            }
-        }
-        Ok(cases)
-    });
-}
-
 #[test]
 fn wrong_ids_are_errors() -> Result<()> {
     let table = Var::zeros((3, 2), DType::F32, &Device::Cpu)?;
@@ -87,4 +52,41 @@ fn wrong_ids_are_errors() -> Result<()> {
         assert_eq!(message(error), "embedding: `ids` has dtype f32, expected u8, u32 or i64");
     }
     Ok(())
+}
+
+mod cuda {
+    use super::*;
+    use crate::support::target::with_gpu;
+
+    /// The gradient on a GPU is that on the CPU, to the rounding of sums in another order, and the same bits twice.
+    #[test]
+    fn gradient() {
+        with_gpu(|device| {
+            let mut random = Random::new(5);
+            let mut cases = 0;
+            for (rows, dim, count) in
+                [(3, 1, 1), (5, 7, 18), (50, 33, 400), (2, 64, 3000), (50_000, 768, 4096), (7, 2100, 300)]
+            {
+                let ids = Tensor::from_vec(random.ids(count, rows as u32), count, &Device::Cpu)?;
+                let cotangent = random.normal(&[count, dim]);
+                for dtype in [DType::F32, DType::F16, DType::BF16] {
+                    let run = |device: &Device| -> Result<Tensor> {
+                        let table = Var::zeros((rows, dim), dtype, device)?;
+                        let y = embedding(&Embedding::new(&ids.to_device(device)?, &table))?;
+                        let loss = (y * cotangent.to_dtype(dtype)?.to_device(device)?)?.sum_all()?;
+                        loss.backward()?.get(&table).unwrap().to_device(&Device::Cpu)
+                    };
+                    let (got, want) = (run(device)?, run(&Device::Cpu)?);
+                    let error = relative_rms(&got, &want);
+                    assert!(
+                        error <= of_rounding(&want, dtype, tolerance::BACKWARD),
+                        "{rows} {dim} {dtype:?}: {error}"
+                    );
+                    assert_eq!(values(&got), values(&run(device)?));
+                    cases += 1;
+                }
+            }
+            Ok(cases)
+        });
+    }
 }

@@ -6,8 +6,6 @@ use mamba_ops::{LinearCrossEntropy, linear_cross_entropy};
 
 use crate::support::message;
 use crate::support::random::Random;
-#[cfg(feature = "cuda")]
-use crate::support::target;
 use crate::support::tolerance::{self, max_error, relative_rms, values};
 
 /// Loss and gradients of `x` and `weight`, of a loss that is weighted by 0.3.
@@ -79,56 +77,6 @@ fn equals_the_reference() {
     assert_eq!(cases, 4 * 4 * 4 * Isa::available().len());
 }
 
-/// A GPU against the reference in f64, whatever the chunk; the same bits twice; a target that is no class is no number.
-#[cfg(feature = "cuda")]
-#[test]
-fn on_cuda() {
-    target::with_gpu(|device| {
-        let mut random = Random::new(8);
-        let mut cases = 0;
-        for (rows, dim, classes) in [(1, 1, 1), (5, 3, 2), (70, 17, 33), (130, 16, 300), (40, 64, 5003)] {
-            let (x, weight) = (random.normal(&[rows, dim]), (random.normal(&[classes, dim]) * 0.2)?);
-            let targets = targets(&mut random, rows, classes);
-            for (dtype, scale) in
-                [(DType::F32, 1.0), (DType::F32, 0.7), (DType::F16, 1.0), (DType::BF16, 0.7)]
-            {
-                let (x, weight) = (x.to_dtype(dtype)?, weight.to_dtype(dtype)?);
-                let exact = [&x, &weight].map(|t| t.to_dtype(DType::F64).unwrap());
-                let want = run(&exact[0], &exact[1], |x, w| {
-                    mamba_ops::linear_cross_entropy::reference::forward(&args(x, w, &targets, scale, None))
-                });
-                let (x, weight, targets) =
-                    (x.to_device(device)?, weight.to_device(device)?, targets.to_device(device)?);
-                for chunk in [None, Some(1), Some(7), Some(1000)] {
-                    let once =
-                        || run(&x, &weight, |x, w| linear_cross_entropy(&args(x, w, &targets, scale, chunk)));
-                    let (got, again) = (once(), once());
-                    let error = relative_rms(&got.0, &want.0);
-                    assert!(error < tolerance::FORWARD, "{rows} {dim} {classes} {dtype:?}: {error}");
-                    let both = [("x", &got.1, &want.1, &again.1), ("weight", &got.2, &want.2, &again.2)];
-                    for (name, got, want, again) in both {
-                        // Rounded as the gradient of the logits, as a product, and after it is scaled.
-                        let limit = 3.0 * tolerance::of_rounding(want, dtype, tolerance::BACKWARD);
-                        let error = if classes == 1 { max_error(got, want) } else { relative_rms(got, want) };
-                        assert!(error < limit, "{name} {rows} {dim} {classes} {dtype:?} {chunk:?}: {error}");
-                        assert_eq!(values(got), values(again));
-                    }
-                    cases += 1;
-                }
-            }
-        }
-        let x = Tensor::ones((2, 3), DType::F32, device)?;
-        let targets = Tensor::new(&[0i64, 3], device)?;
-        let loss = linear_cross_entropy(&LinearCrossEntropy::new(
-            &x,
-            &Tensor::ones((3, 3), DType::F32, device)?,
-            &targets,
-        ))?;
-        assert!(loss.to_scalar::<f32>()?.is_nan());
-        Ok(cases)
-    });
-}
-
 #[test]
 fn gradients_are_finite_differences() {
     let mut random = Random::new(2);
@@ -189,4 +137,65 @@ fn corners() -> Result<()> {
     let error = linear_cross_entropy(&LinearCrossEntropy::new(&x, &weight, &short)).unwrap_err();
     assert_eq!(message(error), "linear_cross_entropy: `targets` has shape [5], expected (rows 6)");
     Ok(())
+}
+
+mod cuda {
+    use super::*;
+    use crate::support::target::with_gpu;
+
+    /// A GPU against the reference in f64, whatever the chunk; the same bits twice; a target that is no class is no number.
+    #[test]
+    fn equals_the_reference() {
+        with_gpu(|device| {
+            let mut random = Random::new(8);
+            let mut cases = 0;
+            for (rows, dim, classes) in [(1, 1, 1), (5, 3, 2), (70, 17, 33), (130, 16, 300), (40, 64, 5003)] {
+                let (x, weight) = (random.normal(&[rows, dim]), (random.normal(&[classes, dim]) * 0.2)?);
+                let targets = targets(&mut random, rows, classes);
+                for (dtype, scale) in
+                    [(DType::F32, 1.0), (DType::F32, 0.7), (DType::F16, 1.0), (DType::BF16, 0.7)]
+                {
+                    let (x, weight) = (x.to_dtype(dtype)?, weight.to_dtype(dtype)?);
+                    let exact = [&x, &weight].map(|t| t.to_dtype(DType::F64).unwrap());
+                    let want = run(&exact[0], &exact[1], |x, w| {
+                        mamba_ops::linear_cross_entropy::reference::forward(&args(
+                            x, w, &targets, scale, None,
+                        ))
+                    });
+                    let (x, weight, targets) =
+                        (x.to_device(device)?, weight.to_device(device)?, targets.to_device(device)?);
+                    for chunk in [None, Some(1), Some(7), Some(1000)] {
+                        let once = || {
+                            run(&x, &weight, |x, w| linear_cross_entropy(&args(x, w, &targets, scale, chunk)))
+                        };
+                        let (got, again) = (once(), once());
+                        let error = relative_rms(&got.0, &want.0);
+                        assert!(error < tolerance::FORWARD, "{rows} {dim} {classes} {dtype:?}: {error}");
+                        let both = [("x", &got.1, &want.1, &again.1), ("weight", &got.2, &want.2, &again.2)];
+                        for (name, got, want, again) in both {
+                            // Rounded as the gradient of the logits, as a product, and after it is scaled.
+                            let limit = 3.0 * tolerance::of_rounding(want, dtype, tolerance::BACKWARD);
+                            let error =
+                                if classes == 1 { max_error(got, want) } else { relative_rms(got, want) };
+                            assert!(
+                                error < limit,
+                                "{name} {rows} {dim} {classes} {dtype:?} {chunk:?}: {error}"
+                            );
+                            assert_eq!(values(got), values(again));
+                        }
+                        cases += 1;
+                    }
+                }
+            }
+            let x = Tensor::ones((2, 3), DType::F32, device)?;
+            let targets = Tensor::new(&[0i64, 3], device)?;
+            let loss = linear_cross_entropy(&LinearCrossEntropy::new(
+                &x,
+                &Tensor::ones((3, 3), DType::F32, device)?,
+                &targets,
+            ))?;
+            assert!(loss.to_scalar::<f32>()?.is_nan());
+            Ok(cases)
+        });
+    }
 }

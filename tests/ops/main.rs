@@ -26,9 +26,12 @@ mod sample;
 mod selective_scan;
 mod selective_state_update;
 mod ssd;
+mod stages;
 mod stress;
 
 use mamba_ops::simd::Isa;
+
+use crate::support::target::say;
 
 /// Says which instruction sets the laws visit here; `MAMBA_REQUIRE_ISA` makes one of them mandatory.
 #[test]
@@ -36,13 +39,12 @@ fn instruction_sets() {
     let available: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
     for name in Isa::NAMES {
         match available.contains(&name) {
-            true => println!("instruction set {name}: tested"),
-            false => println!("instruction set {name}: skipped, this processor does not have it"),
+            true => say(format_args!("instruction set {name}: tested")),
+            false => say(format_args!("instruction set {name}: skipped, this processor does not have it")),
         }
     }
-    match support::target::cuda() {
-        Ok(_) => println!("a CUDA device: tested"),
-        Err(why) => println!("a CUDA device: skipped, {why}"),
+    if support::target::cuda().is_ok() {
+        say(format_args!("a CUDA device: tested"));
     }
     if let Ok(required) = std::env::var("MAMBA_REQUIRE_ISA") {
         assert!(available.contains(&required.as_str()), "{required} is required but not available");

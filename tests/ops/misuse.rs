@@ -46,6 +46,7 @@ fn extent(symbol: &str) -> usize {
         "w1" => 2,
         "r" => 7,
         "m" => 9,
+        "k" => 8,
         // Of Mamba-2: d_ssm, conv_dim, channels; of Mamba: two dims, the rows of x_proj.
         "hp" => 12,
         "conv" => 12 + 2 * 2 * 4,
@@ -86,7 +87,7 @@ impl Subject {
                 let message = error.to_string();
                 let names = named.iter().any(|name| message.contains(&format!("`{name}`")));
                 assert!(
-                    message.starts_with(&format!("{op}: ")) && names,
+                    message.starts_with(&format!("{op}: ")) && names && message.contains(", expected "),
                     "{op}, `{name}` of {why}: {message}"
                 );
             }
@@ -147,6 +148,7 @@ fn subjects() -> Vec<Subject> {
     }
     fn mamba1(t: &Tensors) -> Result<()> {
         mamba1_inner(&Mamba1Inner {
+            in_proj: t.get("in_proj"),
             conv_bias: t.get("conv_bias"),
             delta_bias: t.get("delta_bias"),
             d: t.get("d"),
@@ -161,6 +163,7 @@ fn subjects() -> Vec<Subject> {
         let weight = &t["norm.weight"];
         let norm = GatedRmsNorm { weight, eps: 1e-5, group_size: None, norm_before_gate: false };
         mamba2_split_conv1d_scan(&Mamba2SplitConv1dScan {
+            in_proj: t.get("in_proj"),
             conv_bias: t.get("conv_bias"),
             dt_bias: t.get("dt_bias"),
             d: t.get("d"),
@@ -173,7 +176,7 @@ fn subjects() -> Vec<Subject> {
         })
         .map(drop)
     }
-    vec![
+    let mut all = vec![
         Subject {
             op: "causal_conv1d",
             arguments: vec![
@@ -290,40 +293,49 @@ fn subjects() -> Vec<Subject> {
             ],
             call: norms,
         },
-        Subject {
-            op: "mamba1_inner",
-            arguments: vec![
-                ("xz", "b l !xz", Main),
-                ("conv_weight", "d w", Parameter),
-                ("conv_bias", "d", Parameter),
-                ("x_proj", "!rnn d", Parameter),
-                ("dt_proj", "d r", Parameter),
-                ("delta_bias", "d", Parameter),
-                ("a", "d n", Parameter),
-                ("d", "d", Parameter),
-                ("out_proj", "m d", Parameter),
-                ("initial_conv_state", "b d w1", State),
-                ("initial_ssm_state", "b d n", State),
-            ],
-            call: mamba1,
-        },
-        Subject {
-            op: "mamba2_split_conv1d_scan",
-            arguments: vec![
-                ("zxbcdt", "b l !zxbcdt", Main),
-                ("conv_weight", "conv w", Parameter),
-                ("conv_bias", "conv", Parameter),
-                ("dt_bias", "h", Parameter),
-                ("a", "h", Parameter),
-                ("d", "h p", Parameter),
-                ("norm.weight", "hp", Parameter),
-                ("out_proj", "m hp", Parameter),
-                ("initial_conv_state", "b conv w1", State),
-                ("initial_ssm_state", "b h p n", State),
-            ],
-            call: mamba2,
-        },
-    ]
+    ];
+    let of_mamba1 = [
+        ("conv_weight", "d w", Parameter),
+        ("conv_bias", "d", Parameter),
+        ("x_proj", "!rnn d", Parameter),
+        ("dt_proj", "d r", Parameter),
+        ("delta_bias", "d", Parameter),
+        ("a", "d n", Parameter),
+        ("d", "d", Parameter),
+        ("out_proj", "m d", Parameter),
+        ("initial_conv_state", "b d w1", State),
+        ("initial_ssm_state", "b d n", State),
+    ];
+    let of_mamba2 = [
+        ("conv_weight", "conv w", Parameter),
+        ("conv_bias", "conv", Parameter),
+        ("dt_bias", "h", Parameter),
+        ("a", "h", Parameter),
+        ("d", "h p", Parameter),
+        ("norm.weight", "hp", Parameter),
+        ("out_proj", "m hp", Parameter),
+        ("initial_conv_state", "b conv w1", State),
+        ("initial_ssm_state", "b h p n", State),
+    ];
+    // From what the first projection gives, and from what it takes.
+    let (xz, zxbcdt) = (("xz", "b l !xz", Main), ("zxbcdt", "b l !zxbcdt", Main));
+    let blocks = [
+        ("mamba1_inner", &of_mamba1[..], vec![xz], mamba1 as fn(&Tensors) -> Result<()>),
+        ("mamba1_inner", &of_mamba1, vec![("xz", "b l k", Main), ("in_proj", "!xz k", Parameter)], mamba1),
+        ("mamba2_split_conv1d_scan", &of_mamba2, vec![zxbcdt], mamba2),
+        (
+            "mamba2_split_conv1d_scan",
+            &of_mamba2,
+            vec![("zxbcdt", "b l k", Main), ("in_proj", "!zxbcdt k", Parameter)],
+            mamba2,
+        ),
+    ];
+    all.extend(blocks.map(|(op, others, first, call)| Subject {
+        op,
+        arguments: first.into_iter().chain(others.iter().copied()).collect(),
+        call,
+    }));
+    all
 }
 
 /// Calls `f` with each subject and argument.
@@ -510,5 +522,26 @@ fn options() {
         let result =
             mamba2_split_conv1d_scan(&Mamba2SplitConv1dScan { norm: Some(gated), ..block }).map(drop);
         fails(result, "mamba2_split_conv1d_scan", "norm.group_size");
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::support::target::with_gpu;
+
+    /// Each argument in the memory of another device than the others.
+    #[test]
+    fn wrong_device() {
+        with_gpu(|gpu| {
+            let cases = std::cell::Cell::new(0);
+            for_each_argument(|subject, name, shape, kind, good| {
+                let named = names(subject, name, kind, &subject.symbols(shape));
+                let others: Vec<&str> = subject.arguments.iter().map(|argument| argument.0).collect();
+                let named = if kind == Main { others } else { named };
+                subject.fails(name, good.to_device(gpu).unwrap(), &named, "another device");
+                cases.set(cases.get() + 1);
+            });
+            Ok(cases.get())
+        });
     }
 }

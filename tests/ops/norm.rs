@@ -6,7 +6,7 @@ use mamba_ops::{Norm, NormKind, NormOutput, norm};
 use crate::laws::{self, GoldenTensors, Op, Role, Tensors};
 use crate::support::golden::Golden;
 use crate::support::random::Random;
-use crate::support::target::Target;
+use crate::support::target::{self, Target};
 use crate::support::tolerance::{self, relative_rms, values};
 
 use NormKind::{Layer, Rms};
@@ -247,7 +247,9 @@ fn threads() {
 fn repeats() {
     for (kind, gate) in kinds_and_gates() {
         laws::repeats::<InDtypeOfX>(&full(kind, &[3, 401, 70], gate));
-        laws::repeats::<InDtypeOfX>(&full(kind, &[2000, 264], gate));
+        if target::is_cuda() {
+            laws::repeats::<InDtypeOfX>(&full(kind, &[2000, 264], gate)); // rows of many blocks
+        }
     }
 }
 

@@ -330,4 +330,12 @@ fn selective_state_update() {
         .unwrap_or_else(|e| panic!("{e}"));
 }
 
-crate::on_cuda!(causal_conv1d, norms, selective_scan, selective_state_update, ssd_chunk_scan);
+crate::on_cuda!(
+    causal_conv1d,
+    mamba1_inner,
+    mamba2_split_conv1d_scan,
+    norms,
+    selective_scan,
+    selective_state_update,
+    ssd_chunk_scan,
+);

@@ -189,6 +189,8 @@ fn cases() -> Vec<Case> {
     let packing = Some(laws::packings()[7].clone());
     cases.push(Ssd::packed(&Case::new([0, 0, 2, 64, 1, 128]), packing.clone()));
     cases.push(Ssd::packed(&Case { state: true, ..Case::bare([0, 0, 2, 64, 1, 128]) }, packing));
+    cases.push(Case { d: Some(1), state: true, ..Case::bare([1, 64, 2, 64, 1, 128]) });
+    cases.push(Case::new([1, 70, 2, 64, 2, 128]));
     cases
 }
 

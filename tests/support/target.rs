@@ -5,8 +5,9 @@
 //! others are compared with.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashSet};
-use std::sync::OnceLock;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io::Write;
+use std::sync::{Mutex, OnceLock};
 
 use candle_core::{DType, Device, Result, Tensor};
 use mamba_ops::simd::Isa;
@@ -45,6 +46,14 @@ impl Target {
         }
     }
 
+    /// Whether this is where ops run outside of any scope.
+    pub fn is_current(self) -> bool {
+        match self {
+            Self::Isa(isa) => isa.name() == Isa::current().name(),
+            Self::Cuda => true,
+        }
+    }
+
     /// Runs `f` with this target as the current one.
     pub fn scope<R>(self, f: impl FnOnce() -> R) -> R {
         match self {
@@ -64,11 +73,25 @@ pub fn cuda() -> std::result::Result<Device, String> {
     DEVICE.get_or_init(open).clone()
 }
 
+/// Says a line whoever captures the output of tests.
+pub fn say(line: std::fmt::Arguments) {
+    let _ = writeln!(std::io::stderr(), "{line}"); // a stream that is closed takes no line
+}
+
+/// Says that a test does not run: in its own output, which `test-cuda` counts, and once for all that do not for this reason.
+pub fn skipped(why: &str) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    println!("skipped: {why}");
+    if SAID.lock().unwrap().insert(why.to_owned()) {
+        say(format_args!("skipped: tests of `mod cuda` in this program: {why}"));
+    }
+}
+
 /// Runs a test on the GPU and says how many cases that were, or that it was skipped; `test-cuda` counts both.
 pub fn run_on_cuda(test: fn()) {
     let device = match cuda() {
         Ok(device) => device,
-        Err(why) => return println!("skipped: {why}"),
+        Err(why) => return skipped(&why),
     };
     ON_CUDA.set(Some(OnCuda { device, cases: HashSet::new() }));
     test();
@@ -85,7 +108,7 @@ pub fn with_gpu(test: impl Fn(&Device) -> Result<usize>) {
 /// As [`with_gpu`], of a test that needs something else too, and says itself why it does not run where there is none of it.
 pub fn with_gpu_and(test: impl Fn(&Device) -> Result<Option<usize>>) {
     match cuda() {
-        Err(why) => println!("skipped: {why}"),
+        Err(why) => skipped(&why),
         Ok(device) => {
             let Some(ran) = test(&device).unwrap() else { return };
             assert!(ran > 0, "nothing ran on the GPU");

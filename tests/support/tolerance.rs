@@ -10,6 +10,8 @@ pub const BACKWARD: f64 = 2e-5;
 pub const TENSOR_CORES: f64 = 10.0;
 /// In f16 and bf16: how many times the error of computing exactly and rounding once.
 pub const HALF_FACTOR: f64 = 1.5;
+/// Results in `f32` on a GPU against those on the CPU, by the largest value.
+pub const CPU_AND_GPU: f64 = 1e-3;
 /// Finite differences against autograd, both in `f64`.
 pub const FINITE_DIFFERENCES: f64 = 1e-6;
 /// `f64` references against `f64` goldens.
@@ -38,9 +40,18 @@ pub fn relative_rms(got: &Tensor, want: &Tensor) -> f64 {
 
 /// `max |got - want| / max(1, max |want|)`.
 pub fn max_error(got: &Tensor, want: &Tensor) -> f64 {
+    max_error_by(1.0, got, want)
+}
+
+/// `max |got - want| / max |want|`.
+pub fn error_by_largest(got: &Tensor, want: &Tensor) -> f64 {
+    max_error_by(f64::MIN_POSITIVE, got, want)
+}
+
+fn max_error_by(least: f64, got: &Tensor, want: &Tensor) -> f64 {
     assert_eq!(got.dims(), want.dims(), "shapes differ");
     let (got, want) = (values(got), values(want));
-    let scale = want.iter().fold(1.0f64, |m, w| m.max(w.abs()));
+    let scale = want.iter().fold(least, |m, w| m.max(w.abs()));
     let error = got.iter().zip(&want).map(|(g, w)| if g == w { 0.0 } else { (g - w).abs() });
     error.fold(0.0, |m: f64, e| if e.is_nan() { f64::INFINITY } else { m.max(e) }) / scale
 }

@@ -75,6 +75,11 @@ impl<'a> Checker<'a> {
             let expected: Vec<String> = dims.iter().map(|(name, n)| format!("{name} {n}")).collect();
             bail!("{}: `{name}` has shape {:?}, expected ({})", self.op, x.dims(), expected.join(", "))
         }
+        self.device(name, x)
+    }
+
+    /// The device of the main argument.
+    pub(crate) fn device(&self, name: &'static str, x: &Tensor) -> Result<()> {
         let (main_name, main) = self.main;
         if !x.device().same_device(main.device()) {
             bail!(

@@ -10,7 +10,7 @@ use mamba_train::{StepReport, TrainableModel, Trainer};
 
 use super::{all_bits, close, config, data, options, steps_on};
 use crate::bits;
-use crate::support::target::with_gpu_and;
+use crate::support::target::{skipped, with_gpu_and};
 
 /// Runs `f` with a rank for each GPU; none if NCCL is not installed.
 fn gpus<T: Send>(f: impl Fn(Arc<dyn Collective>, &Device) -> T + Sync) -> Option<Vec<T>> {
@@ -28,7 +28,7 @@ fn gpus<T: Send>(f: impl Fn(Arc<dyn Collective>, &Device) -> T + Sync) -> Option
             match Nccl::new(ring, &device, TIMEOUT) {
                 Ok(nccl) => Some(f(Arc::new(nccl), &device)),
                 Err(e) if e.to_string().contains("cannot be loaded") => {
-                    println!("skipped: {e}");
+                    skipped(&e.to_string());
                     None
                 }
                 Err(e) => panic!("{e}"),

@@ -204,8 +204,7 @@ impl Gpu {
 
     /// The sums of the columns of a `(rows, columns)` matrix of `f32`, in order, whatever the launch; written to `out`.
     pub(crate) fn sum_rows(&self, matrix: &Buffer, rows: usize, columns: usize, out: &Buffer) -> Result<()> {
-        static MODULE: Module = module!("sum_rows");
-        let kernel = Kernel { module: &MODULE, name: "sum_rows", dtype: None };
+        let kernel = Kernel { module: &SUM_ROWS, name: "sum_rows", dtype: None };
         let launch = Launch { blocks: [columns.div_ceil(32), 1, 1], threads: [32, 16], shared: 0 };
         let args = SumRows {
             matrix: matrix.pointer().address,
@@ -216,7 +215,29 @@ impl Gpu {
         // SAFETY: the matrix is of that size, `out` of one row.
         unsafe { self.launch(kernel, launch, args) }
     }
+
+    /// The sums over the first and the last axis of `(rows, groups, columns)`, in an order of their own; written to `out`.
+    pub(crate) fn sum_groups(
+        &self,
+        matrix: &Buffer,
+        rows: usize,
+        [groups, columns]: [usize; 2],
+        out: &Buffer,
+    ) -> Result<()> {
+        let kernel = Kernel { module: &SUM_ROWS, name: "sum_groups", dtype: None };
+        let launch = Launch { blocks: [groups, 1, 1], threads: [512, 1], shared: 0 };
+        let args = SumRows {
+            matrix: matrix.pointer().address,
+            out: out.pointer(),
+            rows: rows as i64,
+            columns: columns as i64,
+        };
+        // SAFETY: the matrix is of that size, `out` of one number a group.
+        unsafe { self.launch(kernel, launch, args) }
+    }
 }
+
+static SUM_ROWS: Module = module!("sum_rows");
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -227,7 +248,7 @@ struct SumRows {
     columns: i64,
 }
 const _: () = assert!(size_of::<SumRows>() == 40);
-// SAFETY: as `SumRows` in `sum_rows.cu`.
+// SAFETY: as `SumRows` and `SumGroups` in `sum_rows.cu`.
 unsafe impl Arguments for SumRows {}
 
 impl Launch {

@@ -2,7 +2,7 @@
 //! both, and that of a frozen weight costs as much as that of a trained one.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor, op};
 
 use super::{Linear, OP, Sizes};
 use crate::args::state_dtype;
@@ -13,7 +13,7 @@ pub(super) fn apply(args: &Linear, _: Sizes) -> Result<Tensor> {
     let dtype = if weight.dtype() == x.dtype() { x.dtype() } else { state_dtype(x.dtype()) };
     let mut y = x.to_dtype(dtype)?.contiguous()?.apply_op2(&weight.to_dtype(dtype)?, Product)?;
     if let Some(bias) = bias {
-        y = y.broadcast_add(&bias.to_dtype(dtype)?)?;
+        y = y.apply_op2(&bias.to_dtype(dtype)?.contiguous()?, Sum)?;
     }
     y.to_dtype(x.dtype())
 }
@@ -73,5 +73,53 @@ impl CustomOp2 for Product {
         let of_x = x.track_op().then(|| grad.matmul(&weight.detach())?.reshape(x.shape()));
         let of_weight = weight.track_op().then(|| grad.t()?.matmul(&rows(x)?));
         Ok((of_x.transpose()?, of_weight.transpose()?))
+    }
+}
+
+/// A sum with a bias, whose gradient is a sum over all rows: in `f32`, where candle's would be in the dtype of the rows.
+struct Sum;
+
+fn sum<S: BackendStorage>(x: &S, x_at: &Layout, bias: &S, bias_at: &Layout) -> Result<(S, Shape)> {
+    let y = x.binary_impl::<op::Add>(bias, x_at, &bias_at.broadcast_as(x_at.shape())?)?;
+    Ok((y, x_at.shape().clone()))
+}
+
+impl CustomOp2 for Sum {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_at: &Layout,
+        bias: &CpuStorage,
+        bias_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        sum(x, x_at, bias, bias_at)
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_at: &Layout,
+        bias: &CudaStorage,
+        bias_at: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        sum(x, x_at, bias, bias_at)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let of_bias = || -> Result<Tensor> {
+            let rows = grad.detach().to_dtype(state_dtype(grad.dtype()))?.reshape(((), bias.elem_count()))?;
+            rows.sum(0)?.to_dtype(bias.dtype())
+        };
+        Ok((x.track_op().then(|| grad.clone()), bias.track_op().then(of_bias).transpose()?))
     }
 }

@@ -4,10 +4,8 @@ use candle_core::{Result, Tensor};
 
 use super::chunks::{self, Needs, Sums};
 use super::{LinearCrossEntropy, OP, Sizes};
-#[cfg(feature = "cuda")]
-use crate::args;
 use crate::autograd::{self, Forward, FusedFn};
-use crate::{host, part};
+use crate::{args, host, part};
 
 // Slots of the inputs.
 const X: usize = 0;
@@ -37,6 +35,16 @@ fn compute(args: &LinearCrossEntropy, sizes: Sizes, needs: Needs) -> Result<Sums
         return super::cuda::run(args, sizes, needs);
     }
     chunks::run(args, sizes, needs)
+}
+
+/// A gradient of the loss times that of something by the loss: one rounding, and none of the factor, which may be tiny.
+fn scaled(of_sum: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if of_sum.device().is_cuda() && args::fused(of_sum) && of_sum.elem_count() > 0 {
+        return super::cuda::scaled(of_sum, grad);
+    }
+    let wide = args::state_dtype(of_sum.dtype());
+    of_sum.to_dtype(wide)?.broadcast_mul(&grad.to_dtype(wide)?)?.to_dtype(of_sum.dtype())
 }
 
 impl FusedFn<SLOTS, 1> for Node {
@@ -71,7 +79,7 @@ impl FusedFn<SLOTS, 1> for Node {
         for slot in [X, WEIGHT] {
             let Some(of_sum) = needs[slot].then(|| saved.next()).flatten() else { continue };
             out[slot] = Some(match &grads[0] {
-                Some(grad) => of_sum.broadcast_mul(&grad.to_dtype(of_sum.dtype())?)?,
+                Some(grad) => scaled(of_sum, grad)?,
                 None => host::slot(OP, inputs, slot)?.zeros_like()?,
             });
         }

@@ -2,7 +2,7 @@
 
 use std::mem::size_of;
 
-use candle_core::{DType, Result};
+use candle_core::{DType, Result, Tensor};
 
 use super::chunks::{Needs, Sums};
 use super::{LinearCrossEntropy, OP, Sizes};
@@ -35,6 +35,38 @@ struct CrossEntropy {
 const _: () = assert!(size_of::<CrossEntropy>() == 56);
 // SAFETY: as `CrossEntropy` in `cross_entropy.cu`.
 unsafe impl Arguments for CrossEntropy {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Scaled {
+    x: u64,
+    factor: u64,
+    y: u64,
+    len: i64,
+}
+const _: () = assert!(size_of::<Scaled>() == 32);
+// SAFETY: as `Scaled` in `cross_entropy.cu`.
+unsafe impl Arguments for Scaled {}
+
+/// Numbers of a thread that scales.
+const PACK: usize = 8;
+
+/// A tensor, part of which there is, times a factor on the GPU, rounded once.
+pub(super) fn scaled(x: &Tensor, factor: &Tensor) -> Result<Tensor> {
+    let factor = factor.to_dtype(DType::F32)?;
+    device::pointers(OP, [Some(x), Some(&factor)], |gpu, [from, factor]| {
+        let (dtype, len) = (x.dtype(), x.elem_count());
+        let y = gpu.buffer(dtype, len)?;
+        let kernel = Kernel { module: &MODULE, name: "scaled", dtype: Some(dtype) };
+        let blocks = [len.div_ceil(THREADS * PACK), 1, 1];
+        let launch = Launch { blocks, threads: [THREADS, 1], shared: 0 };
+        let args =
+            Scaled { x: from.address, factor: factor.address, y: y.pointer().address, len: len as i64 };
+        // SAFETY: both are of that length; the factor is one number.
+        unsafe { gpu.launch(kernel, launch, args) }?;
+        y.tensor(x.shape().clone())
+    })
+}
 
 /// Everything at once, of detached arguments, some rows of which there are.
 pub(super) fn run(args: &LinearCrossEntropy, sizes: Sizes, needs: Needs) -> Result<Sums> {
@@ -119,8 +151,10 @@ pub(super) fn run(args: &LinearCrossEntropy, sizes: Sizes, needs: Needs) -> Resu
             }
         }
         let of_weight = of_weight.map(|grad| grad.tensor((classes, dim))?.to_dtype(args.weight.dtype()));
+        let loss = gpu.buffer(DType::F32, 1)?;
+        gpu.sum_groups(&losses, 1, [1, rows], &loss)?;
         Ok(Sums {
-            loss: losses.tensor(rows)?.sum_all()?,
+            loss: loss.tensor(())?,
             x: of_x.map(|grad| grad.tensor((rows, dim))).transpose()?,
             weight: of_weight.transpose()?,
         })

@@ -48,6 +48,7 @@ impl<'a> LinearCrossEntropy<'a> {
         if self.targets.dims() != [rows] {
             bail!("{OP}: `targets` has shape {:?}, expected (rows {rows})", self.targets.dims())
         }
+        check.device("targets", self.targets)?;
         check.require(self.chunk_rows != Some(0), || "`chunk_rows` is 0, expected at least 1".into())?;
         Ok(Sizes { rows, dim, classes })
     }

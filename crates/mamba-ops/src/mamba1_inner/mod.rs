@@ -144,8 +144,7 @@ struct Sizes {
 /// `[x | z] = xz`, or `xz · in_projᵀ`; `x ← silu(conv(x))` as [`causal_conv1d`](fn@crate::causal_conv1d); `[dt | B | C] = x · x_projᵀ`; `delta = dt · dt_projᵀ`; `y` is
 /// what [`selective_scan`](fn@crate::selective_scan) makes of them, gated by `silu(z)`, and `y ← y Wᵀ` with `out_proj`. The same as calling these
 /// ops one after another, but one node of the graph. While training nothing in between is kept, `backward()` computes it
-/// again, or with `recompute` off all of it is, but for
-/// parts without kernels (`f64`; packed sequences on a GPU), which are computed again all the same.
+/// again, or with `recompute` off all of it is, but for `f64`, which has no kernels and is computed again all the same.
 ///
 /// # Shapes
 /// `xz`: `(batch, seqlen, 2 · dim)`, or `(batch, seqlen, d_model)` with `in_proj`, `(2 · dim, d_model)`; f32, f16, bf16 or f64, which is the dtype of `y` and of the matrix products too ·

@@ -114,10 +114,10 @@ impl<'a> Mamba2SplitConv1dScan<'a> {
             d_ssm.checked_mul(2).and_then(|z_and_x| channels.checked_sub(z_and_x)?.checked_sub(nheads));
         let Some(bc) = rest.filter(|rest| rest.is_multiple_of(2 * ngroups)) else {
             bail!(
-                "{OP}: `{name}` has shape {:?}, expected ({} 2 d_ssm + 2 ngroups d_state + nheads{}) with \
+                "{OP}: `{name}` has shape {:?}, expected ({}2 d_ssm + 2 ngroups d_state + nheads{}) with \
                  d_ssm {nheads} · {headdim}, ngroups {ngroups}, nheads {nheads}",
                 whole.dims(),
-                if self.in_proj.is_none() { "batch, seqlen," } else { "" },
+                if self.in_proj.is_none() { "batch, seqlen, " } else { "" },
                 if self.in_proj.is_none() { "" } else { ", d_model" }
             )
         };
@@ -191,8 +191,8 @@ struct Sizes {
 /// `[z | x | B | C | dt] = zxbcdt`, or `zxbcdt · in_projᵀ`; `[x | B | C] ← silu(conv([x | B | C]))` as [`causal_conv1d`](fn@crate::causal_conv1d); `y` is what
 /// [`ssd_chunk_scan`](fn@crate::ssd_chunk_scan) makes of them; then `y ← rms_norm(y, silu(z))` as [`norm`](fn@crate::norm) does, or `y · silu(z)` without a norm,
 /// and `y ← y Wᵀ` with `out_proj`. The same as calling these ops one after another, but one node of the graph. While
-/// training nothing in between is kept, `backward()` computes it again, or with `recompute` off all of it is, but for
-/// parts without kernels (`f64`; packed sequences on a GPU), which are computed again all the same.
+/// training nothing in between is kept, `backward()` computes it again, or with `recompute` off all of it is, but for `f64`,
+/// which has no kernels and is computed again all the same.
 ///
 /// # Shapes
 /// `zxbcdt`: `(batch, seqlen, channels)` with `channels = 2 · d_ssm + 2 · ngroups · d_state + nheads` and

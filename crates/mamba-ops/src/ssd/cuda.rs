@@ -524,7 +524,14 @@ pub(super) fn backward(
         let per_channel = prepared[D].as_ref().is_some_and(|d| d.rank() == 2);
         let d = match &d_rows {
             Some(d_rows) if per_channel => over_chunks(d_rows, D, nheads * headdim)?,
-            _ => None,
+            // One a head: over channels too.
+            Some(d_rows) => {
+                let out = like(D)?;
+                let heads = [nheads, headdim];
+                out.as_ref().map_or(Ok(()), |out| gpu.sum_groups(d_rows, chunks.room, heads, out))?;
+                out
+            }
+            None => None,
         };
         let if_needed = |slot: usize, buffer: Option<Buffer>| buffer.filter(|_| needs[slot]);
         let buffers = [
@@ -538,14 +545,6 @@ pub(super) fn backward(
             bias,
             if_needed(INITIAL_STATE, Some(initial_state)),
         ];
-        let mut grads = device::gradients(inputs, buffers)?;
-        if let (Some(d_rows), Some(d), true, false) = (d_rows, &inputs[D], needs[D], per_channel) {
-            // One a head: over channels too.
-            let channels = floats(nheads * headdim)?;
-            gpu.sum_rows(&d_rows, chunks.room, nheads * headdim, &channels)?;
-            let sum = channels.tensor((nheads, headdim))?.sum(1)?;
-            grads[D] = Some(sum.to_dtype(d.dtype())?);
-        }
-        Ok(grads)
+        device::gradients(inputs, buffers)
     })
 }
