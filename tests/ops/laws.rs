@@ -415,7 +415,7 @@ fn one_by_one<O: PackedOp>(
         let (axis, row, start, len) = match (O::time_axis(case, name), is_state(name)) {
             (Some(axis), _) => (axis, sequence.row, sequence.start, sequence.len),
             (None, true) => (0, 0, i, 1),
-            (None, false) => return (part, vec![0..dims.iter().product()]),
+            (None, false) => return (part, std::iter::once(0..dims.iter().product()).collect()),
         };
         (part[0], part[axis]) = (1, len);
         let lines: usize = dims[..axis].iter().skip(1).product();

@@ -611,10 +611,10 @@ impl WithSimd for BackwardBlock<'_> {
             // A few tokens at a time, which stay in the first cache through all of this.
             for i in (0..tokens).step_by(TOGETHER) {
                 let together = TOGETHER.min(tokens - i);
-                for ahead in known..reach.min(i + together + width - 1) {
-                    let g = &mut strip[ahead * columns..][..columns];
-                    taps.convolve(simd, conv, &block, [first + ahead, start], Wanted::Gradient(grad_y), g);
-                    known = ahead + 1;
+                while known < reach.min(i + together + width - 1) {
+                    let g = &mut strip[known * columns..][..columns];
+                    taps.convolve(simd, conv, &block, [first + known, start], Wanted::Gradient(grad_y), g);
+                    known += 1;
                 }
                 let g = |i: usize| &strip[i * columns..][..columns];
                 for i in i..i + together {
