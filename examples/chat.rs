@@ -212,12 +212,12 @@ impl Chat<'_> {
         let Some(separator) = self.dialogue.separator().filter(|end| !past.text.ends_with(end)) else {
             return Ok(past);
         };
-        let mut generator = Generator::builder(self.model)
+        // The next turn reads it, so that Ctrl-C is heeded.
+        let generator = Generator::builder(self.model)
             .resume(past.state)
             .prompt(&cli::encode(self.tokenizer, separator, false)?)
             .sampling(self.sampling.build()?)
             .build()?;
-        generator.prefill()?;
         Ok(Past { state: generator.state()?, text: past.text + separator })
     }
 
@@ -247,7 +247,12 @@ impl Chat<'_> {
     }
 
     fn load(&mut self, path: &Path) -> Result<()> {
-        let state = GenerationState::load(self.model, path)?;
+        let mut state = GenerationState::load(self.model, path)?;
+        let kept = Generator::builder(self.model).sampling(self.sampling.build()?);
+        if kept.resume(state.fork(self.model)?).build().is_err() {
+            state = state.without_sampling();
+            eprintln!("[saved with other options of sampling: goes on with those of now]");
+        }
         let tokens = state.tokens().len();
         let beside = notes_of(path);
         let read = || -> Result<_> {

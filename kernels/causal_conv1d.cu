@@ -47,14 +47,15 @@ static_assert(sizeof(ConvBackward) == 160, "as in cuda.rs");
 struct ConvUpdate {
     const void* x;
     void* y;
-    float* state;  // (b, d, width - 1)
+    float* state;       // (b, d, width - 1), or of a pool
+    const int* states;  // (b): indices into it, negative ones of padding; or null
     Any weight, bias;
     int64_t token_stride, channel_stride;  // of x and y
     int batch, dim, seqlen, width;
     int silu;
     int padding;
 };
-static_assert(sizeof(ConvUpdate) == 96, "as in cuda.rs");
+static_assert(sizeof(ConvUpdate) == 104, "as in cuda.rs");
 
 // w_m of channel c.
 __device__ inline float tap(const Conv& conv, int c, int m) {
@@ -500,9 +501,13 @@ __device__ void update(const ConvUpdate& args) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (row >= static_cast<int64_t>(args.batch) * args.dim) return;
     const int b = row / args.dim, c = row % args.dim;
-    const int window = args.width - 1;
-    float* state = args.state + row * window;
+    const int window = args.width - 1, place = args.states ? args.states[b] : b;
     const int64_t first = static_cast<int64_t>(b) * args.dim * args.seqlen + c * args.channel_stride;
+    if (place < 0) {
+        for (int t = 0; t < args.seqlen; t++) static_cast<T*>(args.y)[first + t * args.token_stride] = from_float<T>(0.0f);
+        return;
+    }
+    float* state = args.state + (static_cast<int64_t>(place) * args.dim + c) * window;
     float w[TAPS], x[TAPS];  // x[m] is the input m tokens ago
 #pragma unroll
     for (int m = 0; m < TAPS; m++) {

@@ -24,15 +24,16 @@ struct Norm {
     int layer;
     int gate;
     int padding;
+    int64_t z_stride;  // from one row of z to the next: it is often a part of wider rows
 };
-static_assert(sizeof(Norm) == 96, "as in cuda.rs");
+static_assert(sizeof(Norm) == 104, "as in cuda.rs");
 
 struct NormForward {
     Norm norm;
     void* y;
     Any sum;  // x + residual, if asked for
 };
-static_assert(sizeof(NormForward) == 120, "as in cuda.rs");
+static_assert(sizeof(NormForward) == 128, "as in cuda.rs");
 
 struct NormBackward {
     Norm norm;
@@ -42,20 +43,25 @@ struct NormBackward {
     void *dx, *dz;
     float *dweight, *dbias;  // (gridDim.x · blockDim.y, dim): the sums over some of the rows; null if not asked for
 };
-static_assert(sizeof(NormBackward) == 168, "as in cuda.rs");
+static_assert(sizeof(NormBackward) == 176, "as in cuda.rs");
 
 constexpr int V = 8, THREADS = 512;
 
 // The place of one thread in its group.
 template <int PACKS>
 struct Place {
-    int64_t start;  // of the group, in x
-    int column;     // of the group, in the weight
+    int64_t start;    // of the group, in x
+    int64_t start_z;  // and in z
+    int column;       // of the group, in the weight
     int size;
 
+    __device__ Place(const Norm& norm, int64_t row, int column)
+        : start(row * norm.dim + column), start_z(row * norm.z_stride + column), column(column), size(norm.group_size) {}
     __device__ int offset(int k) const { return (k * blockDim.x + threadIdx.x) * V; }
     // Of a pack in x; of one beyond the end, the start of the group.
-    __device__ int64_t element(int k) const { return start + (offset(k) < size ? offset(k) : 0); }
+    __device__ int64_t element(int k) const { return start + inside(k); }
+    __device__ int64_t element_z(int k) const { return start_z + inside(k); }
+    __device__ int inside(int k) const { return offset(k) < size ? offset(k) : 0; }
     __device__ int count(int k) const { return max(0, min(V, size - offset(k))); }
 };
 
@@ -106,7 +112,7 @@ struct Group {
         if (gate(norm) != WITHOUT) {
 #pragma unroll
             for (int k = 0; k < PACKS; k++)
-                load<V, VECTOR>(z[k], static_cast<const T*>(norm.z) + at.element(k), at.count(k));
+                load<V, VECTOR>(z[k], static_cast<const T*>(norm.z) + at.element_z(k), at.count(k));
         }
         if (norm.residual) {
 #pragma unroll
@@ -162,7 +168,7 @@ __device__ void forward(const NormForward& args) {
     if (unit >= norm.rows * groups) return;
     const int64_t row = unit / groups;
     const int column = unit % groups * norm.group_size;
-    const Place<PACKS> at{row * norm.dim + column, column, norm.group_size};
+    const Place<PACKS> at(norm, row, column);
     Group<T, PACKS, VECTOR, GATE> group;
     const int gate = group.gate(norm);
     group.load_sum(norm, at);
@@ -204,11 +210,11 @@ __device__ void backward(const NormBackward& args) {
     const float inverse = 1.0f / static_cast<float>(norm.group_size);
     Raw<T, V> next_x[PACKS], next_z[PACKS], next_g[PACKS];
     const auto fetch_group = [&](int64_t row) {
-        const Place<PACKS> at{row * norm.dim + column, column, norm.group_size};
+        const Place<PACKS> at(norm, row, column);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             next_x[k].template fetch<VECTOR>(static_cast<const T*>(norm.x) + at.element(k), at.count(k));
-            if (gate != WITHOUT) next_z[k].template fetch<VECTOR>(static_cast<const T*>(norm.z) + at.element(k), at.count(k));
+            if (gate != WITHOUT) next_z[k].template fetch<VECTOR>(static_cast<const T*>(norm.z) + at.element_z(k), at.count(k));
             if (args.grad_y) next_g[k].template fetch<VECTOR>(static_cast<const T*>(args.grad_y) + at.element(k), at.count(k));
         }
     };
@@ -222,7 +228,7 @@ __device__ void backward(const NormBackward& args) {
     };
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
-        const Place<PACKS> at{0, column, norm.group_size};
+        const Place<PACKS> at(norm, 0, column);
         float w[V];
         parameter<VECTOR>(w, norm.weight, column + at.offset(k), at.count(k), 1.0f);
 #pragma unroll
@@ -234,7 +240,7 @@ __device__ void backward(const NormBackward& args) {
     float dw[PACKS][V] = {}, db[PACKS][V] = {};
     if (part < norm.rows) fetch_group(part);
     for (int64_t row = part; row < norm.rows; row += step) {
-        const Place<PACKS> at{row * norm.dim + column, column, norm.group_size};
+        const Place<PACKS> at(norm, row, column);
         float r[PACKS][V], u[PACKS][V];  // x + residual; u, then less the mean
         Raw<T, V> x[PACKS], z[PACKS], g[PACKS];
         const auto unpack = [&](int k) {
@@ -317,7 +323,7 @@ __device__ void backward(const NormBackward& args) {
     }
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
-        const Place<PACKS> at{0, column, norm.group_size};
+        const Place<PACKS> at(norm, 0, column);
         const int count = at.count(k);
         if (count == 0) continue;
         const int64_t i = part * norm.dim + column + at.offset(k);

@@ -194,11 +194,11 @@ __device__ __forceinline__ uint4 gather_part(const uint32_t (&words)[4]) {
 
 enum Order { AS_STORED, TRANSPOSED };
 
-// tile += A[m.., k_begin..k_end] · B[.., n..]: A is stored (m, k), or (k, m) if transposed; B is stored (k, n), or (n, k) if
-// transposed. Columns from `columns` on are left alone.
-template <Order A_ORDER, Order B_ORDER, int TA, int TB, typename Term, int N>
-__device__ __forceinline__ void multiply(Tile<N>& tile, const Matrix<TA, Term>& a, int m, const Matrix<TB, Term>& b, int n,
-                                         int columns, int k_begin, int k_end) {
+// tiles[r] += A[m + r · rows.., k_begin..k_end] · B[.., n..]: A is stored (m, k), or (k, m) if transposed; B is stored (k, n), or (n, k)
+// if transposed, and read once for all tiles. Columns from `columns` on are left alone.
+template <Order A_ORDER, Order B_ORDER, int TA, int TB, typename Term, int N, int R>
+__device__ __forceinline__ void multiply(Tile<N> (&tiles)[R], const Matrix<TA, Term>& a, int m, int rows, const Matrix<TB, Term>& b,
+                                         int n, int columns, int k_begin, int k_end) {
     static_assert(N % 2 == 0, "B comes in pairs of 8 columns");
     constexpr int TERMS = TA > TB ? TA : TB;
     const int lane = threadIdx.x % 32;
@@ -207,11 +207,16 @@ __device__ __forceinline__ void multiply(Tile<N>& tile, const Matrix<TA, Term>& 
     const Term* a_at = A_ORDER == AS_STORED ? a.start + (m + low) * a.row + high : a.start + down * a.row + m + right;
     const Term* b_at = B_ORDER == AS_STORED ? b.start + low * b.row + n + high : b.start + (n + down) * b.row + right;
     const int a_step = A_ORDER == AS_STORED ? 1 : a.row, b_step = B_ORDER == AS_STORED ? b.row : 1;
+    const int a_next = A_ORDER == AS_STORED ? rows * a.row : rows;
     const int b_pair = B_ORDER == AS_STORED ? 16 : 16 * b.row;
     const auto step = [&](int k, auto whole) {
-        uint32_t as[TA][4];
+        uint32_t as[R][TA][4];
 #pragma unroll
-        for (int i = 0; i < TA; i++) load_matrices<A_ORDER == TRANSPOSED>(as[i], a_at + i * a.term + k * a_step);
+        for (int r = 0; r < R; r++) {
+#pragma unroll
+            for (int i = 0; i < TA; i++)
+                load_matrices<A_ORDER == TRANSPOSED>(as[r][i], a_at + r * a_next + i * a.term + k * a_step);
+        }
 #pragma unroll
         for (int pair = 0; pair < N / 2; pair++) {
             if (!whole() && n + 16 * pair >= columns) break;
@@ -224,9 +229,11 @@ __device__ __forceinline__ void multiply(Tile<N>& tile, const Matrix<TA, Term>& 
             for (int i = TA - 1; i >= 0; i--) {
 #pragma unroll
                 for (int j = TB - 1; j >= 0; j--) {
-                    if (i + j < TERMS) {
-                        multiply_add<Term>(tile.v[2 * pair], as[i], bs[j][0], bs[j][1]);
-                        multiply_add<Term>(tile.v[2 * pair + 1], as[i], bs[j][2], bs[j][3]);
+                    if (i + j >= TERMS) continue;
+#pragma unroll
+                    for (int r = 0; r < R; r++) {
+                        multiply_add<Term>(tiles[r].v[2 * pair], as[r][i], bs[j][0], bs[j][1]);
+                        multiply_add<Term>(tiles[r].v[2 * pair + 1], as[r][i], bs[j][2], bs[j][3]);
                     }
                 }
             }
@@ -239,4 +246,11 @@ __device__ __forceinline__ void multiply(Tile<N>& tile, const Matrix<TA, Term>& 
 #pragma unroll 1
         for (int k = k_begin; k < k_end; k += 16) step(k, std::false_type());
     }
+}
+
+// The same of one tile.
+template <Order A_ORDER, Order B_ORDER, int TA, int TB, typename Term, int N>
+__device__ __forceinline__ void multiply(Tile<N>& tile, const Matrix<TA, Term>& a, int m, const Matrix<TB, Term>& b, int n,
+                                         int columns, int k_begin, int k_end) {
+    multiply<A_ORDER, B_ORDER>(reinterpret_cast<Tile<N>(&)[1]>(tile), a, m, 0, b, n, columns, k_begin, k_end);
 }

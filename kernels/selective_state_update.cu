@@ -3,13 +3,16 @@
 // A row is a channel of a batch element, its state d_state neighbours in memory. LANES lanes share a row, each with V neighbouring
 // states (then the next V·LANES, …), and a thread has ROWS rows whose states are on their way at once: neighbouring channels
 // where a decays by head, and where it has a row for each channel, that channel of several batch elements, which share it.
+// The state of a batch element is that with its number, or with its index in a pool; one with a negative index is padding, which has
+// no state and of which y is 0.
 
 #include "elem.cuh"
 #include "reduce.cuh"
 #include "scalar.cuh"
 
 struct Update {
-    float* state;  // (b, h, p, n)
+    float* state;       // (b, h, p, n), or of a pool
+    const int* states;  // (b): indices into it; or null
     const void *x, *dt, *b, *c;
     const void* z;  // or null
     void* y;
@@ -19,9 +22,11 @@ struct Update {
     int dt_per_head, a_per_head, d_per_head, bias_per_head, dt_softplus;
     float low, high;  // the bounds of Δ
 };
-static_assert(sizeof(Update) == 152, "as in cuda.rs");
+static_assert(sizeof(Update) == 160, "as in cuda.rs");
 
 constexpr int THREADS = 128;
+
+__device__ inline int state_of(const Update& args, int batch) { return args.states ? args.states[batch] : batch; }
 
 // Δ of a row, after bias, softplus and bounds.
 __device__ inline float bounded_step(const Update& args, float dt) {
@@ -35,21 +40,22 @@ template <typename T, int LANES, int V, int ROWS, bool SHARED>
 __device__ void update_heads(const Update& args) {
     constexpr int GROUPS = 32 / LANES;  // rows that a warp reads at once
     const int lane = threadIdx.x % LANES;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+    const int64_t warp = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;
     const int64_t first = warp * (GROUPS * ROWS) + threadIdx.x % 32 / LANES;
     const int channels = args.nheads * args.headdim, n = args.d_state;
     const int heads_of_group = args.nheads / args.ngroups;
 
     // All loads before the first use.
     int row[ROWS], channel[ROWS], head[ROWS];
-    // B and C: with SHARED, all rows of a warp read the same.
+    // With SHARED, all rows of a warp are of one batch element and read the same B and C.
     constexpr int GROUP_ROWS = SHARED ? 1 : ROWS;
+    float* states[GROUP_ROWS];  // where that of row 0 would be; null of padding
     int64_t group[GROUP_ROWS];
     float h[ROWS][V], b[GROUP_ROWS][V], c[GROUP_ROWS][V];
     float dt[ROWS], x[ROWS], z[ROWS], d[ROWS], bias[ROWS], decay[ROWS], sum[ROWS];
     const auto load_states = [&](int r, int i) {
         if (i < n) {
-            load<V, true>(h[r], args.state + static_cast<int64_t>(row[r]) * n + i);
+            if (states[SHARED ? 0 : r]) load<V, true>(h[r], states[SHARED ? 0 : r] + static_cast<int64_t>(row[r]) * n + i);
             if (r < GROUP_ROWS) {
                 load<V, true>(b[r], static_cast<const T*>(args.b) + group[r] + i);
                 load<V, true>(c[r], static_cast<const T*>(args.c) + group[r] + i);
@@ -62,7 +68,11 @@ __device__ void update_heads(const Update& args) {
         const int batch = row[r] / channels;
         channel[r] = row[r] - batch * channels;
         head[r] = channel[r] / args.headdim;
-        if (r < GROUP_ROWS) group[r] = (static_cast<int64_t>(batch) * args.ngroups + head[r] / heads_of_group) * n;
+        if (r < GROUP_ROWS) {
+            group[r] = (static_cast<int64_t>(batch) * args.ngroups + head[r] / heads_of_group) * n;
+            const int place = state_of(args, batch);
+            states[r] = place < 0 ? nullptr : args.state + static_cast<int64_t>(place - batch) * channels * n;
+        }
         load_states(r, lane * V);
         dt[r] = to_float(
             static_cast<const T*>(args.dt)[args.dt_per_head ? batch * args.nheads + head[r] : row[r]]);
@@ -90,8 +100,8 @@ __device__ void update_heads(const Update& args) {
                 h[r][v] = fmaf(decay[r], h[r][v], input * b[SHARED ? 0 : r][v]);
                 sum[r] = fmaf(h[r][v], c[SHARED ? 0 : r][v], sum[r]);
             }
-            if (first + r * GROUPS < args.rows)
-                store<V, true>(args.state + static_cast<int64_t>(row[r]) * n + i, h[r]);
+            if (first + r * GROUPS < args.rows && states[SHARED ? 0 : r])
+                store<V, true>(states[SHARED ? 0 : r] + static_cast<int64_t>(row[r]) * n + i, h[r]);
         }
         if (i + LANES * V < n) {
 #pragma unroll
@@ -102,6 +112,7 @@ __device__ void update_heads(const Update& args) {
     for (int r = 0; r < ROWS; r++) {
         float y = fmaf(d[r], x[r], warp_sum<LANES>(sum[r]));
         if (args.z) y *= silu(z[r]);
+        if (!states[SHARED ? 0 : r]) y = 0.0f;
         if (lane == r % LANES && first + r * GROUPS < args.rows) static_cast<T*>(args.y)[row[r]] = from_float<T>(y);
     }
 }
@@ -123,13 +134,21 @@ __device__ void update_channels(const Update& args) {
     const int own = lane / (LANES / ROWS), own_batch = min(first + own, batch_size - 1);
     const int64_t own_row = static_cast<int64_t>(own_batch) * channels + channel;
     float h[ROWS][V], a[V];
+    float* state[ROWS];  // null of padding
+    bool is_padding = false;  // the own one
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const int place = state_of(args, min(first + r, batch_size - 1));
+        state[r] = place < 0 ? nullptr : args.state + (static_cast<int64_t>(place) * channels + channel) * n;
+        if (r == own) is_padding = place < 0;
+    }
     Raw<T, V> b[ROWS], c[ROWS];
     const auto load_states = [&](int i) {
         if (i >= n) return;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const int batch = min(first + r, batch_size - 1);
-            load<V, true>(h[r], args.state + (static_cast<int64_t>(batch) * channels + channel) * n + i);
+            if (state[r]) load<V, true>(h[r], state[r] + i);
             const int64_t coefficients = (static_cast<int64_t>(batch) * args.ngroups + group) * n + i;
             b[r].load(static_cast<const T*>(args.b) + coefficients);
             c[r].load(static_cast<const T*>(args.c) + coefficients);
@@ -161,8 +180,7 @@ __device__ void update_channels(const Update& args) {
                 h[r][v] = fmaf(fast_exp2(exponent[r] * a[v]), h[r][v], input[r] * b[r].get(v));
                 sum[r] = fmaf(h[r][v], c[r].get(v), sum[r]);
             }
-            if (first + r < batch_size && place < channels)
-                store<V, true>(args.state + (static_cast<int64_t>(first + r) * channels + channel) * n + i, h[r]);
+            if (first + r < batch_size && place < channels && state[r]) store<V, true>(state[r] + i, h[r]);
         }
         load_states(i + LANES * V);
     }
@@ -170,6 +188,7 @@ __device__ void update_channels(const Update& args) {
     if (lane % (LANES / ROWS) == 0 && first + own < batch_size && place < channels) {
         float y = fmaf(d, x, sum[0]);
         if (args.z) y *= silu(z);
+        if (is_padding) y = 0.0f;
         static_cast<T*>(args.y)[own_row] = from_float<T>(y);
     }
 }

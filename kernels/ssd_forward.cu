@@ -113,13 +113,27 @@ struct State {
     template <int TI, int TC, typename Term>
     __device__ __forceinline__ void advance(const Walk& at, const Matrix<TC, Term>& inputs, const Matrix<TI, Term>& b,
                                             ChunkDecay decay, int q, [[maybe_unused]] Scale scale = Scale::none()) {
-        each(at, [&](Tile<4>& tile, int row0, int column0) {
-            if constexpr (TI < 3) {
-                constexpr bool SCALED = std::is_same_v<Term, f16>;
-                tile.scale(SCALED ? decay.factor * scale.factor : decay.factor);
+        constexpr bool SCALED = std::is_same_v<Term, f16>;
+        if constexpr (TI < 3) {
+            const float before = SCALED ? decay.factor * scale.factor : decay.factor;
+            // Where all tiles of a warp have the same columns, it reads those of b once.
+            const int columns = (at.n + 31) / 32, warp = threadIdx.x / 32;
+            if (at.p / 16 * columns == KEPT * WARPS && WARPS % columns == 0) {
+                for (Tile<4>& tile : tiles) tile.scale(before);
+                multiply<TRANSPOSED, AS_STORED>(tiles, inputs, warp / columns * 16, WARPS / columns * 16, b, warp % columns * 32,
+                                                at.n, 0, q);
+                if (SCALED) {
+                    for (Tile<4>& tile : tiles) tile.scale(scale.inverse);
+                }
+                return;
+            }
+            each(at, [&](Tile<4>& tile, int row0, int column0) {
+                tile.scale(before);
                 multiply<TRANSPOSED, AS_STORED>(tile, inputs, row0, b, column0, at.n, 0, q);
                 if (SCALED) tile.scale(scale.inverse);
-            } else {
+            });
+        } else {
+            each(at, [&](Tile<4>& tile, int row0, int column0) {
                 Tile<4> sum;
                 sum.clear();
                 multiply<TRANSPOSED, AS_STORED>(sum, inputs, row0, b, column0, at.n, 0, q);
@@ -128,8 +142,8 @@ struct State {
 #pragma unroll
                     for (int i = 0; i < 4; i++) tile.v[k][i] = decay.advance(tile.v[k][i], sum.v[k][i]);
                 }
-            }
-        });
+            });
+        }
     }
 };
 

@@ -266,7 +266,12 @@ fn conv(name: &str, [dim, seqlen, width]: [usize; 3], layout: SequenceLayout) ->
         fused: Box::new(move |x| args(x, causal_conv1d)),
         reference: Box::new(move |x| args(x, mamba_ops::causal_conv1d::reference::forward)),
         forward: Cost { exps, operations, bytes: len * 8.0 },
-        backward: Some(Cost { exps: 2.0 * exps, operations: 4.0 * operations, bytes: len * 20.0 }),
+        // The sums over taps once more, their gradients for the input and for the weight.
+        backward: Some(Cost {
+            exps: 2.0 * exps,
+            operations: operations + len * (3.0 * width as f64 + 7.0),
+            bytes: len * (8.0 + 12.0),
+        }),
         products: [vec![], vec![]],
     }
 }
@@ -334,7 +339,12 @@ fn rms_norm(name: &str, [rows, dim]: [usize; 2], gated: bool) -> Case {
         fused: Box::new(move |x| args(x, norm)),
         reference: Box::new(move |x| args(x, mamba_ops::norm::reference::forward)),
         forward: Cost { exps, operations: len * 4.0, bytes: len * if gated { 12.0 } else { 16.0 } },
-        backward: Some(Cost { exps: 2.0 * exps, operations: len * 12.0, bytes: len * 32.0 }),
+        // Backward reads the inputs and the gradient, and writes that of the sum, or those of `x` and `z`.
+        backward: Some(Cost {
+            exps: 2.0 * exps,
+            operations: len * 12.0,
+            bytes: len * if gated { 12.0 + 20.0 } else { 16.0 + 16.0 },
+        }),
         products: [vec![], vec![]],
     }
 }

@@ -4,7 +4,7 @@ faster.
 Run: python join.py OURS.json UPSTREAM.json [UPSTREAM.json …]      (of several, the first that has a row counts)
 
 OURS.json is of `cuda` (then upstream_ops.py's go with it), of `cuda_models` (upstream_models.py's), of `cuda_train` (upstream_train.py's) or, on
-the CPU, of `train` (transformers_train.py's). Rows that one side alone has are kept, and those that failed say so below the table.
+the CPU, of `decode` (llama_cpp.py's and transformers_models.py's; `cpu.sh` runs all three) or of `train` (transformers_train.py's). Rows that one side alone has are kept, and those that failed say so below the table.
 """
 
 import json
@@ -36,10 +36,15 @@ def ops(pairs):
 
 
 def models(pairs):
-    print("Times in ms, of a step in decoding and of the whole prompt; `weights` is what reading them once takes.\n")
-    table(("case", "ms", "tokens/s", "weights", "upstream", "ratio"), (
-        (case, number(ours.get("ms"), 3), number(ours.get("tokens_per_s"), 0), number(ours.get("weights_ms"), 3),
-         number(peer.get("ms"), 3), ratio(peer.get("ms"), ours.get("ms")))
+    print("Times in ms, of a step in decoding and of the whole prompt; on a GPU, `weights` is what reading them once takes.\n")
+    # What one of the sides says of none of its rows has no column.
+    said = lambda key: any(key in row for _, *rows in pairs for row in rows)  # noqa: E731
+    weights, memory = said("weights_ms"), said("peak_mib")
+    head = ("case", "ms", "tokens/s", *(["weights"] * weights), "upstream", "ratio", *(["MiB", "its MiB"] * memory))
+    table(head, (
+        (case, number(ours.get("ms"), 3), number(ours.get("tokens_per_s"), 0), *([number(ours.get("weights_ms"), 3)] * weights),
+         number(peer.get("ms"), 3), ratio(peer.get("ms"), ours.get("ms")),
+         *([number(ours.get("peak_mib"), 0), number(peer.get("peak_mib"), 0)] * memory))
         for case, ours, peer in pairs))
 
 
@@ -78,6 +83,8 @@ def main():
     failed = [("Ours", row) for row in first["rows"] if "error" in row]
     failed += [("Upstream's", row) for other in others for row in other["rows"] if "error" in row and row["case"] not in theirs]
 
+    if "isa" in first:
+        print(f"Ours: commit {first['commit']}, {first['device']}, {first['isa']}, {first['threads']} threads.")
     if "gpu" in first:
         print(f"Ours: {first['gpu']}, a copy moves {first['copy_tb_per_s']:.2f} TB/s.")
     print("Upstream:", ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")

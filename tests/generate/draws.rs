@@ -10,17 +10,27 @@ use mamba_model::{InferenceCache, Model};
 
 use crate::models;
 
-/// A model that draws, or does not, wherever it is; with a NaN among its logits from some token on, if asked for.
-struct Drawing<'a> {
+/// A model that draws, or does not, wherever it is; with a NaN among its logits from some token on, or methods that fail, if asked for.
+pub struct Drawing<'a> {
     model: &'a Model,
     draws: bool,
     spoilt_at: Option<usize>,
-    drawn: Cell<usize>,
+    /// How often it was asked to draw.
+    pub drawn: Cell<usize>,
+    /// The method that fails.
+    pub failing: Cell<&'static str>,
 }
 
 impl<'a> Drawing<'a> {
-    fn new(model: &'a Model, draws: bool) -> Self {
-        Self { model, draws, spoilt_at: None, drawn: Cell::new(0) }
+    pub fn new(model: &'a Model, draws: bool) -> Self {
+        Self { model, draws, spoilt_at: None, drawn: Cell::new(0), failing: Cell::new("") }
+    }
+
+    fn attempt(&self, method: &str) -> Result<(), BoxError> {
+        match self.failing.get() == method {
+            true => Err(format!("`{method}` is out of memory").into()),
+            false => Ok(()),
+        }
     }
 }
 
@@ -89,6 +99,7 @@ impl BatchLm for Drawing<'_> {
         cache: &mut InferenceCache,
         logits: &mut Vec<f32>,
     ) -> Result<(), BoxError> {
+        self.attempt("step_batch")?;
         self.model.step_batch(ids, cache, logits)
     }
     fn step_batch_and_draw(
@@ -111,9 +122,11 @@ impl BatchLm for Drawing<'_> {
         Ok(drawn)
     }
     fn concat(&self, caches: &[&InferenceCache]) -> Result<InferenceCache, BoxError> {
+        self.attempt("concat")?;
         self.model.concat(caches)
     }
     fn select(&self, cache: &InferenceCache, rows: &[usize]) -> Result<InferenceCache, BoxError> {
+        self.attempt("select")?;
         BatchLm::select(self.model, cache, rows)
     }
 }

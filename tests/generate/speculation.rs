@@ -74,6 +74,78 @@ fn whatever_is_guessed_the_text_is_that_of_plain_generation() {
     }
 }
 
+/// Where sums are rounded more coarsely, and otherwise for many tokens than for one.
+#[test]
+fn in_bf16_the_text_is_that_of_plain_generation() {
+    check_greedy(&models::in_bf16());
+}
+
+mod cuda {
+    use super::*;
+    use crate::support::target::with_gpu;
+
+    #[test]
+    fn the_text_is_that_of_plain_generation() {
+        with_gpu(|device| {
+            let models = models::on(device);
+            check_greedy(&models);
+            Ok(models.len())
+        });
+    }
+}
+
+/// Greedy texts, which are the same but for rounding.
+fn check_greedy(models: &[(String, Model)]) {
+    for (name, model) in models {
+        let prompt = models::ids(model, 12, 3);
+        let plain = ids(greedy(model).build().unwrap());
+        for most in [1, 3, 8] {
+            let drafter = Scripted { truth: &plain, prompt: 12, round: 0 };
+            let mut speculative = Speculative::new(greedy(model).build().unwrap(), drafter, most).unwrap();
+            let text = ids(&mut speculative);
+            models::assert_same_text(model, &prompt, &text, &plain, &format!("{name}, {most} at once"));
+            let generator = speculative.into_generator().unwrap();
+            assert_eq!(generator.cache().position(), 12 + 39, "{name}");
+        }
+        let drafter = ModelDrafter::new(model, mamba_generate::Sampling::greedy()).unwrap();
+        let speculative = Speculative::new(greedy(model).build().unwrap(), drafter, 4).unwrap();
+        models::assert_same_text(model, &prompt, &ids(speculative), &plain, &format!("{name}, by itself"));
+    }
+}
+
+/// Hybrids help others and are helped: states of all kinds are undone in the draft and in the model.
+#[test]
+fn hybrids_draft_and_are_drafted_for() {
+    let names = ["jamba", "zamba2", "bamba", "nemotron_h", "falcon_h1", "lfm2", "mamba_tied"];
+    let models = names.map(|name| (name, models::open(name)));
+    let (mut pairs, mut accepted) = (0, 0);
+    for (at, (name, model)) in models.iter().enumerate() {
+        for config in [
+            SamplingConfig { temperature: 0.0, ..Default::default() },
+            SamplingConfig { temperature: 0.7, top_k: Some(30), seed: 5, ..Default::default() },
+        ] {
+            let builder = || greedy(model).sampling(config.build().unwrap());
+            let plain = ids(builder().build().unwrap());
+            // Itself, and the next one, which knows nothing of what this one says.
+            for (draft, drafting) in [&models[at], &models[(at + 1) % models.len()]] {
+                let drafter = ModelDrafter::new(drafting, config.build().unwrap()).unwrap();
+                let mut speculative = Speculative::new(builder().build().unwrap(), drafter, 4).unwrap();
+                assert_eq!(ids(&mut speculative), plain, "{draft} for {name}");
+                let stats = speculative.stats();
+                match draft == name {
+                    true => {
+                        assert_eq!((stats.rounds, stats.accepted), (8, stats.drafted), "{name}: {stats:?}")
+                    }
+                    false => accepted += stats.accepted,
+                }
+                pairs += 1;
+            }
+        }
+    }
+    assert_eq!(pairs, 4 * names.len());
+    assert!(accepted > 0, "no guess of another model was ever right");
+}
+
 #[test]
 fn a_draft_model_that_agrees_is_always_right() {
     let model = models::open("mamba2-shakespeare");
@@ -108,6 +180,20 @@ fn another_model_of_the_same_vocabulary_helps_and_does_no_harm() {
             "two models of the same text agree at times: {stats:?}"
         );
     }
+}
+
+/// Where the sampling of the draft leaves nothing, the text goes on as if nobody guessed.
+#[test]
+fn a_draft_that_has_nothing_to_choose_from_does_not_end_the_text() {
+    let model = models::open("mamba_tied");
+    let plain = ids(greedy(&model).build().unwrap());
+    let vocab = model.config().vocab_size as u32;
+    let nothing =
+        SamplingConfig { banned_tokens: (0..vocab).map(|id| vec![id]).collect(), ..Default::default() };
+    let drafter = ModelDrafter::new(&model, nothing.build().unwrap()).unwrap();
+    let mut speculative = Speculative::new(greedy(&model).build().unwrap(), drafter, 4).unwrap();
+    assert_eq!(ids(&mut speculative), plain);
+    assert_eq!((speculative.stats().drafted, speculative.stats().rounds), (0, 39));
 }
 
 #[test]

@@ -27,21 +27,40 @@ fn ids(generator: impl Iterator<Item = mamba_generate::Result<mamba_generate::To
 /// In the middle of a reply, through a file, for every family: not a bit differs.
 #[test]
 fn resumed_equals_uninterrupted() {
+    check_resumed(&models::all());
+    check_resumed(&models::in_bf16());
+}
+
+mod cuda {
+    use super::*;
+    use crate::support::target::with_gpu;
+
+    #[test]
+    fn resumed_equals_uninterrupted() {
+        with_gpu(|device| {
+            let models = models::on(device);
+            check_resumed(&models);
+            Ok(models.len())
+        });
+    }
+}
+
+fn check_resumed(models: &[(String, Model)]) {
     let folder = tempfile::tempdir().unwrap();
-    for (name, model) in models::all() {
-        let prompt = models::ids(&model, 9, 1);
-        let expected = ids(builder(&model).prompt(&prompt).build().unwrap());
+    for (name, model) in models {
+        let prompt = models::ids(model, 9, 1);
+        let expected = ids(builder(model).prompt(&prompt).build().unwrap());
         for cut in [0, 1, 7] {
-            let mut first = builder(&model).prompt(&prompt).build().unwrap();
+            let mut first = builder(model).prompt(&prompt).build().unwrap();
             let before = ids(first.by_ref().take(cut));
             first.prefill().unwrap();
-            let file = folder.path().join(&name);
-            first.state().unwrap().save(&model, &file).unwrap();
+            let file = folder.path().join(name);
+            first.state().unwrap().save(model, &file).unwrap();
             // What goes on elsewhere does not change the state that was taken.
             ids(&mut first);
-            let state = GenerationState::load(&model, &file).unwrap();
+            let state = GenerationState::load(model, &file).unwrap();
             assert_eq!(state.generated(), before);
-            let after = ids(builder(&model).resume(state).build().unwrap());
+            let after = ids(builder(model).resume(state).build().unwrap());
             assert_eq!([before, after].concat(), expected, "{name} cut at {cut}");
         }
     }
@@ -63,6 +82,45 @@ fn a_saved_prompt_is_not_read_again() {
         assert_eq!(forked.cache().position(), 300 + 4 + 15);
     }
     assert_eq!(state.cache().position(), 300);
+}
+
+/// The same weights, read with another configuration, do not go on from each other's states.
+#[test]
+fn states_under_another_configuration_are_refused() {
+    let copy = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(path("models/falcon_h1")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    let config = std::fs::read_to_string(path("models/falcon_h1/config.json")).unwrap();
+    let model = models::open("falcon_h1");
+    let mut generator = builder(&model).prompt(&models::ids(&model, 5, 3)).build().unwrap();
+    generator.by_ref().take(3).for_each(drop);
+    let state = generator.state().unwrap().to_bytes(&model).unwrap();
+    let source = mamba_model::checkpoint::LocalDir::new(copy.path()).unwrap();
+    let open =
+        || Model::from_pretrained(&source, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+    assert!(GenerationState::from_bytes(&open(), &state).is_ok(), "a copy is the same model");
+    let mut changed = 0;
+    for (field, value) in [
+        ("rope_theta", serde_json::json!(12345.0)),
+        ("rms_norm_eps", 1e-3.into()),
+        ("key_multiplier", 0.75.into()),
+        ("lm_head_multiplier", 0.75.into()),
+    ] {
+        let mut fields: serde_json::Value = serde_json::from_str(&config).unwrap();
+        if field == "rope_theta" {
+            fields["rope_parameters"]["rope_theta"] = value.clone();
+        }
+        fields[field] = value;
+        std::fs::write(copy.path().join("config.json"), fields.to_string()).unwrap();
+        let other = open();
+        assert_ne!(other.config(), model.config(), "{field}");
+        let error = GenerationState::from_bytes(&other, &state).unwrap_err().to_string();
+        assert!(error.contains("belongs to the model "), "{field}: {error}");
+        changed += 1;
+    }
+    assert_eq!(changed, 4);
 }
 
 #[test]

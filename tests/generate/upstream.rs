@@ -1,8 +1,11 @@
 //! `generate` with the options of mamba_ssm.
 
-use mamba_generate::{GenerateOptions, Generator, SamplingConfig, Streamer, generate};
+use mamba_generate::{
+    BatchLm, BoxError, CausalLm, GenerateOptions, Generator, SamplingConfig, StateLm, Streamer, generate,
+};
 use mamba_model::Model;
 
+use crate::draws::Drawing;
 use crate::models;
 use crate::support::golden::{Golden, path};
 use crate::support::tolerance::values;
@@ -172,4 +175,149 @@ fn edges_and_misuse() {
     assert!(generate(&model, &[], new()).is_err());
     let error = generate(&model, &[vec![1, 2], vec![3]], new()).unwrap_err().to_string();
     assert_eq!(error, "generate: `input_ids` is rows of 2 and 1 tokens, expected rows of one length");
+}
+
+/// The model of the golden: what follows tokens a, b has the logits `first[a] + second[b]`. A state is the last two tokens of each row.
+struct Tables {
+    first: Vec<Vec<f32>>,
+    second: Vec<Vec<f32>>,
+}
+
+type Last = Vec<[u32; 2]>;
+
+impl CausalLm for Tables {
+    type Cache = Last;
+
+    fn vocab_size(&self) -> usize {
+        self.first.len()
+    }
+    fn new_cache(&self) -> Result<Last, BoxError> {
+        Ok(vec![[0; 2]])
+    }
+    fn prefill(&self, ids: &[u32], last: &mut Last, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+        ids.iter().try_for_each(|id| self.step_batch(&[*id], last, logits))
+    }
+    fn step(&self, id: u32, last: &mut Last, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+        self.step_batch(&[id], last, logits)
+    }
+}
+
+impl StateLm for Tables {
+    fn fork(&self, last: &Last) -> Result<Last, BoxError> {
+        Ok(last.clone())
+    }
+    fn cache_bytes(&self, last: &Last) -> usize {
+        8 * last.len()
+    }
+    fn fingerprint(&self) -> Result<String, BoxError> {
+        Ok("tables".into())
+    }
+    fn save_cache(&self, _: &Last) -> Result<Vec<u8>, BoxError> {
+        Err("not kept".into())
+    }
+    fn load_cache(&self, _: &[u8]) -> Result<Last, BoxError> {
+        Err("not kept".into())
+    }
+}
+
+impl BatchLm for Tables {
+    fn step_batch(&self, ids: &[u32], last: &mut Last, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+        logits.clear();
+        for (&id, last) in ids.iter().zip(last) {
+            *last = [last[1], id];
+            let [first, second] = [&self.first[last[0] as usize], &self.second[last[1] as usize]];
+            logits.extend(first.iter().zip(second).map(|(a, b)| a + b));
+        }
+        Ok(())
+    }
+    fn concat(&self, caches: &[&Last]) -> Result<Last, BoxError> {
+        Ok(caches.iter().flat_map(|last| last.iter().copied()).collect())
+    }
+    fn select(&self, last: &Last, rows: &[usize]) -> Result<Last, BoxError> {
+        Ok(rows.iter().map(|row| last[*row]).collect())
+    }
+}
+
+/// Its own `generate`, run on a model of two tables: tokens, and the scores before the penalty, bit by bit.
+#[test]
+fn options_have_the_meaning_that_mamba_ssm_gives_them() {
+    let golden = Golden::read(&path("generate/upstream_generate.safetensors"));
+    let rows = |name: &str| -> Vec<Vec<f64>> {
+        let tensor = &golden.tensors[name];
+        (0..tensor.dim(0).unwrap()).map(|row| values(&tensor.get(row).unwrap())).collect()
+    };
+    let ids = |name: &str| -> Vec<Vec<u32>> {
+        rows(name).iter().map(|row| row.iter().map(|&id| id as u32).collect()).collect()
+    };
+    let table = |name| rows(name).iter().map(|row| row.iter().map(|&x| x as f32).collect()).collect();
+    let model = Tables { first: table("first"), second: table("second") };
+    let mut compared = 0;
+    for name in ["plain", "penalty", "vocab_size", "eos", "teacher", "teacher_and_eos"] {
+        let given: serde_json::Value = serde_json::from_str(golden.option(name).unwrap()).unwrap();
+        let teacher = format!("{name}.teacher");
+        let teacher = golden.tensors.contains_key(&teacher).then(|| ids(&teacher));
+        let options = GenerateOptions {
+            repetition_penalty: given["repetition_penalty"].as_f64().unwrap_or(1.0),
+            vocab_size: given["vocab_size"].as_u64().map(|n| n as usize),
+            eos_token_id: given["eos_token_id"].as_u64().map(|id| id as u32),
+            teacher_outputs: teacher.as_deref(),
+            output_scores: true,
+            ..GenerateOptions::new(golden.number("max_length").unwrap() as usize)
+        };
+        let output = generate(&model, &ids(&format!("{name}.input_ids")), options).unwrap();
+        assert_eq!(output.sequences, ids(&format!("{name}.sequences")), "{name}");
+        let scores: Vec<f64> = output.scores.iter().flatten().flatten().map(|&x| x.into()).collect();
+        assert_eq!(scores, values(&golden.tensors[&format!("{name}.scores")]), "{name}");
+        compared += 1;
+    }
+    assert_eq!(compared, 6);
+}
+
+/// `top_k` 0 keeps all: draws from the whole distribution, not the likeliest token.
+#[test]
+fn without_a_top_k_tokens_are_drawn_from_all() {
+    let model = models::open("mamba_tied");
+    let inputs = prompts(&model, 2);
+    let options = GenerateOptions { top_k: 0, temperature: 0.9, seed: 3, ..GenerateOptions::new(30) };
+    let output = generate(&model, &inputs, options).unwrap();
+    for (row, prompt) in inputs.iter().enumerate() {
+        let config = SamplingConfig { temperature: 0.9, seed: 3 + row as u64, ..Default::default() };
+        let alone = Generator::builder(&model).prompt(prompt).sampling(config.build().unwrap());
+        let alone: Vec<u32> =
+            alone.max_new_tokens(24).build().unwrap().map(|token| token.unwrap().id).collect();
+        assert_eq!(output.sequences[row][6..], alone);
+    }
+    assert_ne!(output.sequences, generate(&model, &inputs, GenerateOptions::new(30)).unwrap().sequences);
+}
+
+/// Where a model draws, no logits come here that nobody needs; and the text is the same.
+#[test]
+fn a_model_that_draws_is_asked_to() {
+    let model = models::open("mamba_tied");
+    let inputs = prompts(&model, 3);
+    let (here, there) = (Drawing::new(&model, false), Drawing::new(&model, true));
+    let teacher: Vec<Vec<u32>> = (0..3).map(|row| models::ids(&model, 12, 60 + row)).collect();
+    let eos = generate(&model, &inputs, GenerateOptions::new(16)).unwrap().sequences[1][9];
+    let options = |case: &str| {
+        let new = GenerateOptions::new(20);
+        match case {
+            "all" => GenerateOptions { top_k: 0, seed: 2, ..new },
+            "filters" => GenerateOptions { top_k: 9, top_p: 0.8, min_p: 0.01, temperature: 1.3, ..new },
+            "eos" => GenerateOptions { eos_token_id: Some(eos), ..new },
+            "teacher" => GenerateOptions { teacher_outputs: Some(&teacher), top_k: 0, ..new },
+            "penalty" => GenerateOptions { repetition_penalty: 1.2, ..new },
+            "scores" => GenerateOptions { output_scores: true, ..new },
+            "fewer tokens" => GenerateOptions { vocab_size: Some(8), ..new },
+            _ => new,
+        }
+    };
+    let drawn = ["greedy", "all", "filters", "eos", "teacher"].map(|case| (case, true));
+    let chosen = ["penalty", "scores", "fewer tokens"].map(|case| (case, false));
+    for (case, draws) in drawn.into_iter().chain(chosen) {
+        there.drawn.set(0);
+        let expected = generate(&here, &inputs, options(case)).unwrap();
+        let output = generate(&there, &inputs, options(case)).unwrap();
+        assert_eq!((output.sequences, output.scores), (expected.sequences, expected.scores), "{case}");
+        assert_eq!(there.drawn.get() > 0, draws, "{case}");
+    }
 }

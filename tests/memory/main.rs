@@ -1,15 +1,17 @@
-//! What the graph of a fused block keeps alive while training, and what loading a model takes, in bytes, counted by the
-//! allocator of this program.
+//! What the graph of a fused block keeps alive while training, and what loading a model and reading a prompt take, in bytes, counted
+//! by the allocator of this program.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 #[path = "../support/mod.rs"]
 mod support;
 
+mod decoding;
 mod loading;
 
 use candle_core::{Device, Result, Tensor, Var};
 use candle_nn::VarBuilder;
-use mamba_model::config::{Mamba1Config, MixerSpec, ModelConfig};
+use mamba_generate::{Generator, PROMPT_PIECE};
+use mamba_model::config::{LayerSpec, Mamba1Config, Mamba2Config, MixerSpec, ModelConfig};
 use mamba_model::{Model, Recompute};
 use mamba_ops::{
     Attention, CausalConv1d, GatedRmsNorm, LinearCrossEntropy, Mamba1Inner, Mamba2SplitConv1dScan, Norm,
@@ -229,9 +231,37 @@ fn attention_over_many_tokens() {
     assert!(peak < 4 * input, "attention takes {peak} bytes, an input has {input}");
 }
 
+/// Reading a prompt takes the memory of a piece of it, however long it is.
+fn long_prompts() {
+    let mamba2 = Mamba2Config { d_state: 8, headdim: 8, ..Mamba2Config::new(16) };
+    let mixers = [MixerSpec::Mamba1(Mamba1Config::new(16)), MixerSpec::Mamba2(mamba2)];
+    let config = ModelConfig::of_layers(50, 16, mixers.map(|mixer| LayerSpec::new([mixer])));
+    let model = Model::random(&config, 0, &Device::Cpu).unwrap();
+    let peak_of = |seqlen: usize, piece: usize| {
+        let ids: Vec<u32> = (0..seqlen as u32).map(|i| i * 7 % 50).collect();
+        let peaks = (0..3).map(|_| {
+            let mut generator = Generator::builder(&model).prompt(&ids).prompt_piece(piece).build().unwrap();
+            let before = live();
+            reset_peak();
+            generator.prefill().unwrap();
+            assert_eq!(generator.cache().position(), seqlen);
+            peak() - before
+        });
+        peaks.min().unwrap()
+    };
+    let (short, long) = (peak_of(4 << 10, PROMPT_PIECE), peak_of(16 << 10, PROMPT_PIECE));
+    let at_once = peak_of(16 << 10, 16 << 10);
+    println!("a prompt of 4096 tokens: peak {short}, of 16384: {long}, read at once: {at_once}");
+    assert!(long < short + short / 10, "16384 tokens take {long} bytes, 4096 take {short}");
+    assert!(at_once > 4 * long, "the measure is wrong: at once they take {at_once} bytes");
+}
+
 #[test]
 fn memory() {
+    decoding::a_token_of_a_decoder();
+    decoding::tokens_of_models();
     attention_over_many_tokens();
+    long_prompts();
     mamba2();
     mamba1();
     generic_checkpoint();

@@ -1,4 +1,4 @@
-//! Single tokens on a GPU, through the decoder, against whole forward passes in CPU memory.
+//! Single tokens through the decoder, on the CPU and on a GPU, against whole forward passes in CPU memory.
 
 use std::collections::HashMap;
 
@@ -11,11 +11,11 @@ use mamba_model::config::{
 use mamba_model::{Batch, InferenceCache, Model};
 use mamba_ops::NormKind;
 use mamba_ops::decoder::{MAX_BATCH, MAX_BATCH_F32};
+use mamba_ops::simd::Isa;
 
 use crate::parity::tiny_checkpoints;
 use crate::support::golden::path;
 use crate::support::random::Random;
-use crate::support::target::with_gpu;
 use crate::support::tolerance::relative_rms;
 
 const VOCAB: usize = 60;
@@ -180,14 +180,15 @@ impl Reader<'_> {
     }
 }
 
-/// Whether single tokens have become a graph.
-fn is_captured(cache: &InferenceCache) -> bool {
-    format!("{cache:?}").contains("captured: true")
+/// Whether single tokens went through a decoder and, on a GPU, have become a graph.
+fn is_decoded(cache: &InferenceCache, device: &Device) -> bool {
+    let expected = if device.is_cpu() { "Decoder(Cpu(" } else { "captured: true" };
+    format!("{cache:?}").contains(expected)
 }
 
 /// Whether they should, where there is a decoder.
-fn captures() -> bool {
-    std::env::var("MAMBA_CUDA_GRAPHS").map_or(true, |value| value != "0")
+fn decodes(device: &Device) -> bool {
+    device.is_cpu() || std::env::var("MAMBA_CUDA_GRAPHS").map_or(true, |value| value != "0")
 }
 
 /// All logits of `ids`, with the decoder, if there is one, or without.
@@ -197,9 +198,10 @@ fn read(model: &Model, ids: &Tensor, plain: bool, has_decoder: bool) -> Result<T
     let mut reader = Reader { model, ids, cache: model.new_cache(batch).unwrap(), logits: vec![] };
     reader.read(5)?;
     reader.step(4, plain)?;
-    let most = if model.dtype() == DType::F32 { MAX_BATCH_F32 } else { MAX_BATCH };
-    let decodes = !plain && has_decoder && batch <= most;
-    assert_eq!(is_captured(&reader.cache), decodes && captures(), "a graph of the layers");
+    let on_gpu = model.device().is_cuda();
+    let most = if on_gpu && model.dtype() == DType::F32 { MAX_BATCH_F32 } else { MAX_BATCH };
+    let expected = !plain && has_decoder && batch <= most && decodes(model.device());
+    assert_eq!(is_decoded(&reader.cache, model.device()), expected, "a decoder");
     // A fork goes its own way without touching this one.
     let mut fork = reader.cache.fork().unwrap();
     let other = reader.ids.narrow(1, 0, 1)?.squeeze(1)?;
@@ -215,30 +217,57 @@ fn read(model: &Model, ids: &Tensor, plain: bool, has_decoder: bool) -> Result<T
     Tensor::cat(&reader.logits, 1)
 }
 
-mod cuda {
+mod cpu {
+    use candle_core::Device;
+
     #[test]
     fn equals_whole_passes() {
-        super::with_gpu(super::equals_whole_passes);
+        assert!(super::equals_whole_passes(&Device::Cpu).unwrap() > 0);
     }
 
     #[test]
     fn families() {
-        super::with_gpu(super::every_family);
+        assert!(super::every_family(&Device::Cpu).unwrap() > 0);
     }
 
     #[test]
     fn grows() {
-        super::with_gpu(super::grows);
+        assert!(super::grows(&Device::Cpu).unwrap() > 0);
     }
 
     #[test]
     fn rows_of_unequal_lengths() {
-        super::with_gpu(super::rows_of_unequal_lengths);
+        assert!(super::rows_of_unequal_lengths(&Device::Cpu).unwrap() > 0);
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use crate::support::target::with_gpu;
+
+    #[test]
+    fn equals_whole_passes() {
+        with_gpu(super::equals_whole_passes);
+    }
+
+    #[test]
+    fn families() {
+        with_gpu(super::every_family);
+    }
+
+    #[test]
+    fn grows() {
+        with_gpu(super::grows);
+    }
+
+    #[test]
+    fn rows_of_unequal_lengths() {
+        with_gpu(super::rows_of_unequal_lengths);
     }
 
     #[test]
     fn unknown_ids() {
-        super::with_gpu(super::unknown_ids);
+        with_gpu(super::unknown_ids);
     }
 }
 
@@ -295,6 +324,7 @@ fn equals_whole_passes(device: &Device) -> Result<usize> {
         (DType::BF16, 13),
         (DType::BF16, 33),
         (DType::F32, MAX_BATCH_F32 + 1),
+        (DType::F16, MAX_BATCH + 1),
     ];
     let configs = configs().into_iter().chain(attentions()).collect::<Vec<_>>();
     for (i, (name, config)) in configs.iter().enumerate() {
@@ -348,7 +378,7 @@ fn grows(device: &Device) -> Result<usize> {
         reader.read(prompt)?;
         reader.logits.clear();
         reader.step(steps, false)?;
-        assert_eq!(is_captured(&reader.cache), captures());
+        assert_eq!(is_decoded(&reader.cache, device), decodes(device));
         let error = relative_rms(&Tensor::cat(&reader.logits, 1)?, &want);
         println!("window {window:?}, {prompt} tokens and {steps} steps: off by {error:.1e}");
         assert!(error <= 1e-5, "window {window:?}, {prompt} tokens and {steps} steps: off by {error:.1e}");
@@ -397,6 +427,7 @@ fn rows_of_unequal_lengths(device: &Device) -> Result<usize> {
 }
 
 /// An id past the vocabulary gives no answer that looks like one, and spoils its own row alone.
+#[cfg(feature = "cuda")]
 fn unknown_ids(device: &Device) -> Result<usize> {
     let configs: Vec<_> = configs().into_iter().chain(attentions()).collect();
     for (_, config) in &configs {
@@ -410,4 +441,72 @@ fn unknown_ids(device: &Device) -> Result<usize> {
         assert!(got[1].iter().all(|x| x.is_nan()));
     }
     Ok(configs.len())
+}
+
+/// The logits of three steps of all rows of a batch, in rounds of as many rows.
+fn steps(model: &Model, ids: &[Vec<u32>], at_once: usize) -> Vec<Vec<f32>> {
+    let mut out = vec![];
+    for rows in ids.chunks(at_once) {
+        let mut cache = model.new_cache(rows.len()).unwrap();
+        let mut logits = vec![vec![]; rows.len()];
+        for i in 0..3 {
+            let ids: Vec<u32> = rows.iter().map(|row| row[i]).collect();
+            let ids = Tensor::new(ids, &Device::Cpu).unwrap();
+            let y = model.step(&ids, &mut cache).unwrap().to_dtype(DType::F32).unwrap();
+            for (all, y) in logits.iter_mut().zip(y.to_vec2::<f32>().unwrap()) {
+                all.extend(y);
+            }
+        }
+        out.extend(logits);
+    }
+    out
+}
+
+/// A row gives the same bits alone as among others, on any number of threads; instruction sets differ by rounding alone.
+#[test]
+fn rows_and_threads_on_the_cpu() {
+    let configs: Vec<_> = configs().into_iter().chain(attentions()).collect();
+    for (i, (name, config)) in configs.iter().enumerate() {
+        let weights = random(config, i as u64).unwrap();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let model = model(config, &weights, dtype, &Device::Cpu);
+            let ids: Vec<Vec<u32>> = (0..19).map(|row| Random::new(row).ids(3, VOCAB as u32)).collect();
+            let want = steps(&model, &ids, 19);
+            let same = |got: Vec<Vec<f32>>, what: &str| {
+                assert_eq!(got, want, "{name}, {}, {what}", dtype.as_str());
+            };
+            same(steps(&model, &ids, 1), "alone");
+            same(steps(&model, &ids, 4), "in fours");
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                same(pool.install(|| steps(&model, &ids, 19)), "on other threads");
+            }
+            for isa in Isa::available() {
+                let flat = |rows: Vec<Vec<f32>>| {
+                    let len = rows.len() * rows[0].len();
+                    Tensor::from_vec(rows.concat(), len, &Device::Cpu).unwrap()
+                };
+                let error = relative_rms(&flat(isa.scope(|| steps(&model, &ids, 19))), &flat(want.clone()));
+                let bound = if dtype == DType::F32 { 1e-5 } else { 1e-2 };
+                assert!(error <= bound, "{name}, {}, {}: off by {error:.1e}", dtype.as_str(), isa.name());
+            }
+        }
+    }
+    assert_eq!(configs.len(), 14);
+}
+
+/// An id past the vocabulary is an error on the CPU, and changes nothing.
+#[test]
+fn unknown_ids_on_the_cpu() {
+    let (_, config) = configs().remove(0);
+    let model = Model::random(&config, 0, &Device::Cpu).unwrap();
+    let (mut one, mut other) = (model.new_cache(2).unwrap(), model.new_cache(2).unwrap());
+    let known = Tensor::new(&[3u32, 4], &Device::Cpu).unwrap();
+    let unknown = Tensor::new(&[3u32, VOCAB as u32 + 8], &Device::Cpu).unwrap();
+    model.step(&known, &mut one).unwrap();
+    model.step(&known, &mut other).unwrap();
+    let error = model.step(&unknown, &mut one).unwrap_err().to_string();
+    assert!(error.contains("token id 68"), "{error}");
+    let [got, want] = [&mut one, &mut other].map(|cache| model.step(&known, cache).unwrap());
+    assert_eq!(got.to_vec2::<f32>().unwrap(), want.to_vec2::<f32>().unwrap());
 }

@@ -61,7 +61,8 @@ fn rows_of_the_table_are_tokens() {
         let want = model.prefill(&prompt(&ids), &mut a).unwrap();
         assert_eq!(values(&model.prefill(&prompt(&embedded), &mut b).unwrap()), values(&want), "{name}");
         for t in 9..13 {
-            let want = model.step(&ids.i((.., t)).unwrap(), &mut a).unwrap();
+            // A token of ids goes through a decoder, whose sums round elsewhere, unless it is a prompt.
+            let want = model.prefill(&ids.narrow(1, t, 1).unwrap(), &mut a).unwrap();
             let got = model.step(&embedded.i((.., t)).unwrap(), &mut b).unwrap();
             assert_eq!(values(&got), values(&want), "{name} {t}");
         }

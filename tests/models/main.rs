@@ -7,7 +7,6 @@ mod support;
 mod bfloat16;
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(feature = "cuda")]
 mod decoder;
 mod embeddings;
 mod gguf;

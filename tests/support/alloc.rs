@@ -11,6 +11,10 @@ static LIVE: AtomicUsize = AtomicUsize::new(0);
 /// The most that were alive since the last reset.
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
+/// How often memory was asked for, and how many bytes in all.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+static BYTES: AtomicUsize = AtomicUsize::new(0);
+
 thread_local! {
     /// What this thread allocated less what it freed, which may be others' memory; and the most of it.
     static OWN: Cell<(isize, isize)> = const { Cell::new((0, 0)) };
@@ -29,6 +33,8 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         PEAK.fetch_max(LIVE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
         own(layout.size() as isize);
+        CALLS.fetch_add(1, Relaxed);
+        BYTES.fetch_add(layout.size(), Relaxed);
         // SAFETY: the caller's contract.
         unsafe { System.alloc(layout) }
     }
@@ -49,6 +55,13 @@ pub fn live() -> usize {
 /// The most bytes that were alive in the whole program since the last reset.
 pub fn peak() -> usize {
     PEAK.load(Relaxed)
+}
+
+/// How often anybody asked for memory while something ran, and for how many bytes.
+pub fn asked<T>(run: impl FnOnce() -> T) -> (usize, usize) {
+    let before = (CALLS.load(Relaxed), BYTES.load(Relaxed));
+    drop(run());
+    (CALLS.load(Relaxed) - before.0, BYTES.load(Relaxed) - before.1)
 }
 
 /// Forgets the peak.

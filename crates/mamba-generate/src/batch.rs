@@ -29,7 +29,8 @@ pub struct BatchEvent<'a, M: BatchLm + ?Sized> {
 /// sampling, seed, and reasons to stop.
 ///
 /// A row's tokens do not depend on the others: for the models of this workspace on the CPU its logits have the same bits as if
-/// it were alone, in batches of up to 64 rows.
+/// it were alone, in batches of up to 64 rows. On a GPU they have the same bits whatever the other rows of a batch of one size, but batches
+/// of other sizes, and a row alone, may have other kernels, which round otherwise.
 ///
 /// # Example
 /// ```
@@ -64,14 +65,21 @@ pub struct BatchEvent<'a, M: BatchLm + ?Sized> {
 pub struct Batch<'a, M: BatchLm + ?Sized> {
     model: &'a M,
     /// In the order of the rows of the cache.
-    rows: Vec<(RowId, Sequence)>,
+    rows: Vec<Row>,
     cache: Option<M::Cache>,
     /// Rows with states of their own, which join the others at the next step.
-    joining: Vec<(RowId, Sequence, M::Cache)>,
-    /// What happened since the last step.
+    joining: Vec<(Row, M::Cache)>,
+    /// What happened and was not told.
     events: Vec<BatchEvent<'a, M>>,
     next: u64,
     logits: Vec<f32>,
+}
+
+struct Row {
+    id: RowId,
+    sequence: Sequence,
+    /// Its last token, until it leaves: then both are told.
+    last: Option<Result<Token>>,
 }
 
 impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
@@ -100,7 +108,7 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
 
     /// The rows that have not ended, in no particular order.
     pub fn rows(&self) -> impl Iterator<Item = RowId> {
-        self.rows.iter().map(|(id, _)| *id).chain(self.joining.iter().map(|(id, ..)| *id))
+        self.rows.iter().chain(self.joining.iter().map(|(row, _)| row)).map(|row| row.id)
     }
 
     /// Takes a generation in: reads its prompt if that was not read, and chooses its first token, which the next
@@ -110,29 +118,30 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
     /// If the cache of the generation is lent to it, or the model fails at the prompt. The batch is as before then.
     pub fn add(&mut self, generator: Generator<'a, M>) -> Result<RowId> {
         let (mut sequence, mut cache) = generator.into_parts()?;
-        let row = RowId(self.next);
+        let id = RowId(self.next);
         sequence.heed();
         let before = sequence.state;
         let mut token = None;
         if matches!(before, State::Prompt | State::Primed) {
             let start = Instant::now();
             sequence.evaluate(self.model, &mut cache)?;
-            let logits = std::mem::take(&mut sequence.logits);
-            let chosen = sequence.choose(&logits);
-            token = Some(ended_by_error(&mut sequence, chosen));
+            if !sequence.is_done() {
+                let chosen = sequence.choose_from_own();
+                token = Some(ended_by_error(&mut sequence, chosen));
+            }
             sequence.note_time(before, start.elapsed());
         }
         self.next += 1;
-        let finished = if sequence.is_done() {
-            Some(Generator::from_parts(self.model, sequence, cache))
-        } else {
-            self.joining.push((row, sequence, cache));
-            None
-        };
-        if token.is_some() || finished.is_some() {
-            self.events.push(BatchEvent { row, token, finished });
+        if sequence.is_done() {
+            let finished = Some(Generator::from_parts(self.model, sequence, cache));
+            self.events.push(BatchEvent { row: id, token, finished });
+            return Ok(id);
         }
-        Ok(row)
+        if token.is_some() {
+            self.events.push(BatchEvent { row: id, token, finished: None });
+        }
+        self.joining.push((Row { id, sequence, last: None }, cache));
+        Ok(id)
     }
 
     /// Takes a row out, with its state; none if it has ended or left before.
@@ -142,13 +151,17 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
     /// # Errors
     /// If the model cannot take its state from the batch, which is as before then.
     pub fn remove(&mut self, row: RowId) -> Result<Option<Generator<'a, M>>> {
-        if let Some(at) = self.joining.iter().position(|(id, ..)| *id == row) {
-            let (_, sequence, cache) = self.joining.remove(at);
-            return Ok(Some(Generator::from_parts(self.model, sequence, cache)));
+        if let Some(at) = self.joining.iter().position(|(joining, _)| joining.id == row) {
+            let (row, cache) = self.joining.remove(at);
+            return Ok(Some(Generator::from_parts(self.model, row.sequence, cache)));
         }
-        let Some(at) = self.rows.iter().position(|(id, _)| *id == row) else { return Ok(None) };
+        let Some(at) = self.rows.iter().position(|has| has.id == row) else { return Ok(None) };
         let mut left = self.split(&[at])?;
-        Ok(left.pop().map(|(_, generator)| generator))
+        let Some((Row { sequence, last: token, .. }, cache)) = left.pop() else { return Ok(None) };
+        if token.is_some() {
+            self.events.push(BatchEvent { row, token, finished: None });
+        }
+        Ok(Some(Generator::from_parts(self.model, sequence, cache)))
     }
 
     /// Gives every row its next token: a step of the model for all of them, then each chooses.
@@ -156,23 +169,26 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
     /// Rows that were added since the last step have their first token already, which is told, and join the others now.
     ///
     /// # Errors
-    /// If the model fails: then all rows are lost. What fails in one row is told in its event, and ends that row only.
+    /// If the model fails. Where it fails to read, the rows that it read for are lost, and are among [`rows`](Self::rows) no longer;
+    /// those that were added since the last step are not. Where it fails to take states apart or together, no row is lost, and
+    /// the next step tries again. In either case what had happened is told by the next step that does not fail, so a row may
+    /// have several events there. What fails in one row is told in its event, and ends that row only.
     pub fn step(&mut self) -> Result<Vec<BatchEvent<'a, M>>> {
-        let mut events = std::mem::take(&mut self.events);
-        self.rows.iter_mut().for_each(|(_, sequence)| sequence.heed());
-        self.leave(&mut events, |_| None)?;
+        self.rows.iter_mut().for_each(|row| row.sequence.heed());
+        self.leave()?;
         if !self.rows.is_empty() {
-            self.advance(&mut events)?;
+            self.advance()?;
+            self.leave()?;
         }
         self.join()?;
-        Ok(events)
+        Ok(std::mem::take(&mut self.events))
     }
 
-    /// One token for each row that has joined.
-    fn advance(&mut self, events: &mut Vec<BatchEvent<'a, M>>) -> Result<()> {
+    /// One token for each row that has joined; that of a row which has ended waits until it leaves.
+    fn advance(&mut self) -> Result<()> {
         let start = Instant::now();
-        let ids: Vec<u32> = self.rows.iter().filter_map(|(_, sequence)| sequence.pending()).collect();
-        let position = self.rows.iter().map(|(_, sequence)| sequence.tokens.len()).max().unwrap_or_default();
+        let ids: Vec<u32> = self.rows.iter().filter_map(|row| row.sequence.pending()).collect();
+        let position = self.rows.iter().map(|row| row.sequence.tokens.len()).max().unwrap_or_default();
         let vocab_size = self.model.vocab_size();
         let outcome = self.read(&ids).map_err(Error::model("step_batch", position)).and_then(|drawn| {
             if drawn.contains(&None) {
@@ -188,33 +204,28 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
                 return Err(error);
             }
         };
-        let mut tokens = Vec::with_capacity(ids.len());
-        for (at, ((_, sequence), drawn)) in self.rows.iter_mut().zip(drawn).enumerate() {
+        for (at, (Row { id, sequence, last }, drawn)) in self.rows.iter_mut().zip(drawn).enumerate() {
             sequence.read = sequence.tokens.len();
             let token = match drawn {
                 Some(id) => sequence.take(id, vocab_size),
                 None => sequence.choose(&self.logits[at * vocab_size..][..vocab_size]),
             };
-            tokens.push(Some(ended_by_error(sequence, token)));
-            sequence.note_time(State::Running, start.elapsed());
-        }
-        let mut left = Vec::new();
-        for ((row, sequence), token) in self.rows.iter().zip(&mut tokens) {
+            let token = Some(ended_by_error(sequence, token));
             match sequence.is_done() {
-                true => left.push((*row, token.take())),
-                false => events.push(BatchEvent { row: *row, token: token.take(), finished: None }),
+                true => *last = token,
+                false => self.events.push(BatchEvent { row: *id, token, finished: None }),
             }
         }
-        self.leave(events, |row| {
-            left.iter_mut().find(|(id, _)| *id == row).and_then(|(_, token)| token.take())
-        })
+        let time = start.elapsed();
+        self.rows.iter_mut().for_each(|row| row.sequence.note_time(State::Running, time));
+        Ok(())
     }
 
     /// A step of the model, which draws the tokens that follow if it can, and if no row wants its logits.
     fn read(&mut self, ids: &[u32]) -> std::result::Result<Vec<Option<u32>>, BoxError> {
         let Some(cache) = &mut self.cache else { return Err("a batch without a state".into()) };
-        if self.rows.iter().all(|(_, sequence)| sequence.can_draw(self.model)) {
-            let draws = self.rows.iter_mut().map(|(_, sequence)| sequence.sampling.draw());
+        if self.rows.iter().all(|row| row.sequence.can_draw(self.model)) {
+            let draws = self.rows.iter_mut().map(|row| row.sequence.sampling.draw());
             if let Some(draws) = draws.collect::<Option<Vec<_>>>() {
                 return self.model.step_batch_and_draw(ids, cache, &draws, &mut self.logits);
             }
@@ -223,21 +234,18 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
         Ok(vec![None; ids.len()])
     }
 
-    /// Takes out the rows that have ended, and tells so, with the token of each.
-    fn leave(
-        &mut self,
-        events: &mut Vec<BatchEvent<'a, M>>,
-        mut token: impl FnMut(RowId) -> Option<Result<Token>>,
-    ) -> Result<()> {
-        let done: Vec<usize> = (0..self.rows.len()).filter(|&at| self.rows[at].1.is_done()).collect();
-        for (row, generator) in self.split(&done)? {
-            events.push(BatchEvent { row, token: token(row), finished: Some(generator) });
+    /// Takes out the rows that have ended, and notes so, with the last token of each.
+    fn leave(&mut self) -> Result<()> {
+        let done: Vec<usize> = (0..self.rows.len()).filter(|&at| self.rows[at].sequence.is_done()).collect();
+        for (Row { id, sequence, last: token }, cache) in self.split(&done)? {
+            let finished = Some(Generator::from_parts(self.model, sequence, cache));
+            self.events.push(BatchEvent { row: id, token, finished });
         }
         Ok(())
     }
 
     /// Takes some rows out, by their places in ascending order.
-    fn split(&mut self, places: &[usize]) -> Result<Vec<(RowId, Generator<'a, M>)>> {
+    fn split(&mut self, places: &[usize]) -> Result<Vec<(Row, M::Cache)>> {
         let Some(cache) = self.cache.as_ref().filter(|_| !places.is_empty()) else { return Ok(Vec::new()) };
         let fail = |source| Error::Model { during: "select", position: 0, source };
         let mut caches = Vec::with_capacity(places.len());
@@ -251,8 +259,7 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
         };
         let mut left = Vec::with_capacity(places.len());
         for (&at, cache) in places.iter().zip(caches).rev() {
-            let (row, sequence) = self.rows.remove(at);
-            left.push((row, Generator::from_parts(self.model, sequence, cache)));
+            left.push((self.rows.remove(at), cache));
         }
         left.reverse();
         Ok(left)
@@ -264,14 +271,14 @@ impl<'a, M: BatchLm + ?Sized> Batch<'a, M> {
             return Ok(());
         }
         let caches: Vec<&M::Cache> =
-            self.cache.iter().chain(self.joining.iter().map(|(.., cache)| cache)).collect();
+            self.cache.iter().chain(self.joining.iter().map(|(_, cache)| cache)).collect();
         let joined = match caches.as_slice() {
             [_] if self.cache.is_none() => None,
             _ => Some(self.model.concat(&caches).map_err(Error::model("concat", 0))?),
         };
         drop(caches);
-        for (row, sequence, cache) in self.joining.drain(..) {
-            self.rows.push((row, sequence));
+        for (row, cache) in self.joining.drain(..) {
+            self.rows.push(row);
             if joined.is_none() {
                 self.cache = Some(cache);
             }

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::generator::check_prompt;
 use crate::lm::BatchLm;
 use crate::logprobs::LogSum;
+use crate::prompt::read_all;
 use crate::sequence::check_logits;
 
 /// When a beam search ends before its texts are as long as they may be.
@@ -101,7 +102,7 @@ pub fn beam_search<M: BatchLm + ?Sized>(
     check_prompt(prompt, vocab_size)?;
     options.check()?;
     let (mut cache, mut logits) = (model.new_cache().map_err(Error::model("new_cache", 0))?, Vec::new());
-    model.prefill(prompt, &mut cache, &mut logits).map_err(Error::model("prefill", prompt.len()))?;
+    read_all(model, prompt, &mut cache, &mut logits, prompt.len())?;
     let mut beams = vec![Beam { ids: Vec::new(), logprob: 0.0, row: 0 }];
     let mut finished: Vec<Hypothesis> = Vec::new();
     loop {

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Stops generations, from any thread.
 ///
 /// Copies of one token are one token: whoever has one can [`cancel`](Self::cancel), and each generation that was
-/// [built](crate::GeneratorBuilder::cancel_token) with it ends before its next token, with
-/// [`FinishReason::Cancelled`](crate::FinishReason::Cancelled). What was generated before stays as it is, and can be
+/// [built](crate::GeneratorBuilder::cancel_token) with it ends before its next token, or the next [piece](crate::PROMPT_PIECE) of its prompt, with
+/// [`FinishReason::Cancelled`](crate::FinishReason::Cancelled). What was read and generated before stays as it is, and can be
 /// gone on with.
 ///
 /// # Example

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use crate::cancel::CancelToken;
 use crate::error::BoxError;
 use crate::lm::{CausalLm, StateLm};
 
@@ -15,6 +16,8 @@ pub(crate) struct Fake {
     pub(crate) fail_at: Option<usize>,
     /// Return a NaN after this many tokens.
     pub(crate) nan_at: Option<usize>,
+    /// Cancel while the token of this number is read.
+    pub(crate) cancel_at: Option<(usize, CancelToken)>,
 }
 
 impl Fake {
@@ -22,7 +25,14 @@ impl Fake {
     pub(crate) fn saying(prompt_len: usize, reply: &[u32]) -> Self {
         let mut script = vec![0; prompt_len];
         script.extend(reply);
-        Self { vocab_size: 512, script, calls: RefCell::default(), fail_at: None, nan_at: None }
+        Self {
+            vocab_size: 512,
+            script,
+            calls: RefCell::default(),
+            fail_at: None,
+            nan_at: None,
+            cancel_at: None,
+        }
     }
 
     pub(crate) fn calls(&self) -> Vec<String> {
@@ -30,9 +40,15 @@ impl Fake {
     }
 
     fn read(&self, ids: &[u32], read: &mut Vec<u32>, logits: &mut Vec<f32>) -> Result<(), BoxError> {
+        let before = read.len();
         read.extend(ids);
         if self.fail_at.is_some_and(|n| read.len() >= n) {
             return Err("out of fake memory".into());
+        }
+        if let Some((n, token)) = &self.cancel_at
+            && (before + 1..=read.len()).contains(n)
+        {
+            token.cancel();
         }
         logits.clear();
         logits.resize(self.vocab_size, 0.0);

@@ -2,12 +2,14 @@
 
 use std::time::Instant;
 
-use crate::candidates::Candidates;
+use mamba_ops::Draw;
+
 use crate::error::{Error, Result};
-use crate::filter::{Chain, History, LogitsFilter, MinP, RepetitionPenalty, Temperature, TopK, TopP};
+use crate::filter::{History, Temperature};
 use crate::generator::check_prompt;
 use crate::lm::BatchLm;
-use crate::sampler::{ArgMax, Multinomial, Sampler};
+use crate::prompt::read_all;
+use crate::sampling::{Sampling, SamplingConfig};
 use crate::sequence::check_logits;
 use crate::timings::Timings;
 
@@ -35,17 +37,19 @@ pub struct GenerateOptions<'s> {
     pub temperature: f64,
     /// See [`RepetitionPenalty`]. 1 by default.
     pub repetition_penalty: f64,
-    /// After this token a row has nothing but it; when all rows have come to it, generation ends.
+    /// After this token a row has nothing but it; when all rows have come to it, generation ends. (In mamba_ssm rows that have come to
+    /// it go on until all come to it in one step.)
     pub eos_token_id: Option<u32>,
     /// The tokens to take in the place of those that would be chosen: row by row, from the start of the prompt, as far as
-    /// they go.
+    /// they go. They are taken after [`eos_token_id`](Self::eos_token_id) too.
     pub teacher_outputs: Option<&'s [Vec<u32>]>,
     /// How many tokens there are to choose from, if fewer than the model has logits.
     pub vocab_size: Option<usize>,
     /// Asked for by scripts of mamba_ssm, and without effect: on a GPU a model captures its step as a CUDA graph anyway if it can,
     /// elsewhere there is none.
     pub cg: bool,
-    /// Whether to return the logits that tokens are chosen from, after the repetition penalty and before any filter.
+    /// Whether to return the logits of the model that tokens are chosen from: before the repetition penalty and all filters, of the
+    /// tokens that there are to choose from.
     pub output_scores: bool,
     /// Who sees tokens as they come.
     pub streamer: Option<&'s mut dyn Streamer>,
@@ -79,7 +83,7 @@ impl GenerateOptions<'_> {
 pub struct Generated {
     /// The tokens of each row, prompt included.
     pub sequences: Vec<Vec<u32>>,
-    /// For each step and row the logits that the token was chosen from, if asked for.
+    /// For each step and row the logits of the model that the token was chosen from, if asked for.
     pub scores: Vec<Vec<Vec<f32>>>,
     /// How long it took; tokens are those of one row.
     pub timings: Timings,
@@ -127,44 +131,33 @@ pub fn generate<M: BatchLm + ?Sized>(
     outcome
 }
 
-/// The filters and the draw of one row.
-struct Choice {
-    penalty: Chain,
-    filters: Chain,
-    sampler: Box<dyn Sampler>,
-}
-
-impl Choice {
-    fn new(options: &GenerateOptions<'_>, row: usize) -> Result<Self> {
-        let mut penalty = Chain::new();
-        if options.repetition_penalty != 1.0 {
-            penalty.push(RepetitionPenalty::new(options.repetition_penalty)?);
-        }
-        let temperature = Temperature::new(options.temperature)?;
-        let mut filters = Chain::new();
-        let everything = options.top_k == 0 && options.top_p == 0.0 && options.min_p == 0.0;
-        if options.top_k == 1 || everything {
-            return Ok(Self { penalty, filters, sampler: Box::new(ArgMax) });
-        }
-        filters.push(temperature);
-        if options.top_k > 0 {
-            filters.push(TopK::new(options.top_k)?);
-        }
-        if options.top_p != 0.0 {
-            filters.push(TopP::new(options.top_p)?);
-        }
-        if options.min_p != 0.0 {
-            filters.push(MinP::new(options.min_p)?);
-        }
-        let seed = options.seed.wrapping_add(row as u64);
-        Ok(Self { penalty, filters, sampler: Box::new(Multinomial::with_seed(seed)) })
+/// How the tokens of one row are chosen.
+fn sampling(options: &GenerateOptions<'_>, row: usize) -> Result<Sampling> {
+    Temperature::new(options.temperature)?; // which is not 0, here the sign for greedy
+    let config = SamplingConfig {
+        repetition_penalty: Some(options.repetition_penalty),
+        seed: options.seed.wrapping_add(row as u64),
+        ..Default::default()
+    };
+    match options.top_k {
+        1 => SamplingConfig { temperature: 0.0, ..config },
+        top_k => SamplingConfig {
+            temperature: options.temperature,
+            top_k: Some(top_k).filter(|k| *k > 0),
+            top_p: Some(options.top_p).filter(|p| *p != 0.0),
+            min_p: Some(options.min_p).filter(|p| *p != 0.0),
+            ..config
+        },
     }
+    .build()
 }
 
 struct Rows<'a, 's, M: BatchLm + ?Sized> {
     model: &'a M,
     options: &'a GenerateOptions<'s>,
-    choices: Vec<Choice>,
+    samplings: Vec<Sampling>,
+    /// Which rows have come to their end.
+    ended: Vec<bool>,
     prompt: usize,
     vocab_size: usize,
     output: Generated,
@@ -202,10 +195,11 @@ impl<'a, 's, M: BatchLm + ?Sized> Rows<'a, 's, M> {
         if vocab_size == 0 || vocab_size > model.vocab_size() {
             return bad("vocab_size", vocab_size.to_string(), "a number from 1 to the model's");
         }
-        let choices = (0..input_ids.len()).map(|row| Choice::new(options, row)).collect::<Result<_>>()?;
+        let samplings = (0..input_ids.len()).map(|row| sampling(options, row)).collect::<Result<_>>()?;
         let sequences = input_ids.iter().map(|row| row[..prompt.min(options.max_length)].to_vec()).collect();
         let output = Generated { sequences, scores: Vec::new(), timings: Timings::default() };
-        Ok(Self { model, options, choices, prompt, vocab_size, output })
+        let ended = vec![false; input_ids.len()];
+        Ok(Self { model, options, samplings, ended, prompt, vocab_size, output })
     }
 
     fn run(mut self, put: &mut dyn FnMut(&[u32])) -> Result<Generated> {
@@ -215,23 +209,21 @@ impl<'a, 's, M: BatchLm + ?Sized> Rows<'a, 's, M> {
         }
         let start = Instant::now();
         let (mut cache, mut logits) = self.read_prompts()?;
+        let mut drawn = vec![None; self.ended.len()];
         let mut position = self.prompt;
         loop {
-            let ids = self.choose(&logits, position)?;
+            let ids = self.choose(&drawn, &logits, position)?;
             put(&ids);
             position += 1;
             if position == self.prompt + 1 {
                 self.output.timings.prompt = start.elapsed();
                 self.output.timings.prompt_tokens = self.prompt;
             }
-            let ended = |row: &Vec<u32>| {
-                self.options.eos_token_id.is_some() && row.last() == self.options.eos_token_id.as_ref()
-            };
-            if position == self.options.max_length || self.output.sequences.iter().all(ended) {
+            let is_end = |id: &u32| Some(*id) == self.options.eos_token_id;
+            if position == self.options.max_length || ids.iter().all(is_end) {
                 break;
             }
-            let outcome = self.model.step_batch(&ids, &mut cache, &mut logits);
-            outcome.map_err(Error::model("step_batch", position))?;
+            drawn = self.step(&ids, &mut cache, &mut logits, position)?;
         }
         self.output.timings.generated_tokens = position - self.prompt;
         self.output.timings.generation = start.elapsed() - self.output.timings.prompt;
@@ -243,8 +235,7 @@ impl<'a, 's, M: BatchLm + ?Sized> Rows<'a, 's, M> {
         let (mut caches, mut all, mut logits) = (Vec::new(), Vec::new(), Vec::new());
         for row in &self.output.sequences {
             let mut cache = self.model.new_cache().map_err(Error::model("new_cache", 0))?;
-            let outcome = self.model.prefill(row, &mut cache, &mut logits);
-            outcome.map_err(Error::model("prefill", row.len()))?;
+            read_all(self.model, row, &mut cache, &mut logits, row.len())?;
             all.extend_from_slice(&logits);
             caches.push(cache);
         }
@@ -252,31 +243,63 @@ impl<'a, 's, M: BatchLm + ?Sized> Rows<'a, 's, M> {
         Ok((cache.map_err(Error::model("concat", self.prompt))?, all))
     }
 
-    /// The next token of each row.
-    fn choose(&mut self, logits: &[f32], position: usize) -> Result<Vec<u32>> {
-        let rows = self.output.sequences.len();
-        check_logits(logits, rows * self.model.vocab_size(), position)?;
-        let (mut ids, mut scores) = (Vec::with_capacity(rows), Vec::new());
-        for (row, logits) in logits.chunks_exact(self.model.vocab_size()).enumerate() {
-            let choice = &mut self.choices[row];
-            let history = History::new(&self.output.sequences[row], self.prompt);
-            let mut candidates = Candidates::new();
-            candidates.load(&logits[..self.vocab_size], position)?;
-            choice.penalty.apply(&mut candidates, history)?;
-            if self.options.output_scores {
-                scores.push(candidates.as_slice().iter().map(|c| c.logit).collect());
+    /// Reads a token of each row; the next ones too if the model can draw them, and nobody else wants the logits.
+    fn step(
+        &mut self,
+        ids: &[u32],
+        cache: &mut M::Cache,
+        logits: &mut Vec<f32>,
+        position: usize,
+    ) -> Result<Vec<Option<u32>>> {
+        let of_all = self.vocab_size == self.model.vocab_size() && !self.options.output_scores;
+        if self.model.draws() && of_all && self.samplings.iter().all(Sampling::can_draw) {
+            let draws = (0..ids.len()).map(|row| match self.given(row, position) {
+                Some(_) => Some(Draw::GREEDY), // nobody asks for it
+                None => self.samplings[row].draw(),
+            });
+            if let Some(draws) = draws.collect::<Option<Vec<_>>>() {
+                let drawn = self.model.step_batch_and_draw(ids, cache, &draws, logits);
+                return drawn.map_err(Error::model("step_batch_and_draw", position));
             }
-            choice.filters.apply(&mut candidates, history)?;
-            let chosen = choice.sampler.sample(&mut candidates)?;
-            let taught = self.options.teacher_outputs.and_then(|rows| rows[row].get(position));
-            let eos = self.options.eos_token_id.filter(|eos| history.generated().contains(eos));
-            ids.push(eos.or(taught.copied()).unwrap_or(chosen));
         }
-        for (row, &id) in self.output.sequences.iter_mut().zip(&ids) {
-            row.push(id);
+        let outcome = self.model.step_batch(ids, cache, logits);
+        outcome.map_err(Error::model("step_batch", position))?;
+        Ok(vec![None; ids.len()])
+    }
+
+    /// The token that a row has at `position` whatever the model says: that of the teacher, or the one after which there are no
+    /// others.
+    fn given(&self, row: usize, position: usize) -> Option<u32> {
+        let taught = self.options.teacher_outputs.and_then(|rows| rows[row].get(position));
+        taught.copied().or(self.options.eos_token_id.filter(|_| self.ended[row]))
+    }
+
+    /// The next token of each row: the one that is given, the one that was drawn, or one of our choice.
+    fn choose(&mut self, drawn: &[Option<u32>], logits: &[f32], position: usize) -> Result<Vec<u32>> {
+        let model_size = self.model.vocab_size();
+        if drawn.contains(&None) {
+            check_logits(logits, drawn.len() * model_size, position)?;
+        }
+        let mut ids = Vec::with_capacity(drawn.len());
+        for (row, drawn) in drawn.iter().enumerate() {
+            let id = match (self.given(row, position), drawn) {
+                (Some(id), _) => id,
+                (None, Some(id)) => *id,
+                (None, None) => {
+                    let logits = &logits[row * model_size..][..self.vocab_size];
+                    let history = History::new(&self.output.sequences[row], self.prompt);
+                    self.samplings[row].next_token(logits, history)?
+                }
+            };
+            ids.push(id);
         }
         if self.options.output_scores {
-            self.output.scores.push(scores);
+            let scores = logits.chunks_exact(model_size).map(|row| row[..self.vocab_size].to_vec());
+            self.output.scores.push(scores.collect());
+        }
+        for (row, &id) in ids.iter().enumerate() {
+            self.output.sequences[row].push(id);
+            self.ended[row] |= Some(id) == self.options.eos_token_id;
         }
         Ok(ids)
     }

@@ -50,8 +50,8 @@ impl<C> Cache<'_, C> {
 /// # What the cache has read
 /// At any time, and so at the end: what it had read before, then the prompt, then all tokens that were yielded but the
 /// last. The last is never read, as nobody asked for what follows it; it is [`pending`](Self::pending), and is the first
-/// token of the prompt that continues the text. Before the first token the cache is untouched. After an error of the
-/// model it is in no defined state.
+/// token of the prompt that continues the text. Of a prompt during which someone cancelled, the cache has read a part: the rest
+/// is [`unread`](Self::unread). After an error of the model it is in no defined state.
 ///
 /// # Example
 /// Two turns, of which the second reads only what is new. (The model is the one of [`CausalLm`]'s example.)
@@ -121,7 +121,13 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
         self.sequence.pending()
     }
 
-    /// The state of the model after all tokens but the [`pending`](Self::pending) one.
+    /// The tokens that the cache has not read: the [`pending`](Self::pending) one; or the prompt, before it is read, or what is
+    /// left of it if someone cancelled meanwhile. To continue, begin the next prompt with them.
+    pub fn unread(&self) -> &[u32] {
+        self.sequence.unread()
+    }
+
+    /// The state of the model after all tokens but those that are [`unread`](Self::unread).
     pub fn cache(&self) -> &M::Cache {
         self.cache.get()
     }
@@ -132,6 +138,8 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
     }
 
     /// Reads the prompt now, rather than when the first token is asked for. Does nothing if it was read.
+    ///
+    /// If someone cancels meanwhile, the generation has ended, and its [state](Self::state) goes on in the middle of the prompt.
     ///
     /// # Errors
     /// If the model fails; the generation has ended then.
@@ -154,21 +162,23 @@ impl<'a, M: CausalLm + ?Sized> Generator<'a, M> {
         M: StateLm,
     {
         let sequence = &mut self.sequence;
-        if sequence.state != State::Prompt || sequence.prompt.0 > 0 {
+        if sequence.state != State::Prompt || sequence.read > 0 {
             let got = format_args!("{} tokens that were read before", sequence.read);
             return Err(Error::invalid("prefill_with", "generator", got, "one that has read nothing"));
         }
         let start = Instant::now();
-        let outcome = prefixes.prefill(self.model, sequence.prompt()).map(|(cache, logits, reuse)| {
+        let mut reuse = Reuse { known: 0, reused: 0, read: 0 };
+        let (piece, go_on) = (sequence.prompt_piece, || !sequence.cancel.is_cancelled());
+        let outcome = prefixes.read(self.model, sequence.prompt(), piece, go_on);
+        let outcome = outcome.and_then(|(cache, logits, found)| {
+            reuse = found;
             *self.cache.get_mut() = cache;
             sequence.logits = logits;
-            sequence.read = sequence.tokens.len();
-            sequence.timings.prompt_tokens = reuse.read;
-            reuse
+            sequence.read = reuse.reused;
+            sequence.has_read(reuse.read, self.model.vocab_size())
         });
-        let reuse = outcome.as_ref().ok().copied();
-        sequence.primed(start.elapsed(), outcome.map(drop))?;
-        Ok(reuse.unwrap_or(Reuse { known: 0, reused: 0, read: 0 }))
+        sequence.primed(start.elapsed(), outcome)?;
+        Ok(reuse)
     }
 
     /// Everything that the generation goes on from, as a value: a copy, which what follows does not change.
@@ -236,7 +246,7 @@ impl<M: CausalLm + ?Sized> Iterator for Generator<'_, M> {
             sequence.state = State::Done(None);
         }
         sequence.note_time(before, start.elapsed());
-        Some(token)
+        token.transpose()
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {

@@ -79,11 +79,17 @@
 //! # Ok::<(), BoxError>(())
 //! ```
 //!
+//! # How fast
+//! On a CPU, set `CANDLE_BARRIER_POOL_SPIN_LIMIT=0` in the environment, or first of all in `main`, before any other thread: candle keeps a
+//! pool of threads beside rayon's whose idle ones spin, and starve those that work. A library cannot set it for you.
+//!
 //! # What holds
 //! - The same seed, options and logits give the same tokens, in every version: see [`Multinomial`].
 //! - Filters and samplers allocate nothing per token once their buffers have grown to the size of the vocabulary.
 //! - The pieces of a text, joined, are what the tokenizer makes of all tokens at once; no piece holds half a character or
 //!   any part of a stop string.
+//! - Memory does not depend on the length of a prompt, but for what attention remembers: prompts are read in pieces of
+//!   [`PROMPT_PIECE`] tokens, and who cancels waits for one of them at most, and loses nothing.
 //! - Bad parameters are errors when they are set; NaN among the logits is an error that names the token, never a token.
 
 mod batch;
@@ -106,6 +112,7 @@ mod logprobs;
 mod mirostat;
 mod model;
 mod prefix_cache;
+mod prompt;
 mod rng;
 mod sampler;
 mod sampling;
@@ -145,6 +152,7 @@ pub use logprobs::{Logprobs, TokenLogprob};
 pub use mamba_ops::Draw;
 pub use mirostat::Mirostat;
 pub use prefix_cache::{PrefixCache, PrefixCacheOptions, PrefixStats, Reuse};
+pub use prompt::PROMPT_PIECE;
 pub use sampler::{ArgMax, Multinomial, Sampler};
 pub use sampling::{Sampling, SamplingConfig};
 pub use score::{Score, score};

@@ -1,6 +1,7 @@
 //! The models of this workspace as language models to generate from.
 
-use candle_core::{DType, Tensor};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use half::slice::HalfFloatSliceExt;
 use mamba_model::{InferenceCache, Model};
 use mamba_ops::{Draw, NO_TOKEN, Sample, sample};
 
@@ -124,9 +125,16 @@ impl BatchLm for Model {
     }
 }
 
-/// All logits of a tensor, in order.
+/// All logits of a tensor, in order; what is in CPU memory is copied once, into the memory that is kept.
 fn read(tensor: &Tensor, logits: &mut Vec<f32>) -> Result<(), BoxError> {
-    logits.clear();
-    logits.extend(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?);
+    let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+    logits.resize(tensor.elem_count(), 0.0);
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(x)), Some((start, end))) => logits.copy_from_slice(&x[start..end]),
+        (Storage::Cpu(CpuStorage::F16(x)), Some((start, end))) => x[start..end].convert_to_f32_slice(logits),
+        (Storage::Cpu(CpuStorage::BF16(x)), Some((start, end))) => x[start..end].convert_to_f32_slice(logits),
+        _ => logits.copy_from_slice(&tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?),
+    }
     Ok(())
 }

@@ -5,6 +5,8 @@ mod tree;
 use crate::error::{Error, Result};
 use crate::generator::check_prompt;
 use crate::lm::StateLm;
+use crate::prompt::{PROMPT_PIECE, read_prompt};
+use crate::sequence::check_logits;
 use tree::Tree;
 
 /// The options of a [`PrefixCache`].
@@ -129,6 +131,21 @@ impl<C> PrefixCache<C> {
     where
         M: StateLm<Cache = C> + ?Sized,
     {
+        self.read(model, ids, PROMPT_PIECE, || true)
+    }
+
+    /// As [`prefill`](Self::prefill), in pieces of so many tokens at most, and only as long as `go_on` says so before each: what was
+    /// read then is told, and the state is the one after it.
+    pub(crate) fn read<M>(
+        &mut self,
+        model: &M,
+        ids: &[u32],
+        piece: usize,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<(C, Vec<f32>, Reuse)>
+    where
+        M: StateLm<Cache = C> + ?Sized,
+    {
         check_prompt(ids, model.vocab_size())?;
         self.check_model(model)?;
         // The state at the very end serves only with what follows it.
@@ -142,14 +159,16 @@ impl<C> PrefixCache<C> {
         let (known, reused) = (found.known, found.depth);
         let mut read = reused;
         for end in self.places(reused, known, ids.len()) {
-            let outcome = model.prefill(&ids[read..end], &mut cache, &mut logits);
-            outcome.map_err(Error::model("prefill", end))?;
-            crate::sequence::check_logits(&logits, model.vocab_size(), end)?;
-            read = end;
+            let (new, sizes) = (&ids[read..end], (piece, end));
+            read += read_prompt(model, new, &mut cache, &mut logits, sizes, &mut go_on)?;
+            if read < end {
+                break; // what was known does not serve a prompt that was not read
+            }
+            check_logits(&logits, model.vocab_size(), end)?;
             let after = if end == ids.len() { logits.as_slice() } else { &[] };
             self.keep(model, &ids[..end], &cache, after)?;
         }
-        let reuse = Reuse { known, reused, read: ids.len() - reused };
+        let reuse = Reuse { known, reused, read: read - reused };
         self.count(reuse);
         Ok((cache, logits, reuse))
     }
@@ -158,11 +177,16 @@ impl<C> PrefixCache<C> {
     /// not be read at all.
     ///
     /// # Errors
-    /// If the states belong to another model, or the model cannot copy this one.
+    /// If `ids` is empty or holds an id that the model does not know, or there are logits and not one for each; if the states belong to
+    /// another model, or the model cannot copy this one.
     pub fn insert<M>(&mut self, model: &M, ids: &[u32], cache: &C, logits: &[f32]) -> Result<()>
     where
         M: StateLm<Cache = C> + ?Sized,
     {
+        check_prompt(ids, model.vocab_size())?;
+        if !logits.is_empty() {
+            check_logits(logits, model.vocab_size(), ids.len())?;
+        }
         self.check_model(model)?;
         self.keep(model, ids, cache, logits)
     }

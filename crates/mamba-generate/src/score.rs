@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::lm::CausalLm;
 use crate::logprobs::LogSum;
+use crate::prompt::PROMPT_PIECE;
 
 /// The losses of a text; see [`score`].
 #[derive(Debug, Clone, PartialEq)]
@@ -68,7 +69,7 @@ pub fn score<M: CausalLm + ?Sized>(model: &M, ids: &[u32], cache: &mut M::Cache)
     let vocab_size = model.vocab_size();
     crate::generator::check_prompt(ids, vocab_size)?;
     let (mut losses, mut logits) = (Vec::with_capacity(ids.len() - 1), Vec::new());
-    let piece = (LOGITS / vocab_size.max(1)).max(1);
+    let piece = (LOGITS / vocab_size.max(1)).clamp(1, PROMPT_PIECE);
     for inputs in ids[..ids.len() - 1].chunks(piece) {
         let position = losses.len();
         model.forward(inputs, cache, &mut logits).map_err(Error::model("forward", position))?;

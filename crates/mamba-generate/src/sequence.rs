@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::filter::History;
 use crate::lm::CausalLm;
 use crate::logprobs::Logprobs;
+use crate::prompt::read_prompt;
 use crate::sampling::Sampling;
 use crate::state::GenerationState;
 use crate::timings::Timings;
@@ -18,6 +19,8 @@ pub(crate) struct Sequence {
     pub(crate) logprobs: Option<usize>,
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) max_new_tokens: usize,
+    /// How many tokens of the prompt to read at once.
+    pub(crate) prompt_piece: usize,
     pub(crate) cancel: CancelToken,
     /// The history, the prompt and what was generated.
     pub(crate) tokens: Vec<u32>,
@@ -25,7 +28,7 @@ pub(crate) struct Sequence {
     pub(crate) read: usize,
     /// Where the prompt begins and ends.
     pub(crate) prompt: (usize, usize),
-    /// What follows the last token that was read.
+    /// What follows the last token, if all were read.
     pub(crate) logits: Vec<f32>,
     pub(crate) state: State,
     pub(crate) timings: Timings,
@@ -33,7 +36,7 @@ pub(crate) struct Sequence {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
-    /// The prompt has not been read.
+    /// The prompt has not been read, or not to its end.
     Prompt,
     /// The prompt has been read, and the logits that follow it are there.
     Primed,
@@ -54,8 +57,15 @@ impl Sequence {
 
     /// The last token, if it was generated and not read; none after an error, when nobody knows what was read.
     pub(crate) fn pending(&self) -> Option<u32> {
-        let known = self.read < self.tokens.len() && self.state != State::Done(None);
-        self.generated().last().copied().filter(|_| known)
+        self.generated().last().copied().filter(|_| !self.unread().is_empty())
+    }
+
+    /// The tokens that the cache has not read; none after an error, when nobody knows which.
+    pub(crate) fn unread(&self) -> &[u32] {
+        match self.state {
+            State::Done(None) => &[],
+            _ => &self.tokens[self.read..],
+        }
     }
 
     pub(crate) fn finish_reason(&self) -> Option<FinishReason> {
@@ -76,18 +86,19 @@ impl Sequence {
         }
     }
 
-    /// Sees to it that the logits are there from which the next token is chosen.
+    /// Sees to it that the logits are there from which the next token is chosen, unless someone cancels while the prompt is
+    /// read: then the generation has ended.
     pub(crate) fn evaluate<M: CausalLm + ?Sized>(&mut self, model: &M, cache: &mut M::Cache) -> Result<()> {
         let position = self.tokens.len();
-        match (self.state, self.pending()) {
-            (State::Primed, _) => return Ok(()),
-            (_, None) => {
-                let prompt = &self.tokens[self.prompt.0..self.prompt.1];
-                self.timings.prompt_tokens = prompt.len();
-                let outcome = model.prefill(prompt, cache, &mut self.logits);
-                outcome.map_err(Error::model("prefill", position))?;
+        match self.pending() {
+            _ if self.read == position => return Ok(()),
+            None => {
+                let (ids, sizes) = (&self.tokens[self.read..], (self.prompt_piece, position));
+                let go_on = || !self.cancel.is_cancelled();
+                let read = read_prompt(model, ids, cache, &mut self.logits, sizes, go_on)?;
+                return self.has_read(read, model.vocab_size());
             }
-            (_, Some(id)) => {
+            Some(id) => {
                 model.step(id, cache, &mut self.logits).map_err(Error::model("step", position))?;
             }
         }
@@ -95,8 +106,24 @@ impl Sequence {
         check_logits(&self.logits, model.vocab_size(), position)
     }
 
-    /// The next token: drawn by the model if it can, else chosen from its logits.
-    pub(crate) fn next<M: CausalLm + ?Sized>(&mut self, model: &M, cache: &mut M::Cache) -> Result<Token> {
+    /// Notes that so many more tokens of the prompt were read; if not all of them, someone has cancelled.
+    pub(crate) fn has_read(&mut self, read: usize, vocab_size: usize) -> Result<()> {
+        self.read += read;
+        self.timings.prompt_tokens += read;
+        if self.read < self.tokens.len() {
+            self.logits.clear();
+            self.state = State::Done(Some(FinishReason::Cancelled));
+            return Ok(());
+        }
+        check_logits(&self.logits, vocab_size, self.read)
+    }
+
+    /// The next token: drawn by the model if it can, else chosen from its logits. None if someone cancelled meanwhile.
+    pub(crate) fn next<M: CausalLm + ?Sized>(
+        &mut self,
+        model: &M,
+        cache: &mut M::Cache,
+    ) -> Result<Option<Token>> {
         if let (State::Running, true, Some(last)) = (self.state, self.can_draw(model), self.pending())
             && let Some(draw) = self.sampling.draw()
         {
@@ -104,16 +131,20 @@ impl Sequence {
             let outcome = model.step_and_draw(last, cache, &draw, &mut self.logits);
             let drawn = outcome.map_err(Error::model("step_and_draw", position))?;
             self.read = position;
-            return match drawn {
+            let token = match drawn {
                 Some(id) => self.take(id, model.vocab_size()),
                 None => {
                     check_logits(&self.logits, model.vocab_size(), position)?;
                     self.choose_from_own()
                 }
             };
+            return token.map(Some);
         }
         self.evaluate(model, cache)?;
-        self.choose_from_own()
+        if self.is_done() {
+            return Ok(None);
+        }
+        self.choose_from_own().map(Some)
     }
 
     /// Whether the model may draw the next token, nobody else being interested in its logits.
@@ -147,10 +178,14 @@ impl Sequence {
         token
     }
 
-    /// Notes that the prompt was read, or could not be.
+    /// Notes that the prompt was read, as far as nobody cancelled, or could not be.
     pub(crate) fn primed(&mut self, time: Duration, outcome: Result<()>) -> Result<()> {
         self.timings.prompt += time;
-        self.state = if outcome.is_ok() { State::Primed } else { State::Done(None) };
+        match outcome {
+            Err(_) => self.state = State::Done(None),
+            Ok(()) if !self.is_done() => self.state = State::Primed,
+            Ok(()) => {}
+        }
         outcome
     }
 
@@ -158,17 +193,23 @@ impl Sequence {
     fn accept(&mut self, id: u32) -> Result<()> {
         self.tokens.push(id);
         self.timings.generated_tokens = self.generated().len();
-        let history = History::new(&self.tokens, self.prompt.1);
-        self.state = if self.stop_tokens.contains(&id) {
-            State::Done(Some(FinishReason::StopToken))
-        } else if self.sampling.is_complete(history)? {
-            State::Done(Some(FinishReason::Complete))
-        } else if self.generated().len() >= self.max_new_tokens {
-            State::Done(Some(FinishReason::Length))
-        } else {
-            State::Running
+        self.state = match self.reason_to_end()? {
+            None => State::Running,
+            reason => State::Done(reason),
         };
         Ok(())
+    }
+
+    /// Why nothing follows what was generated, if so.
+    pub(crate) fn reason_to_end(&mut self) -> Result<Option<FinishReason>> {
+        let (last, generated) = (self.generated().last(), self.generated().len());
+        if last.is_some_and(|id| self.stop_tokens.contains(id)) {
+            return Ok(Some(FinishReason::StopToken));
+        }
+        if generated > 0 && self.sampling.is_complete(History::new(&self.tokens, self.prompt.1))? {
+            return Ok(Some(FinishReason::Complete));
+        }
+        Ok((generated >= self.max_new_tokens).then_some(FinishReason::Length))
     }
 
     /// Notes the time that a token took which was chosen in this state.
@@ -186,7 +227,8 @@ impl Sequence {
             tokens: self.tokens.clone(),
             read: self.read,
             prompt: self.prompt,
-            logits: if self.state == State::Primed { self.logits.clone() } else { Vec::new() },
+            // Whatever the state: who cancels between the prompt and the first token loses nothing.
+            logits: if self.read == self.tokens.len() { self.logits.clone() } else { Vec::new() },
             sampling: Some(self.sampling.state()),
         }
     }

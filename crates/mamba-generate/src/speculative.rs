@@ -9,6 +9,7 @@ pub use drafter::{Drafter, ModelDrafter, NgramDrafter};
 use crate::error::{Error, Result};
 use crate::generator::Generator;
 use crate::lm::StateLm;
+use crate::prompt::read_all;
 use crate::sequence::{Sequence, State, check_logits};
 use crate::timings::Timings;
 use crate::token::{FinishReason, Token, Tokens};
@@ -144,8 +145,7 @@ impl<'a, M: StateLm + ?Sized, D: Drafter> Speculative<'a, M, D> {
     fn catch_up(&mut self, end: usize) -> Result<()> {
         let mut logits = Vec::new();
         let ids = &self.sequence.tokens[self.sequence.read..end];
-        let outcome = self.model.prefill(ids, &mut self.cache, &mut logits);
-        outcome.map_err(Error::model("prefill", end))?;
+        read_all(self.model, ids, &mut self.cache, &mut logits, end)?;
         self.sequence.read = end;
         Ok(())
     }
@@ -186,10 +186,10 @@ impl<'a, M: StateLm + ?Sized, D: Drafter> Speculative<'a, M, D> {
         Ok(Round { cache, logits, draft: self.draft.clone(), right: 0 })
     }
 
-    fn advance(&mut self) -> Result<Token> {
+    /// The next token; none if someone cancelled while the prompt was read.
+    fn advance(&mut self) -> Result<Option<Token>> {
         if self.sequence.state != State::Running {
-            self.sequence.evaluate(self.model, &mut self.cache)?;
-            return self.sequence.choose_from_own();
+            return self.sequence.next(self.model, &mut self.cache);
         }
         let mut round = match self.round.take() {
             Some(round) => round,
@@ -207,7 +207,7 @@ impl<'a, M: StateLm + ?Sized, D: Drafter> Speculative<'a, M, D> {
             self.cache = round.cache;
             self.sequence.read = self.sequence.tokens.len() - 1;
         }
-        Ok(token)
+        Ok(Some(token))
     }
 }
 
@@ -225,7 +225,7 @@ impl<M: StateLm + ?Sized, D: Drafter> Iterator for Speculative<'_, M, D> {
             self.sequence.state = State::Done(None);
         }
         self.sequence.note_time(before, start.elapsed());
-        Some(token)
+        token.transpose()
     }
 }
 

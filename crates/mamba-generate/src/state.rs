@@ -87,7 +87,8 @@ impl<C> GenerationState<C> {
         &self.tokens[self.prompt.1..]
     }
 
-    /// How many tokens the cache has read: all, or all but the last, or, before the first token, those before the prompt.
+    /// How many tokens the cache has read: all but the last, which was generated; or, before the first is, all, those before the
+    /// prompt, or as many as were read when someone cancelled.
     pub fn read(&self) -> usize {
         self.read
     }

@@ -12,10 +12,12 @@ use crate::cancel::CancelToken;
 
 /// What a thread of its own produces, as a [`Stream`]; see [`spawn_stream`].
 ///
-/// Dropping it stops the thread: its next [`send`](Sender::send) says so.
+/// Dropping it stops the thread: its [`cancel_token`](Sender::cancel_token) is cancelled at once, and its next
+/// [`send`](Sender::send) says so.
 #[derive(Debug)]
 pub struct SpawnedStream<T> {
     shared: Arc<Shared<T>>,
+    cancel: CancelToken,
 }
 
 /// Where the thread of a [`SpawnedStream`] puts what it has.
@@ -102,9 +104,10 @@ pub fn spawn_stream<T: Send + 'static>(
     let queue = Queue { items: VecDeque::new(), waker: None, ended: false, dropped: false };
     let shared =
         Arc::new(Shared { state: Mutex::new(queue), room: Condvar::new(), capacity: capacity.max(1) });
-    let mut sender = Sender { shared: shared.clone(), cancel: CancelToken::new() };
+    let cancel = CancelToken::new();
+    let mut sender = Sender { shared: shared.clone(), cancel: cancel.clone() };
     std::thread::Builder::new().name("generate".into()).spawn(move || work(&mut sender))?;
-    Ok(SpawnedStream { shared })
+    Ok(SpawnedStream { shared, cancel })
 }
 
 impl<T> Sender<T> {
@@ -115,7 +118,6 @@ impl<T> Sender<T> {
             queue = self.shared.room.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         if queue.dropped {
-            self.cancel.cancel();
             return ControlFlow::Break(());
         }
         queue.items.push_back(item);
@@ -129,9 +131,6 @@ impl<T> Sender<T> {
 
     /// Is cancelled when nobody wants items any more.
     pub fn cancel_token(&self) -> &CancelToken {
-        if self.shared.lock().dropped {
-            self.cancel.cancel();
-        }
         &self.cancel
     }
 }
@@ -169,6 +168,7 @@ impl<T> Stream for SpawnedStream<T> {
 
 impl<T> Drop for SpawnedStream<T> {
     fn drop(&mut self) {
+        self.cancel.cancel();
         let mut queue = self.shared.lock();
         queue.dropped = true;
         queue.items.clear();
@@ -217,6 +217,22 @@ mod tests {
             assert_eq!(collect(stream.unwrap()), (0..500).collect::<Vec<_>>());
         }
         assert_eq!(collect(spawn_stream::<u32>(1, |_| {}).unwrap()), [0; 0]);
+    }
+
+    #[test]
+    fn a_dropped_stream_cancels_a_thread_that_never_sends() {
+        let (tell, told) = mpsc::channel();
+        let stream = spawn_stream::<()>(1, move |sender| {
+            let token = sender.cancel_token().clone();
+            let mut rounds = 0u32;
+            while !token.is_cancelled() && rounds < 10_000 {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                rounds += 1;
+            }
+            tell.send(token.is_cancelled()).unwrap();
+        });
+        drop(stream.unwrap());
+        assert!(told.recv().unwrap());
     }
 
     #[test]

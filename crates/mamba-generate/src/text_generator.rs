@@ -57,7 +57,9 @@ impl<'a, G: Tokens> TextGenerator<'a, G> {
             .after(generator.prompt())?;
         let mut stops = StopStrings::new(options.stop_strings)?;
         // Of a generation that was resumed, what was shown before is not shown again, and what was held back still is.
-        for &id in generator.generated() {
+        let generated = generator.generated();
+        let stopped = generator.finish_reason() == Some(FinishReason::StopToken); // which has no text
+        for &id in &generated[..generated.len() - usize::from(stopped)] {
             stops.push(&stream.push(id)?.unwrap_or_default());
         }
         let done = stops.matched().is_some();
@@ -259,6 +261,12 @@ mod tests {
         assert_eq!(pieces(&mut text), ["a"]);
         assert_eq!(text.finish_reason(), Some(FinishReason::StopToken));
         assert_eq!(text.ids(), ids("a."));
+        // Nor does it have one when the generation is resumed, which has ended.
+        let state = text.generator().state().unwrap();
+        let ended = Generator::builder(&model).resume(state).stop_tokens(&[0x2e]).build().unwrap();
+        let mut text = TextGenerator::new(ended, &tokenizer, stopping_at([".\n"])).unwrap();
+        assert_eq!(pieces(&mut text), [""; 0]);
+        assert_eq!(text.finish_reason(), Some(FinishReason::StopToken));
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(crate) use state::{MixerState, StateShape};
 /// What state space mixers remember does not grow with the number of tokens read; attention keeps keys and values of
 /// each, in blocks that are not moved when there are more. Steps change it in place, so it is no `Clone`:
 /// [`fork`](Self::fork) says that the numbers are copied (keys and values are shared, and copied where two write behind them).
-/// A cache that has taken steps on a GPU keeps what took them, and with it the weights of the model.
+/// A cache that has taken steps keeps what took them, and with it the weights of the model.
 ///
 /// # Example
 /// ```
@@ -46,7 +46,7 @@ pub struct InferenceCache {
     states: Vec<MixerState>,
     positions: Vec<usize>,
     fingerprint: String,
-    /// What read the last tokens, one at a time, if that was on a GPU.
+    /// What read the last tokens, one at a time.
     decoder: Option<KeptDecoder>,
 }
 

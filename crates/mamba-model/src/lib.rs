@@ -29,6 +29,10 @@
 //! [branch](config::BranchSpec) a norm and a sum of [mixers](config::MixerSpec). A [family](families::Family) says how its
 //! published files spell that, and nothing else knows families.
 //!
+//! # How fast
+//! On a CPU, set `CANDLE_BARRIER_POOL_SPIN_LIMIT=0` in the environment, or first of all in `main`, before any other thread: candle keeps a
+//! pool of threads beside rayon's whose idle ones spin, and starve those that work. A library cannot set it for you.
+//!
 //! # Training
 //! [`Model::new`] over a `VarMap` gives a model whose parameters are `Var`s; its logits are differentiable.
 //! [`Initializer`] draws the initial values that the published code draws.

@@ -316,18 +316,19 @@ impl Model {
 
     /// Reads one token a sequence, `(batch,)`, changing the cache in place; the logits, `(batch, vocab_size)`.
     ///
-    /// On a GPU, all layers go through a [`Decoder`] for batches it takes, which the cache keeps; there an id out of range gives logits of
+    /// All layers go through a [`Decoder`] for batches it takes, which the cache keeps; on a GPU an id out of range gives logits of
     /// NaN. Models with experts, adapters that are not merged, Mamba-1 with heads (Zamba), a bypass beside Mamba-2 or learned first states are
     /// read operation by operation.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn step(&self, ids: &Tensor, cache: &mut InferenceCache) -> Result<Tensor> {
-        if self.device().is_cuda() && ids.dims() == [cache.batch()] {
+        if ids.dims() == [cache.batch()] {
             let mut sequences = Batch::from(&ids.unsqueeze(1)?).tokens()?.1;
             cache.check(&self.cache_sizes, &mut sequences)?;
             let ids = if ids.dtype() == DType::U8 { ids.to_dtype(DType::U32)? } else { ids.clone() };
             let ids = ids.to_device(self.device())?;
+            self.check_tokens(&ids)?;
             let made = |batch| self.decoder(batch);
             if let Some(logits) = cache.decode(&self.identity, made, &ids, self.dtype())? {
                 cache.advance(&sequences);

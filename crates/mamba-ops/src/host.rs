@@ -4,19 +4,20 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
-use half::slice::HalfFloatSliceExt;
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 use half::{bf16, f16};
+use parking_lot::RwLockReadGuard;
 use rayon::prelude::*;
 
 use crate::args::share_storage;
 use crate::autograd::Output;
+use crate::simd::half::{narrow, narrow_bf16, widen, widen_bf16};
 
 /// The elements of a CPU tensor as a contiguous `f32` slice: borrowed if that is what they are, else converted.
 pub(crate) struct HostSlice<'a>(Source<'a>);
 
 enum Source<'a> {
-    Borrowed { storage: Box<dyn Deref<Target = Storage> + 'a>, start: usize, end: usize },
+    Borrowed { storage: RwLockReadGuard<'a, Storage>, start: usize, end: usize },
     Owned(Vec<f32>),
 }
 
@@ -30,7 +31,7 @@ pub(crate) fn read<'a>(name: &'static str, x: &'a Tensor) -> Result<HostSlice<'a
         if let (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) =
             (&*storage, layout.contiguous_offsets())
         {
-            return Ok(HostSlice(Source::Borrowed { storage: Box::new(storage), start, end }));
+            return Ok(HostSlice(Source::Borrowed { storage, start, end }));
         }
     }
     if !x.device().is_cpu() {
@@ -44,8 +45,8 @@ pub(crate) fn read<'a>(name: &'static str, x: &'a Tensor) -> Result<HostSlice<'a
     let mut out = uninit(end - start);
     match storage {
         CpuStorage::F32(v) => out.copy_from_slice(&v[start..end]),
-        CpuStorage::F16(v) => convert(&v[start..end], &mut out, |src, dst| src.convert_to_f32_slice(dst)),
-        CpuStorage::BF16(v) => convert(&v[start..end], &mut out, |src, dst| src.convert_to_f32_slice(dst)),
+        CpuStorage::F16(v) => convert(&v[start..end], &mut out, widen),
+        CpuStorage::BF16(v) => convert(&v[start..end], &mut out, widen_bf16),
         CpuStorage::F64(v) => convert(&v[start..end], &mut out, |src, dst| {
             dst.iter_mut().zip(src).for_each(|(d, s)| *d = *s as f32);
         }),
@@ -65,7 +66,7 @@ impl Deref for HostSlice<'_> {
     fn deref(&self) -> &[f32] {
         match &self.0 {
             Source::Owned(values) => values,
-            Source::Borrowed { storage, start, end } => match &***storage {
+            Source::Borrowed { storage, start, end } => match &**storage {
                 Storage::Cpu(CpuStorage::F32(values)) => &values[*start..*end],
                 _ => &[], // `read` borrows f32 in CPU memory only
             },
@@ -75,7 +76,7 @@ impl Deref for HostSlice<'_> {
 
 /// The elements of a contiguous CPU tensor in the dtype in which they are stored, borrowed.
 pub(crate) struct Stored<'a> {
-    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    storage: RwLockReadGuard<'a, Storage>,
     start: usize,
     end: usize,
 }
@@ -92,7 +93,7 @@ pub(crate) enum Values<'a> {
 pub(crate) fn stored(x: &Tensor) -> Option<Stored<'_>> {
     let (storage, layout) = x.storage_and_layout();
     let (start, end) = layout.contiguous_offsets()?;
-    let stored = Stored { storage: Box::new(storage), start, end };
+    let stored = Stored { storage, start, end };
     stored.values().is_some().then_some(stored)
 }
 
@@ -100,7 +101,7 @@ impl Stored<'_> {
     /// The elements; there are some of whatever [`stored`] gave.
     pub(crate) fn values(&self) -> Option<Values<'_>> {
         let range = self.start..self.end;
-        match &**self.storage {
+        match &*self.storage {
             Storage::Cpu(CpuStorage::F32(values)) => values.get(range).map(Values::F32),
             Storage::Cpu(CpuStorage::F16(values)) => values.get(range).map(Values::F16),
             Storage::Cpu(CpuStorage::BF16(values)) => values.get(range).map(Values::BF16),
@@ -109,18 +110,33 @@ impl Stored<'_> {
     }
 }
 
+/// A tensor of f32, f16 or bf16 with copies of `f32` values, rounded once.
+pub(crate) fn copied(values: &[f32], shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+    fn halves<T: Copy>(zero: T, values: &[f32], f: fn(&[f32], &mut [T])) -> Vec<T> {
+        let mut out = vec![zero; values.len()];
+        f(values, &mut out);
+        out
+    }
+    let storage = match dtype {
+        DType::F16 => CpuStorage::F16(halves(f16::ZERO, values, narrow)),
+        DType::BF16 => CpuStorage::BF16(halves(bf16::ZERO, values, narrow_bf16)),
+        _ => return tensor(values.to_vec(), shape, dtype),
+    };
+    Ok(Tensor::from((Storage::Cpu(storage), shape.into())))
+}
+
 /// Makes an output of the given dtype from `f32` values, rounding once.
 pub(crate) fn output(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result<Output> {
     let storage = match dtype {
         DType::F32 => CpuStorage::F32(values),
         DType::F16 => {
-            let mut out = vec![half::f16::ZERO; values.len()];
-            convert(&values, &mut out, |src, dst| dst.convert_from_f32_slice(src));
+            let mut out = unfilled(values.len(), f16::NAN);
+            convert(&values, &mut out, narrow);
             CpuStorage::F16(out)
         }
         DType::BF16 => {
-            let mut out = vec![half::bf16::ZERO; values.len()];
-            convert(&values, &mut out, |src, dst| dst.convert_from_f32_slice(src));
+            let mut out = unfilled(values.len(), bf16::NAN);
+            convert(&values, &mut out, narrow_bf16);
             CpuStorage::BF16(out)
         }
         DType::F64 => CpuStorage::F64(values.into_iter().map(f64::from).collect()),
@@ -176,15 +192,20 @@ fn convert<S: Sync, D: Send>(src: &[S], dst: &mut [D], f: impl Fn(&[S], &mut [D]
 }
 
 /// A buffer that a kernel overwrites in full: NaN in debug builds, so that what it forgets is seen.
-#[allow(clippy::uninit_vec)] // as candle does; filling a buffer costs as much as a light kernel
 pub(crate) fn uninit(len: usize) -> Vec<f32> {
+    unfilled(len, f32::NAN)
+}
+
+/// A buffer of floating numbers of some type that is overwritten in full: filled in debug builds only.
+#[allow(clippy::uninit_vec)] // as candle does; filling a buffer costs as much as a light kernel
+fn unfilled<T: WithDType>(len: usize, fill: T) -> Vec<T> {
     if cfg!(debug_assertions) {
-        return vec![f32::NAN; len];
+        return vec![fill; len];
     }
     let mut buffer = Vec::with_capacity(len);
     #[cfg(target_os = "linux")]
     ask_for_huge_pages(&mut buffer);
-    // SAFETY: within the capacity. Every bit pattern is an f32, kernels write before they read, and the debug build above would
+    // SAFETY: within the capacity. Every bit pattern is a number, kernels write before they read, and the debug build above would
     // show what they forget; what the language strictly wants, `MaybeUninit`, candle's storage does not take.
     unsafe { buffer.set_len(len) };
     buffer
@@ -193,10 +214,10 @@ pub(crate) fn uninit(len: usize) -> Vec<f32> {
 /// Advises the kernel to back a large buffer by huge pages. The first touch of every page is a fault: with pages of 4 KiB
 /// that takes longer than a convolution or a norm over the whole buffer.
 #[cfg(target_os = "linux")]
-fn ask_for_huge_pages(buffer: &mut Vec<f32>) {
+fn ask_for_huge_pages<T>(buffer: &mut Vec<T>) {
     const LARGE: usize = 4 << 20;
     const PAGE: usize = 1 << 16; // a multiple of every size that small pages have
-    let (start, len) = (buffer.as_mut_ptr().cast::<u8>(), size_of::<f32>() * buffer.capacity());
+    let (start, len) = (buffer.as_mut_ptr().cast::<u8>(), size_of::<T>() * buffer.capacity());
     if len < LARGE {
         return;
     }
@@ -255,6 +276,39 @@ pub(crate) fn replace(state: &Tensor, next: &Tensor) -> Result<()> {
     state.slice_set(&next.contiguous()?, 0, 0)
 }
 
+/// Overwrites elements of a contiguous tensor of f32, f16 or bf16, from the one at `at` on; every clone of the tensor sees it.
+pub(crate) fn write(op: &'static str, x: &Tensor, at: usize, values: &[f32]) -> Result<()> {
+    x.inplace_op1(&Write { op, at, values })
+}
+
+struct Write<'a> {
+    op: &'static str,
+    at: usize,
+    values: &'a [f32],
+}
+
+impl InplaceOp1 for Write<'_> {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let Self { op, at, values } = *self;
+        let fits = |(start, end): &(usize, usize)| at + values.len() <= end - start;
+        let Some((start, _)) = layout.contiguous_offsets().filter(fits) else {
+            bail!("{op}: what is written does not fit, or the tensor is not contiguous")
+        };
+        let range = start + at..start + at + values.len();
+        match storage {
+            CpuStorage::F32(to) => to[range].copy_from_slice(values),
+            CpuStorage::F16(to) => narrow(values, &mut to[range]),
+            CpuStorage::BF16(to) => narrow_bf16(values, &mut to[range]),
+            _ => bail!("{op}: what is written to is not f32, f16 or bf16"),
+        }
+        Ok(())
+    }
+}
+
 struct Modify<F, T> {
     op: &'static str,
     f: Cell<Option<F>>,
@@ -285,6 +339,12 @@ pub(crate) fn parallel(count: usize, operations: usize, f: impl Fn(usize) + Sync
     } else {
         (0..count).into_par_iter().for_each(f)
     }
+}
+
+/// Runs `f` on one of the threads that [`parallel`] uses: what it runs in parallel is then handed over without waking anybody that waits
+/// for all of it.
+pub(crate) fn on_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
 }
 
 /// A mutable slice that threads write in disjoint pieces which no `chunks_mut` describes, such as columns.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 #[cfg(feature = "cuda")]
-use crate::device::PiecesOnGpus;
+use crate::device::{Cut, Tables};
 use crate::host::uninit;
 use crate::reference::{self, part};
 
@@ -50,7 +50,7 @@ pub struct Packing {
     seqlen: usize,
     sequences: Arc<[PackedSequence]>,
     #[cfg(feature = "cuda")]
-    pub(crate) on_gpus: PiecesOnGpus,
+    pub(crate) on_gpus: Tables<Cut>,
 }
 
 impl PartialEq for Packing {
@@ -68,7 +68,7 @@ impl Packing {
             seqlen,
             sequences: sequences.into(),
             #[cfg(feature = "cuda")]
-            on_gpus: PiecesOnGpus::default(),
+            on_gpus: Tables::default(),
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, bail};
 
 #[cfg(feature = "cuda")]
-use crate::args::share_storage;
+use crate::device::{Gpu, Table, Tables, int};
 use crate::packing::integers;
 use crate::reference::part;
 
@@ -37,8 +37,20 @@ use crate::reference::part;
 /// # Source
 /// `state_batch_indices` and `pad_slot_id` of `selective_state_update`, `conv_state_indices` of `causal_conv1d_update`, as
 /// published.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StateIndices(Arc<[Option<usize>]>);
+#[derive(Debug, Clone)]
+pub struct StateIndices {
+    states: Arc<[Option<usize>]>,
+    #[cfg(feature = "cuda")]
+    on_gpus: Tables<()>,
+}
+
+impl PartialEq for StateIndices {
+    fn eq(&self, other: &Self) -> bool {
+        self.states == other.states
+    }
+}
+
+impl Eq for StateIndices {}
 
 impl StateIndices {
     /// One index a row.
@@ -52,7 +64,11 @@ impl StateIndices {
                 bail!("state_indices: row {row} has {index} as another row, expected states of their own")
             }
         }
-        Ok(Self(indices.iter().map(|&index| usize::try_from(index).ok()).collect()))
+        Ok(Self {
+            states: indices.iter().map(|&index| usize::try_from(index).ok()).collect(),
+            #[cfg(feature = "cuda")]
+            on_gpus: Tables::default(),
+        })
     }
 
     /// The same, from `(batch,)` of any integer dtype, on any device (on a GPU this waits for it).
@@ -68,7 +84,7 @@ impl StateIndices {
 
     /// The state of each row; none for padding.
     pub fn states(&self) -> &[Option<usize>] {
-        &self.0
+        &self.states
     }
 
     /// The states of the rows, zeros for padding.
@@ -77,30 +93,23 @@ impl StateIndices {
             Some(index) => part(pool, 0, index, 1),
             None => zeros(pool, 1),
         };
-        join(self.0.iter().map(state), pool)
+        join(self.states.iter().map(state), pool)
     }
 
     /// The pool with the new states of the rows.
     pub(crate) fn scatter(&self, states: &Tensor, pool: &Tensor) -> Result<Tensor> {
-        let state = |index: usize| match self.0.iter().position(|state| *state == Some(index)) {
+        let state = |index: usize| match self.states.iter().position(|state| *state == Some(index)) {
             Some(row) => part(states, 0, row, 1),
             None => part(pool, 0, index, 1),
         };
         join((0..pool.dim(0)?).map(state), pool)
     }
 
-    /// Puts the new states of the rows into the pool, and touches nothing else of it.
+    /// The same for kernels: a number a row, -1 for padding.
     #[cfg(feature = "cuda")]
-    pub(crate) fn put(&self, states: &Tensor, pool: &Tensor) -> Result<()> {
-        if share_storage(states, pool) || pool.elem_count() == 0 {
-            return Ok(()); // a single row is a view of the pool, and was changed there
-        }
-        for (row, index) in self.0.iter().enumerate() {
-            if let Some(index) = *index {
-                pool.slice_set(&part(states, 0, row, 1)?.contiguous()?, 0, index)?;
-            }
-        }
-        Ok(())
+    pub(crate) fn on(&self, op: &'static str, gpu: &Gpu) -> Result<Table> {
+        let number = |state: &Option<usize>| state.map_or(Ok(u32::MAX), |index| Ok(int(op, index)? as u32));
+        self.on_gpus.get(gpu, (), 1, || self.states.iter().map(number).collect())
     }
 
     /// An output without that of padding.
@@ -109,7 +118,7 @@ impl StateIndices {
             Some(_) => part(y, 0, i, 1),
             None => zeros(y, 1),
         };
-        join(self.0.iter().enumerate().map(row), y)
+        join(self.states.iter().enumerate().map(row), y)
     }
 }
 

@@ -90,7 +90,7 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A trainer before its first step. On a GPU the process keeps from now on what memory it frees: see
+    /// A trainer before its first step. The process keeps from now on what memory it frees: see
     /// [`mamba_ops::keep_freed_memory`].
     ///
     /// # Errors

@@ -3,13 +3,13 @@
 use super::{Cache, Generator};
 use crate::cancel::CancelToken;
 use crate::error::{Error, Result};
-use crate::filter::{History, MinNewTokens};
+use crate::filter::MinNewTokens;
 use crate::lm::CausalLm;
+use crate::prompt::PROMPT_PIECE;
 use crate::sampling::Sampling;
 use crate::sequence::{Sequence, State};
 use crate::state::GenerationState;
 use crate::timings::Timings;
-use crate::token::FinishReason;
 
 /// What a [`Generator`] is made from; see [`Generator::builder`].
 #[must_use]
@@ -25,6 +25,7 @@ pub struct GeneratorBuilder<'a, M: CausalLm + ?Sized> {
     stop_tokens: Vec<u32>,
     ignore_eos: bool,
     min_new_tokens: usize,
+    prompt_piece: usize,
     logprobs: Option<usize>,
     cancel: CancelToken,
 }
@@ -43,6 +44,7 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
             stop_tokens: Vec::new(),
             ignore_eos: false,
             min_new_tokens: 0,
+            prompt_piece: PROMPT_PIECE,
             logprobs: None,
             cancel: CancelToken::new(),
         }
@@ -76,6 +78,9 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
     /// and [`max_new_tokens`](Self::max_new_tokens) counts those that were generated before. With a prompt a new turn
     /// begins: what was not read yet is read first, then the prompt. In both cases the sampling goes on where it was,
     /// unless the state is [without](GenerationState::without_sampling) it.
+    ///
+    /// One that ended at a stop token has ended here too, with options that have the same one. One that was cancelled, even in the
+    /// middle of its prompt, goes on there.
     pub fn resume(mut self, state: GenerationState<M::Cache>) -> Self {
         self.resumed = Some(state);
         self
@@ -120,6 +125,13 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
         self
     }
 
+    /// Sets how many tokens of the prompt are read at once: [`PROMPT_PIECE`] by default. More are read faster on large
+    /// devices, and take more memory.
+    pub fn prompt_piece(mut self, tokens: usize) -> Self {
+        self.prompt_piece = tokens;
+        self
+    }
+
     /// Has each token come with its [`Logprobs`](crate::Logprobs) and with those of the `top` likeliest tokens.
     pub fn logprobs(mut self, top: usize) -> Self {
         self.logprobs = Some(top);
@@ -135,13 +147,16 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
     /// Makes the generator. The model is not evaluated before the first token is asked for.
     ///
     /// # Errors
-    /// If the prompt is empty or holds an id that the model does not know, or if no cache was given and none can be made; if
-    /// the state to resume is not of a sampling such as this.
+    /// If the prompt is empty or holds an id that the model does not know, or is to be read in pieces of no tokens; if no cache was
+    /// given and none can be made; if the state to resume is not of a sampling such as this.
     /// An empty prompt is an error also when the cache has read something: logits belong to a token that is read, and the
     /// cache does not keep them. See [`Generator::pending`] for what to continue with.
     pub fn build(self) -> Result<Generator<'a, M>> {
         if self.resumed.is_none() || !self.prompt.is_empty() {
             check_prompt(&self.prompt, self.model.vocab_size())?;
+        }
+        if self.prompt_piece == 0 {
+            return Err(Error::invalid("generator", "prompt_piece", 0, "a number from 1"));
         }
         let mut stop_tokens = self.stop_tokens;
         if !self.ignore_eos {
@@ -155,27 +170,23 @@ impl<'a, M: CausalLm + ?Sized> GeneratorBuilder<'a, M> {
         if self.min_new_tokens > 0 {
             sampling.push_front(MinNewTokens::new(self.min_new_tokens, &stop_tokens));
         }
-        let generated = start.tokens.len() - start.prompt.1;
-        let state = if generated >= self.max_new_tokens {
-            State::Done(Some(FinishReason::Length))
-        } else if generated > 0 && sampling.is_complete(History::new(&start.tokens, start.prompt.1))? {
-            State::Done(Some(FinishReason::Complete))
-        } else {
-            start.state
-        };
-        let sequence = Sequence {
+        let mut sequence = Sequence {
             sampling,
             logprobs: self.logprobs,
             stop_tokens,
             max_new_tokens: self.max_new_tokens,
+            prompt_piece: self.prompt_piece,
             cancel: self.cancel,
             read: start.read,
             prompt: start.prompt,
             tokens: start.tokens,
             logits: start.logits,
-            state,
+            state: start.state,
             timings: Timings::default(),
         };
+        if let reason @ Some(_) = sequence.reason_to_end()? {
+            sequence.state = State::Done(reason);
+        }
         Ok(Generator { model: self.model, cache: start.cache, sequence })
     }
 }
@@ -235,7 +246,6 @@ impl<'a, C> Start<'a, C> {
         }
         let state = match (tokens.len() > saved.prompt.1, read == tokens.len()) {
             (true, _) => State::Running,
-            (false, true) if logits.is_empty() => return Err(Error::EmptyPrompt),
             (false, true) => State::Primed,
             (false, false) => State::Prompt,
         };

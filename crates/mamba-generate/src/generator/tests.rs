@@ -5,7 +5,9 @@ use crate::cancel::CancelToken;
 use crate::error::BoxError;
 use crate::fake::Fake;
 use crate::filter::History;
+use crate::prefix_cache::PrefixCacheOptions;
 use crate::sampling::{Sampling, SamplingConfig};
+use crate::speculative::{NgramDrafter, Speculative};
 
 fn ids(generator: impl Iterator<Item = Result<Token>>) -> Vec<u32> {
     generator.map(|token| token.unwrap().id).collect()
@@ -184,7 +186,7 @@ fn resumed_equals_uninterrupted_wherever_it_was_cut() {
     };
     let mut whole = builder().prompt(&[1, 2]).build().unwrap();
     let expected = ids(&mut whole);
-    for cut in 0..expected.len() {
+    for cut in 0..=expected.len() {
         let mut first = builder().prompt(&[1, 2]).build().unwrap();
         let before: Vec<u32> = first.by_ref().take(cut).map(|token| token.unwrap().id).collect();
         let states = [first.state().unwrap(), {
@@ -239,6 +241,129 @@ fn cancelled_from_another_thread_and_gone_on_with() {
     let reason =
         rest.run(|token| if token.id == 8 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) });
     assert_eq!((reason.unwrap(), rest.generated()), (None, &[5, 6, 7, 8][..]));
+}
+
+/// The bytes of a state, and a generation that goes on from them.
+fn reopened<'m>(model: &'m Fake, generator: &Generator<'_, Fake>) -> GeneratorBuilder<'m, Fake> {
+    let saved = generator.state().unwrap().to_bytes(model).unwrap();
+    Generator::builder(model).resume(GenerationState::from_bytes(model, &saved).unwrap())
+}
+
+#[test]
+fn a_stop_token_is_the_end_of_what_is_resumed_too() {
+    let model = Fake::saying(1, &[5, 6, 7]);
+    let mut first = Generator::builder(&model).prompt(&[1]).stop_tokens(&[6]).build().unwrap();
+    assert_eq!(ids(&mut first), [5, 6]);
+    let mut ended = reopened(&model, &first).eos_tokens(&[6]).build().unwrap();
+    assert!(ended.next().is_none());
+    assert_eq!((ended.finish_reason(), ended.pending()), (Some(FinishReason::StopToken), Some(6)));
+    // Who has no such token goes on, and so does another turn.
+    assert_eq!(ids(reopened(&model, &first).max_new_tokens(3).build().unwrap()), [7]);
+    let turn = reopened(&model, &first).prompt(&[4]).stop_tokens(&[6]).max_new_tokens(2);
+    assert_eq!(ids(turn.build().unwrap()), [0, 0]);
+}
+
+#[test]
+fn cancelled_between_prompt_and_first_token_nothing_is_lost() {
+    let model = Fake::saying(3, &[5, 6]);
+    let token = CancelToken::new();
+    let mut first = Generator::builder(&model).prompt(&[1, 2, 3]).cancel_token(&token).build().unwrap();
+    first.prefill().unwrap();
+    token.cancel();
+    assert!(first.next().is_none());
+    assert_eq!((first.finish_reason(), first.unread()), (Some(FinishReason::Cancelled), &[][..]));
+    let none = reopened(&model, &first).max_new_tokens(0).build().unwrap();
+    for generator in [&first, &none] {
+        model.calls.borrow_mut().clear();
+        let rest = reopened(&model, generator).max_new_tokens(2).build().unwrap();
+        assert_eq!(ids(rest), [5, 6]);
+        assert_eq!(model.calls(), ["step"], "the prompt is not read again");
+        let turn = reopened(&model, generator).prompt(&[4]).max_new_tokens(1).build().unwrap();
+        assert_eq!((ids(turn), model.calls().pop().unwrap()), (vec![6], "prefill 1".into()));
+    }
+}
+
+#[test]
+fn a_prompt_is_read_in_pieces_and_cancelled_between_two() {
+    let prompt: Vec<u32> = (1..8).collect();
+    let expected = [50, 60];
+    let plain = Fake::saying(7, &expected);
+    let whole = |piece| {
+        plain.calls.borrow_mut().clear();
+        let builder = Generator::builder(&plain).prompt(&prompt).prompt_piece(piece).max_new_tokens(2);
+        (ids(builder.build().unwrap()), plain.calls())
+    };
+    assert_eq!(
+        whole(3),
+        (
+            expected.to_vec(),
+            ["new_cache", "prefill 3", "prefill 3", "prefill 1", "step"].map(Into::into).to_vec()
+        )
+    );
+    assert_eq!(whole(7).1, ["new_cache", "prefill 7", "step"]);
+    let error = Generator::builder(&plain).prompt(&prompt).prompt_piece(0).build().err().unwrap();
+    assert_eq!(error.to_string(), "generator: `prompt_piece` is 0, expected a number from 1");
+
+    let token = CancelToken::new();
+    let model = Fake { cancel_at: Some((6, token.clone())), ..Fake::saying(7, &expected) };
+    let builder =
+        || Generator::builder(&model).prompt(&prompt).prompt_piece(3).cancel_token(&token).max_new_tokens(2);
+    // By the iterator, by `prefill`, and with a prefix cache.
+    for how in 0..4 {
+        token.reset();
+        let mut prefixes = PrefixCache::new(PrefixCacheOptions { max_bytes: 1 << 20, chunk: 4 });
+        let mut first = builder().build().unwrap();
+        let read = match how {
+            0 => 6,
+            1 => first.prefill().map(|()| 6).unwrap(),
+            2 => {
+                let reuse = first.prefill_with(&mut prefixes).unwrap();
+                // Pieces end where states are kept, so the last one was being read.
+                assert_eq!(reuse, Reuse { known: 0, reused: 0, read: 7 });
+                7
+            }
+            _ => {
+                let mut speculative = Speculative::new(first, NgramDrafter::default(), 3).unwrap();
+                assert!(speculative.next().is_none());
+                first = speculative.into_generator().unwrap();
+                6
+            }
+        };
+        assert!(first.next().is_none());
+        assert_eq!(first.finish_reason(), Some(FinishReason::Cancelled));
+        assert_eq!((first.cache()[..].to_vec(), first.unread()), (prompt[..read].to_vec(), &prompt[read..]));
+        assert_eq!((first.pending(), first.timings().prompt_tokens), (None, read));
+        assert_eq!(first.state().unwrap().read(), read);
+        token.reset();
+        model.calls.borrow_mut().clear();
+        let mut rest = reopened(&model, &first).max_new_tokens(2).build().unwrap();
+        assert_eq!((ids(&mut rest), rest.prompt()), (expected.to_vec(), &prompt[..]));
+        let unread = if read == 6 { &["prefill 1", "step"][..] } else { &["step"] };
+        assert_eq!(model.calls(), unread);
+        // Another turn reads the rest of the prompt first.
+        let mut turn = reopened(&model, &first).prompt(&[9]).max_new_tokens(1).build().unwrap();
+        ids(&mut turn);
+        assert_eq!(turn.cache()[..], [&prompt[..], &[9]].concat());
+    }
+    // A lent cache keeps what was read.
+    token.reset();
+    let mut cache = Vec::new();
+    let mut lent = builder().cache(&mut cache).build().unwrap();
+    assert!(lent.next().is_none());
+    let unread = lent.unread().to_vec();
+    token.reset();
+    assert_eq!(
+        (
+            cache.clone(),
+            ids(Generator::builder(&model)
+                .prompt(&unread)
+                .cache(&mut cache)
+                .max_new_tokens(2)
+                .build()
+                .unwrap())
+        ),
+        (prompt[..6].to_vec(), expected.to_vec())
+    );
 }
 
 #[test]

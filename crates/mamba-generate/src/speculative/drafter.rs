@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::filter::History;
 use crate::lm::StateLm;
+use crate::prompt::read_all;
 use crate::sampling::Sampling;
 
 /// Guesses what comes next.
@@ -104,7 +105,8 @@ impl Drafter for NgramDrafter {
 /// Has a smaller model guess.
 ///
 /// It draws with the same random numbers as the model that is helped, if its sampling is made with the same options, so that
-/// the same tokens are drawn wherever the two models agree. It must have the same vocabulary.
+/// the same tokens are drawn wherever the two models agree. It must have the same vocabulary. Where its sampling leaves nothing to
+/// choose it guesses nothing.
 pub struct ModelDrafter<'d, D: StateLm + ?Sized> {
     model: &'d D,
     sampling: Sampling,
@@ -145,8 +147,7 @@ impl<D: StateLm + ?Sized> Drafter for ModelDrafter<'_, D> {
             self.read.clear();
         }
         let new = &tokens[self.read.len()..];
-        let outcome = self.model.prefill(new, &mut self.cache, &mut self.logits);
-        outcome.map_err(Error::model("prefill", position))?;
+        read_all(self.model, new, &mut self.cache, &mut self.logits, position)?;
         self.read.extend(new);
         // With other options it has random numbers of its own, which is no error.
         let _ = self.sampling.restore(sampling);
@@ -164,9 +165,15 @@ impl<D: StateLm + ?Sized> Drafter for ModelDrafter<'_, D> {
                 let outcome = self.model.step(id, cache, &mut self.logits);
                 outcome.map_err(Error::model("step", position + n))?;
             }
-            let id = self.sampling.next_token(&self.logits, History::new(&self.tokens, prompt_end))?;
-            guesses.push(id);
-            self.tokens.push(id);
+            match self.sampling.next_token(&self.logits, History::new(&self.tokens, prompt_end)) {
+                Ok(id) => {
+                    guesses.push(id);
+                    self.tokens.push(id);
+                }
+                // Where it has nothing to choose from it has nothing to guess, which is no reason to end the text.
+                Err(Error::NoCandidates { .. }) => break,
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }

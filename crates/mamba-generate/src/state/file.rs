@@ -3,7 +3,7 @@
 //! | bytes | what |
 //! |---|---|
 //! | 8 | `MAMBAGEN` |
-//! | 8 | the version, 1 |
+//! | 8 | the version, 2 |
 //! | 8 + n | fingerprint of the model: its length, UTF-8 |
 //! | 8 + 4 n | tokens: how many, then each |
 //! | 24 | how many were read; where the prompt begins; where it ends |
@@ -13,6 +13,8 @@
 //! | 32 | SHA-256 of everything before |
 //!
 //! All numbers are little endian and, where nothing else is said, of eight bytes.
+//!
+//! Version 1 had fingerprints that did not tell configurations apart: its files are refused by their version.
 
 use sha2::{Digest, Sha256};
 
@@ -21,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::lm::StateLm;
 
 const MAGIC: &[u8; 8] = b"MAMBAGEN";
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const CHECKSUM: usize = 32;
 
 fn bad(message: impl Into<String>) -> Error {
@@ -95,12 +97,12 @@ impl<C> GenerationState<C> {
         let vocab_size = model.vocab_size();
         let place = match tokens.len() > end {
             true => read + 1 == tokens.len(),
-            false => read == start || (read == end && !logits.is_empty()),
+            false => (start..=end).contains(&read),
         };
         let consistent = start <= end
             && end <= tokens.len()
             && place
-            && (logits.is_empty() || logits.len() == vocab_size)
+            && logits.len() == if read == tokens.len() { vocab_size } else { 0 }
             && tokens.iter().all(|&id| (id as usize) < vocab_size)
             && reader.0.is_empty();
         if !consistent {
@@ -187,22 +189,27 @@ mod tests {
                 .contains("belongs to the model fake [0, 0, 5, 6, 7], expected fake [0, 0, 5, 6, 8]")
         );
         let mut next = whole.clone();
-        next[8] = 2;
-        assert_eq!(error(&model, &next), "saved generation: is of version 2, expected 1");
+        for version in [1, 3] {
+            next[8] = version;
+            let expected = format!("saved generation: is of version {version}, expected 2");
+            assert_eq!(error(&model, &next), expected);
+        }
     }
 
     #[test]
     fn what_contradicts_itself_is_refused() {
         let model = Fake::saying(2, &[5, 6, 7]);
         let good = GenerationState::from_bytes(&model, &saved(&model)).unwrap();
-        let changes: [fn(&mut GenerationState<Vec<u32>>); 7] = [
+        let changes: [fn(&mut GenerationState<Vec<u32>>); 9] = [
             |s| s.prompt = (3, 2),
             |s| s.prompt = (0, 9),
             |s| s.read = 5,
             |s| s.read = 2,
             |s| s.tokens[0] = 512,
             |s| s.logits = vec![0.0; 3],
-            |s| s.prompt = (1, 4),
+            |s| s.logits = vec![0.0; 512],
+            |s| s.prompt = (4, 4),
+            |s| (s.prompt, s.read) = ((0, 4), 4),
         ];
         for (i, change) in changes.into_iter().enumerate() {
             let mut state = good.clone();

@@ -8,7 +8,7 @@ use mamba_ops::decoder::{Decoder, State};
 use super::{InferenceCache, KvCache, MixerState};
 use crate::Result;
 
-/// What reads single tokens on a GPU, for the model that last did.
+/// What reads single tokens, for the model that last did.
 #[derive(Debug)]
 pub(super) struct KeptDecoder {
     model: Arc<()>,

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use mamba_ops::{
-    Activation, GatedRmsNorm, Mamba2SplitConv1dScan, Norm, NormKind, Packing, SelectiveStateUpdate,
-    SsdChunkScan, decoder, mamba2_split_conv1d_scan, norm, selective_state_update, ssd_chunk_scan,
+    Activation, GatedRmsNorm, Mamba2SplitConv1dScan, Mamba2SplitConv1dScanOutput, Norm, NormKind,
+    SelectiveStateUpdate, decoder, mamba2_split_conv1d_scan, norm, selective_state_update,
 };
 
 use super::conv::CausalConv;
@@ -72,58 +72,43 @@ impl Mamba2 {
         if rows.is_empty() { Ok(state.cloned()) } else { Ok(Some(Tensor::cat(&rows, 0)?)) }
     }
 
-    /// The scan over sequences or, in place, one step of them; `(batch, seqlen, d_ssm)`.
-    fn scan(
-        &self,
-        xbc: &Tensor,
-        dt: &Tensor,
-        z: Option<&Tensor>,
-        packing: Option<&Packing>,
-        initial: Option<Tensor>,
-        state: Option<&mut Tensor>,
-    ) -> Result<Tensor> {
-        let Mamba2Config { d_ssm, d_state, headdim, ngroups, .. } = self.config;
-        let (batch, seqlen, _) = xbc.dims3()?;
-        let nheads = self.config.nheads();
-        let bc = ngroups * d_state;
-        let heads = |x: &Tensor| x.reshape((batch, seqlen, nheads, headdim));
-        let groups = |start: usize| xbc.narrow(2, start, bc)?.reshape((batch, seqlen, ngroups, d_state));
-        let (x, z) = (heads(&xbc.narrow(2, 0, d_ssm)?)?, z.map(heads).transpose()?);
-        let (b, c) = (groups(d_ssm)?, groups(d_ssm + bc)?);
-        let (d, a) = (self.skip()?, self.a.get()?);
-        if let (Some(state), 1, None) = (&state, seqlen, packing) {
-            let y = selective_state_update(&SelectiveStateUpdate {
-                d: Some(&d),
-                z: z.map(|z| z.squeeze(1)).transpose()?.as_ref(),
-                dt_bias: Some(&self.dt_bias),
-                dt_softplus: true,
-                dt_limit: self.config.dt_limit,
-                ..SelectiveStateUpdate::new(
-                    state,
-                    &x.squeeze(1)?,
-                    &dt.squeeze(1)?,
-                    &a,
-                    &b.squeeze(1)?,
-                    &c.squeeze(1)?,
-                )
-            })?;
-            return Ok(y.reshape((batch, 1, d_ssm))?);
-        }
-        let output = ssd_chunk_scan(&SsdChunkScan {
-            d: Some(&d),
-            z: z.as_ref(),
+    /// One token of each sequence, in place; `(batch, 1, d_ssm)`.
+    fn step(&self, zxbcdt: &Tensor, conv: &mut Tensor, ssm: &mut Tensor) -> Result<Tensor> {
+        let Mamba2Config { d_ssm, d_state, headdim, ngroups, dt_limit, .. } = self.config;
+        let (batch, nheads, conv_dim) = (zxbcdt.dim(0)?, self.config.nheads(), self.config.conv_dim());
+        let z = zxbcdt.narrow(2, 0, d_ssm)?;
+        let xbc = self.conv1d.forward(&zxbcdt.narrow(2, d_ssm, conv_dim)?, None, Some(conv))?;
+        let heads = |x: &Tensor| x.reshape((batch, nheads, headdim));
+        let groups = |i: usize| {
+            let bc = ngroups * d_state;
+            xbc.narrow(2, d_ssm + i * bc, bc)?.reshape((batch, ngroups, d_state))
+        };
+        // Without a norm the update applies the gate itself.
+        let gate = if self.norm.is_none() { Some(heads(&z)?) } else { None };
+        let y = selective_state_update(&SelectiveStateUpdate {
+            d: Some(&self.skip()?),
+            z: gate.as_ref(),
             dt_bias: Some(&self.dt_bias),
             dt_softplus: true,
-            dt_limit: self.config.dt_limit,
-            chunk_size: self.config.chunk_size,
-            initial_state: initial.as_ref(),
-            packing,
-            ..SsdChunkScan::new(&x, dt, &a, &b, &c)
-        })?;
-        if let Some(state) = state {
-            *state = output.final_state;
-        }
-        Ok(output.y.reshape((batch, seqlen, d_ssm))?)
+            dt_limit,
+            ..SelectiveStateUpdate::new(
+                ssm,
+                &heads(&xbc.narrow(2, 0, d_ssm)?)?,
+                &zxbcdt.narrow(2, d_ssm + conv_dim, nheads)?.squeeze(1)?,
+                &self.a.get()?,
+                &groups(0)?,
+                &groups(1)?,
+            )
+        })?
+        .reshape((batch, 1, d_ssm))?;
+        let Some((GatedNorm { eps, before_gate }, weight)) = &self.norm else { return Ok(y) };
+        Ok(norm(&Norm {
+            z: Some(&z),
+            group_size: Some(d_ssm / ngroups),
+            norm_before_gate: *before_gate,
+            ..Norm::rms(&y, weight, *eps)
+        })?
+        .y)
     }
 
     /// Whether there is something to differentiate by.
@@ -146,6 +131,26 @@ impl Mamba2 {
         if self.config.d_bypass() > 0 || !self.is_trained(x) {
             return Ok(None);
         }
+        let in_proj = self.in_proj.plain().filter(|_| self.scales.is_none());
+        let input = match in_proj {
+            Some(weight) => scaled(x.to_dtype(weight.dtype())?, self.config.input_scale)?,
+            None => self.project(x)?,
+        };
+        let output = self.scan(&input, [in_proj, self.out_proj.plain()], sequences, None)?;
+        match self.out_proj.plain() {
+            Some(_) => Ok(Some(output.y)),
+            None => self.out_proj.forward(&output.y).map(Some),
+        }
+    }
+
+    /// Convolution, scan, gate and norm over sequences, between the projections or with them.
+    fn scan(
+        &self,
+        zxbcdt: &Tensor,
+        [in_proj, out_proj]: [Option<&Tensor>; 2],
+        sequences: &Sequences,
+        state: Option<&MixerState>,
+    ) -> Result<Mamba2SplitConv1dScanOutput> {
         let Mamba2Config { d_ssm, headdim, ngroups, dt_limit, chunk_size, .. } = self.config;
         let norm = self.norm.as_ref().map(|(GatedNorm { eps, before_gate }, weight)| GatedRmsNorm {
             weight,
@@ -153,30 +158,23 @@ impl Mamba2 {
             group_size: Some(d_ssm / ngroups),
             norm_before_gate: *before_gate,
         });
-        let in_proj = self.in_proj.plain().filter(|_| self.scales.is_none());
-        let input = match in_proj {
-            Some(weight) => scaled(x.to_dtype(weight.dtype())?, self.config.input_scale)?,
-            None => self.project(x)?,
-        };
-        let output = mamba2_split_conv1d_scan(&Mamba2SplitConv1dScan {
+        let initial = self.initial(sequences, state.and_then(|state| state.ssm.as_ref()))?;
+        Ok(mamba2_split_conv1d_scan(&Mamba2SplitConv1dScan {
             in_proj,
             conv_bias: self.conv1d.bias(),
             dt_bias: Some(&self.dt_bias),
             d: Some(&self.skip()?),
             norm,
-            out_proj: self.out_proj.plain(),
+            out_proj,
             ngroups,
             dt_limit,
             chunk_size,
-            initial_ssm_state: self.initial(sequences, None)?.as_ref(),
+            initial_conv_state: state.and_then(|state| state.conv.as_ref()),
+            initial_ssm_state: initial.as_ref(),
             packing: sequences.packing(),
             recompute: false,
-            ..Mamba2SplitConv1dScan::new(&input, &self.conv1d.filters()?, &self.a.get()?, headdim)
-        })?;
-        match self.out_proj.plain() {
-            Some(_) => Ok(Some(output.y)),
-            None => self.out_proj.forward(&output.y).map(Some),
-        }
+            ..Mamba2SplitConv1dScan::new(zxbcdt, &self.conv1d.filters()?, &self.a.get()?, headdim)
+        })?)
     }
 
     /// What the first projection gives, multiplied as configured.
@@ -201,35 +199,29 @@ impl Mamba2 {
         &self,
         projected: &Tensor,
         sequences: &Sequences,
-        state: Option<&mut MixerState>,
+        mut state: Option<&mut MixerState>,
     ) -> Result<Tensor> {
-        let (conv, mut ssm) = match state {
-            Some(MixerState { conv, ssm, .. }) => (conv.as_mut(), ssm.as_mut()),
-            None => (None, None),
-        };
-        let (bypass, d_ssm, conv_dim) = (self.config.d_bypass(), self.config.d_ssm, self.config.conv_dim());
         // [z₀ | x₀ | z | x B C | dt], the first two for the bypass.
-        let z = projected.narrow(2, 2 * bypass, d_ssm)?;
-        let xbc = projected.narrow(2, 2 * bypass + d_ssm, conv_dim)?;
-        let dt = projected.narrow(2, 2 * bypass + d_ssm + conv_dim, self.config.nheads())?;
-        let packing = sequences.packing();
-        let xbc = self.conv1d.forward(&xbc, packing, conv)?;
-        // Without a norm the scan applies the gate itself.
-        let gate = if self.norm.is_none() { Some(z.contiguous()?) } else { None };
-        let initial = self.initial(sequences, ssm.as_deref())?;
-        if let (Some(state), Some(initial), true) = (&mut ssm, &initial, self.init_states.is_some()) {
-            **state = initial.copy()?;
-        }
-        let mut y = self.scan(&xbc, &dt, gate.as_ref(), packing, initial, ssm)?;
-        if let Some((GatedNorm { eps, before_gate }, weight)) = &self.norm {
-            y = norm(&Norm {
-                z: Some(&z),
-                group_size: Some(d_ssm / self.config.ngroups),
-                norm_before_gate: *before_gate,
-                ..Norm::rms(&y, weight, *eps)
-            })?
-            .y;
-        }
+        let bypass = self.config.d_bypass();
+        let zxbcdt = projected.narrow(2, 2 * bypass, projected.dim(2)? - 2 * bypass)?;
+        let one_token = zxbcdt.dim(1)? == 1 && sequences.packing().is_none();
+        let mut y = match &mut state {
+            Some(MixerState { conv: Some(conv), ssm: Some(ssm), .. }) if one_token => {
+                if self.init_states.is_some()
+                    && let Some(initial) = self.initial(sequences, Some(ssm))?
+                {
+                    *ssm = initial.copy()?;
+                }
+                self.step(&zxbcdt, conv, ssm)?
+            }
+            _ => {
+                let output = self.scan(&zxbcdt, [None, None], sequences, state.as_deref())?;
+                if let Some(MixerState { conv, ssm, .. }) = state {
+                    [*conv, *ssm] = [output.final_conv_state, output.final_ssm_state].map(Some);
+                }
+                output.y
+            }
+        };
         if bypass > 0 {
             let part = |i: usize| wide(&projected.narrow(2, i * bypass, bypass)?);
             let gated = (part(0)?.silu()? * part(1)?)?;

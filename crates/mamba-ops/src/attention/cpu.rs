@@ -24,14 +24,14 @@ const KEYS: usize = 64;
 const FEW_ROWS: usize = 6;
 
 /// Neighbouring positions of keys and values, `(batch, len, nheads_kv, headdim)`.
-pub(super) struct Block<'a> {
+pub(crate) struct Block<'a> {
     pub keys: Values<'a>,
     pub values: Values<'a>,
     pub len: usize,
 }
 
 /// The inputs as slices.
-pub(super) struct Inputs<'a> {
+pub(crate) struct Inputs<'a> {
     pub sizes: Sizes,
     pub options: Options,
     pub q: &'a [f32],
@@ -39,7 +39,7 @@ pub(super) struct Inputs<'a> {
 }
 
 /// `(batch, seqlen, nheads, headdim)`.
-pub(super) fn forward(inputs: &Inputs, isa: Isa) -> Vec<f32> {
+pub(crate) fn forward(inputs: &Inputs, isa: Isa) -> Vec<f32> {
     let Sizes { batch, seqlen, nheads, headdim, nheads_kv, kv_len } = inputs.sizes;
     if inputs.q.is_empty() || kv_len == 0 {
         return vec![0.0; inputs.q.len()];

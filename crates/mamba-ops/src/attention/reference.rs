@@ -1,6 +1,8 @@
 //! Attention in plain tensor operations: the meaning of the op, and its gradients by candle's autograd.
 
-use candle_core::{D, Result, Tensor};
+use std::ops::Range;
+
+use candle_core::{D, DType, Result, Tensor};
 
 use super::Attention;
 use crate::args::state_dtype;
@@ -59,9 +61,14 @@ fn mask(args: &Attention, first: usize, count: usize, group: usize, kv_len: usiz
     if (first..first + count).all(|i| visible(i) == (0..kv_len)) {
         return Ok(None);
     }
-    let mut values = vec![f32::NEG_INFINITY; count * group * kv_len];
-    for (row, values) in values.chunks_exact_mut(kv_len).enumerate() {
-        values[visible(first + row / group)].fill(0.0);
-    }
-    Ok(Some(Tensor::from_vec(values, (count * group, kv_len), args.q.device())?))
+    // Of each row the keys from one number to another, compared where the scores are: a mask of numbers made here would have to go there.
+    let device = args.q.device();
+    let bound = |of: fn(Range<usize>) -> usize| {
+        let rows = (first * group..(first + count) * group).map(|row| of(visible(row / group)) as u32);
+        Tensor::from_vec(rows.collect::<Vec<_>>(), (count * group, 1), device)
+    };
+    let keys = Tensor::arange(0, kv_len as u32, device)?.unsqueeze(0)?;
+    let seen =
+        (keys.broadcast_ge(&bound(|seen| seen.start)?)? * keys.broadcast_lt(&bound(|seen| seen.end)?)?)?;
+    Ok(Some(seen.to_dtype(DType::F32)?.log()?))
 }

@@ -10,14 +10,23 @@ use super::Sizes;
 use crate::host::{SharedMut, add_rows, parallel, transposed, uninit};
 use crate::layout::{Activation, SequenceLayout};
 use crate::packing::{PackedSequence, Packing};
-use crate::simd::Isa;
-use crate::simd::slice::{axpy, dot, map2, map3, silu, silu_backward, sum};
+use crate::simd::slice::{Source, dot, map_all, map2, silu, sum};
+use crate::simd::{Isa, math, prefetch};
 
 /// Tokens that one task handles, channels last: fixed, so that sums do not depend on the number of threads.
 const TOKENS: usize = 64;
 
 /// Tokens (channels first) or channels (last) that go through all steps while they are in cache.
 const STRIP: usize = 512;
+
+/// Bytes.
+const CACHE_LINE: usize = 64;
+
+/// As many channels for gradients, which take more room, channels last.
+const GRADIENT_STRIP: usize = 256;
+
+/// Tokens whose products are added to the sums over tokens at once, channels last.
+const TOGETHER: usize = 4;
 
 /// The inputs as slices, in the layouts of [`CausalConv1d`](super::CausalConv1d).
 #[derive(Clone, Copy)]
@@ -81,7 +90,7 @@ pub(super) fn backward(conv: &Conv, isa: Isa, grad_y: Option<&[f32]>, grad_state
         let [dx, window] = [&mut x, &mut initial_state].map(|x| SharedMut::new(x));
         match conv.layout {
             SequenceLayout::ChannelsFirst => {
-                let (dw, db) = (SharedMut::new(&mut weight), SharedMut::new(&mut bias));
+                let [dw, db] = [&mut weight, &mut bias].map(|x| SharedMut::new(x));
                 parallel(dim, conv.operations() * 3, |c| {
                     // SAFETY: channels do not overlap.
                     let (dw, db) = unsafe { (dw.get(c * width, width), db.get(c, 1)) };
@@ -152,40 +161,47 @@ pub(super) fn step(conv: &Conv, isa: Isa, rows: &[(usize, usize)], state: &mut [
             (y.get(start, len), state.get((window * dim + first) * (width - 1), len * (width - 1)))
         };
         y.copy_from_slice(&conv.x[start..][..len]);
-        isa.dispatch(StepRows { conv, first, y, state });
+        let weight = &conv.weight[first * width..][..len * width];
+        let bias = conv.bias.map(|bias| &bias[first..first + len]);
+        isa.dispatch(StepRows { weight, bias, activation: conv.activation, y, state });
     });
     out
 }
 
-/// Neighbouring channels of one batch element; `y` comes in as `x`.
-struct StepRows<'a> {
-    conv: &'a Conv<'a>,
-    first: usize,
-    y: &'a mut [f32],
-    state: &'a mut [f32],
+/// One token of some channels; `y` comes in as `x`.
+pub(crate) struct StepRows<'a> {
+    /// `(channels, width)`.
+    pub weight: &'a [f32],
+    pub bias: Option<&'a [f32]>,
+    pub activation: Activation,
+    pub y: &'a mut [f32],
+    /// `(channels, width - 1)`.
+    pub state: &'a mut [f32],
 }
 impl WithSimd for StepRows<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { conv, first, y, state } = self;
-        match conv.sizes.width {
-            4 => step_rows(conv, first, 4, y, state),
-            width => step_rows(conv, first, width, y, state),
+        let Self { weight, bias, activation, y, state } = self;
+        match weight.len() / y.len().max(1) {
+            4 => step_rows(weight, bias, 4, y, state),
+            width => step_rows(weight, bias, width, y, state),
         }
-        conv.finish(simd, Wanted::Output, 0, y);
+        if activation == Activation::Silu {
+            silu(simd, y);
+        }
     }
 }
 
 /// The sums over taps; inlined, so that a constant `width` unrolls the loops over taps.
 #[inline(always)]
-fn step_rows(conv: &Conv, first: usize, width: usize, y: &mut [f32], state: &mut [f32]) {
-    let weight = &conv.weight[first * width..][..y.len() * width];
+fn step_rows(weight: &[f32], bias: Option<&[f32]>, width: usize, y: &mut [f32], state: &mut [f32]) {
+    let weight = &weight[..y.len() * width];
     let state = &mut state[..y.len() * (width - 1)];
     for (i, y) in y.iter_mut().enumerate() {
         let (weight, window) = (&weight[i * width..][..width], &mut state[i * (width - 1)..][..width - 1]);
         let mut next = *y;
-        let mut sum = conv.bias.map_or(0.0, |bias| bias[first + i]) + weight[width - 1] * next;
+        let mut sum = bias.map_or(0.0, |bias| bias[i]) + weight[width - 1] * next;
         for (w, x) in weight[..width - 1].iter().zip(window).rev() {
             sum += w * *x;
             next = std::mem::replace(x, next);
@@ -265,43 +281,150 @@ impl<'a> Conv<'a> {
         blocks
     }
 
-    /// From sums over taps, in place, to what is wanted, at `at` in the layout of `y`.
+    /// `bias + Σ_k weight_k x_k` of neighbouring elements, the first at `at` in the layout of `y`, and what is wanted of it; `tap` gives
+    /// weights and inputs.
     #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, wanted: Wanted, at: usize, sums: &mut [f32]) {
+    fn convolve<'b, S: Simd, W: Source<S, Vectors = S::f32s>>(
+        &self,
+        simd: S,
+        tap: impl Fn(usize) -> (W, &'b [f32]),
+        bias: W,
+        wanted: Wanted,
+        at: usize,
+        out: &mut [f32],
+    ) {
+        let width = self.sizes.width;
         match (wanted, self.activation) {
-            (Wanted::Output, Activation::Identity) => {}
-            (Wanted::Output, Activation::Silu) => silu(simd, sums),
-            (Wanted::Gradient(None), _) => sums.fill(0.0),
-            (Wanted::Gradient(Some(grad)), Activation::Identity) => {
-                sums.copy_from_slice(&grad[at..at + sums.len()]);
+            (Wanted::Output, Activation::Identity) => {
+                weighted(simd, width, tap, bias, (), out, |sum, ()| sum)
             }
-            (Wanted::Gradient(Some(grad)), Activation::Silu) => silu_backward(simd, sums, &grad[at..]),
+            (Wanted::Output, Activation::Silu) => weighted(
+                simd,
+                width,
+                tap,
+                bias,
+                (),
+                out,
+                #[inline(always)]
+                |sum, ()| math::silu(simd, sum),
+            ),
+            (Wanted::Gradient(None), _) => out.fill(0.0),
+            (Wanted::Gradient(Some(grad)), Activation::Identity) => {
+                out.copy_from_slice(&grad[at..at + out.len()]);
+            }
+            (Wanted::Gradient(Some(grad)), Activation::Silu) => weighted(
+                simd,
+                width,
+                tap,
+                bias,
+                &grad[at..],
+                out,
+                #[inline(always)]
+                |sum, grad| simd.mul_f32s(grad, math::silu_with_derivative(simd, sum).1),
+            ),
         }
     }
 }
 
-// Channels first: a row at a time.
-
-/// `bias + Σ_m w_m x_{t-m}` and what is wanted of it.
+/// `out ← finish(bias + Σ_k weight_k x_k, more)`, the newest tap first; `tap` gives weights and inputs.
 #[inline(always)]
-fn convolve_row<S: Simd>(simd: S, conv: &Conv, row: usize, wanted: Wanted, y: &mut [f32]) {
-    let Sizes { dim, width, .. } = conv.sizes;
-    let (start, len) = conv.row(row);
-    let x = &conv.x[start..][..len];
-    let weight = &conv.weight[row % dim * width..][..width];
-    for (i, y) in y.chunks_mut(STRIP).enumerate() {
-        let first = i * STRIP;
-        y.fill(conv.bias.map_or(0.0, |bias| bias[row % dim]));
-        for (m, &w) in weight.iter().rev().enumerate() {
-            let split = m.saturating_sub(first).min(y.len());
-            for (t, y) in y[..split].iter_mut().enumerate() {
-                *y += w * conv.before(row, m - first - t);
+fn weighted<'b, S: Simd, W: Source<S, Vectors = S::f32s>, B: Source<S, Vectors = S::f32s>, M: Source<S>>(
+    simd: S,
+    width: usize,
+    tap: impl Fn(usize) -> (W, &'b [f32]),
+    bias: B,
+    more: M,
+    out: &mut [f32],
+    finish: impl Fn(S::f32s, M::Vectors) -> S::f32s,
+) {
+    match width {
+        1 => weighted_by::<S, W, B, M, 1>(simd, tap, bias, more, out, finish),
+        2 => weighted_by::<S, W, B, M, 2>(simd, tap, bias, more, out, finish),
+        3 => weighted_by::<S, W, B, M, 3>(simd, tap, bias, more, out, finish),
+        4 => weighted_by::<S, W, B, M, 4>(simd, tap, bias, more, out, finish),
+        _ => {
+            let len = out.len();
+            map_all(simd, len, [out], bias, |_, bias| [bias]);
+            for k in (0..width).rev() {
+                map_all(simd, len, [out], tap(k), |[sum], (w, x)| [simd.mul_add_e_f32s(w, x, sum)]);
             }
-            if let Some(from) = (first + split).checked_sub(m) {
-                axpy(simd, &mut y[split..], w, &x[from..]);
-            }
+            map_all(
+                simd,
+                len,
+                [out],
+                more,
+                #[inline(always)]
+                |[sum], more| [finish(sum, more)],
+            );
         }
-        conv.finish(simd, wanted, start + first, y);
+    }
+}
+
+/// The same with all taps in registers.
+#[inline(always)]
+fn weighted_by<
+    'b,
+    S: Simd,
+    W: Source<S, Vectors = S::f32s>,
+    B: Source<S, Vectors = S::f32s>,
+    M: Source<S>,
+    const TAPS: usize,
+>(
+    simd: S,
+    tap: impl Fn(usize) -> (W, &'b [f32]),
+    bias: B,
+    more: M,
+    out: &mut [f32],
+    finish: impl Fn(S::f32s, M::Vectors) -> S::f32s,
+) {
+    let taps: [(W, &[f32]); TAPS] = std::array::from_fn(tap);
+    map_all(
+        simd,
+        out.len(),
+        [out],
+        (taps, bias, more),
+        #[inline(always)]
+        |_, (taps, bias, more)| {
+            let mut sum = bias;
+            for (w, x) in taps.iter().rev() {
+                sum = simd.mul_add_e_f32s(*w, *x, sum);
+            }
+            [finish(sum, more)]
+        },
+    );
+}
+
+// Channels first: a row at a time, of which the first tokens stand behind a copy of the window.
+
+impl Conv<'_> {
+    /// The window of a row and its first tokens.
+    fn head(&self, row: usize, tokens: usize) -> Vec<f32> {
+        let start = self.row(row).0;
+        let window = (1..self.sizes.width).rev().map(|m| self.before(row, m));
+        window.chain(self.x[start..start + tokens].iter().copied()).collect()
+    }
+
+    /// The filter of the channel of a row, and its bias.
+    #[inline(always)]
+    fn filter(&self, row: usize) -> (&[f32], f32) {
+        let (width, c) = (self.sizes.width, row % self.sizes.dim);
+        (&self.weight[c * width..][..width], self.bias.map_or(0.0, |bias| bias[c]))
+    }
+
+    /// `bias + Σ_m w_m x_{t-m}` and what is wanted of it.
+    #[inline(always)]
+    fn convolve_row<S: Simd>(&self, simd: S, row: usize, wanted: Wanted, out: &mut [f32]) {
+        let ((weight, bias), (start, len), window) = (self.filter(row), self.row(row), self.sizes.width - 1);
+        // Behind the first tokens, vectors of `out` lie in one line of the cache each.
+        let aligned = out.get(window..).map_or(0, |out| out.as_ptr().align_offset(CACHE_LINE));
+        let split = window.saturating_add(aligned).min(len);
+        let head = self.head(row, split);
+        let (first, rest) = out.split_at_mut(split);
+        self.convolve(simd, |k| (weight[k], &head[k..]), bias, wanted, start, first);
+        if !rest.is_empty() {
+            let x = &self.x[start + split - window..];
+            self.convolve(simd, |k| (weight[k], &x[k..]), bias, wanted, start + split, rest);
+        }
     }
 }
 
@@ -314,7 +437,7 @@ impl WithSimd for ForwardRow<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        convolve_row(simd, self.conv, self.row, Wanted::Output, self.y);
+        self.conv.convolve_row(simd, self.row, Wanted::Output, self.y);
     }
 }
 
@@ -332,50 +455,50 @@ impl WithSimd for BackwardRow<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { conv, row, grad_y, dx, window, dw, db } = self;
-        let Sizes { dim, width, .. } = conv.sizes;
-        convolve_row(simd, conv, row, Wanted::Gradient(grad_y), dx); // g
-        let (start, len) = conv.row(row);
-        let x = &conv.x[start..][..len];
-        *db += sum(simd, dx);
-        for (m, dw) in dw.iter_mut().rev().enumerate() {
-            let split = m.min(len);
-            let before: f32 = (0..split).map(|t| dx[t] * conv.before(row, m - t)).sum();
-            *dw += before + dot(simd, &dx[split..], &x[..len - split]);
-        }
-        let weight = &conv.weight[row % dim * width..][..width];
-        window_gradients(weight, len, |t| dx[t], window);
-        correlate(simd, weight, dx);
-    }
-}
-
-/// `g_t ← Σ_m w_m g_{t+m}`, in place.
-#[inline(always)]
-fn correlate<S: Simd>(simd: S, weight: &[f32], g: &mut [f32]) {
-    // Strips from first to last, each from a copy of what it reads: entries ahead are untouched.
-    let width = weight.len();
-    let mut ahead = vec![0.0; STRIP + width];
-    for start in (0..g.len()).step_by(STRIP) {
-        let strip = STRIP.min(g.len() - start);
-        let read = (strip + width - 1).min(g.len() - start);
-        ahead[..read].copy_from_slice(&g[start..start + read]);
-        ahead[read..].fill(0.0);
-        let out = &mut g[start..start + strip];
-        out.fill(0.0);
-        for (m, &w) in weight.iter().rev().enumerate() {
-            axpy(simd, out, w, &ahead[m..m + strip]);
+        let ((weight, _), (start, len), width) = (conv.filter(row), conv.row(row), conv.sizes.width);
+        // g between zeros: what lies before the sequence has none, nor what lies behind it.
+        let mut padded = vec![0.0; len + 2 * (width - 1)];
+        let g = &mut padded[width - 1..][..len];
+        conv.convolve_row(simd, row, Wanted::Gradient(grad_y), g);
+        *db += sum(simd, g);
+        let (first, rest) = g.split_at(len.min(width - 1));
+        weight_sums(simd, first, &conv.head(row, first.len()), dw);
+        weight_sums(simd, rest, &conv.x[start..], dw);
+        // `Σ_m w_m g_{t+m}`; before the sequence this is the gradient of the window.
+        for (out, g) in [(window, &padded[..]), (dx, &padded[width - 1..])] {
+            weighted(simd, width, |m| (weight[width - 1 - m], &g[m..]), 0.0, (), out, |sum, ()| sum);
         }
     }
 }
 
-/// Gradients of the window of a channel: position `-j` receives `Σ_m w_m g_{m-j}` over `m ≥ j`.
+/// `sums[k] += Σ_t g[t] · x[t + k]`.
 #[inline(always)]
-fn window_gradients(weight: &[f32], seqlen: usize, g: impl Fn(usize) -> f32, window: &mut [f32]) {
-    let width = weight.len();
-    for (i, grad) in window.iter_mut().enumerate() {
-        let j = width - 1 - i;
-        let reach = width.min(seqlen.saturating_add(j));
-        *grad = (j..reach).map(|m| weight[width - 1 - m] * g(m - j)).sum();
+fn weight_sums<S: Simd>(simd: S, g: &[f32], x: &[f32], sums: &mut [f32]) {
+    // In strips, so that no sum has very many terms.
+    for (i, g) in g.chunks(STRIP).enumerate() {
+        let x = &x[i * STRIP..];
+        match sums {
+            [_] => weight_sums_of::<S, 1>(simd, g, x, sums),
+            [_, _] => weight_sums_of::<S, 2>(simd, g, x, sums),
+            [_, _, _] => weight_sums_of::<S, 3>(simd, g, x, sums),
+            [_, _, _, _] => weight_sums_of::<S, 4>(simd, g, x, sums),
+            _ => sums.iter_mut().enumerate().for_each(|(k, sum)| *sum += dot(simd, g, &x[k..])),
+        }
     }
+}
+
+/// The same with all sums in registers.
+#[inline(always)]
+fn weight_sums_of<S: Simd, const TAPS: usize>(simd: S, g: &[f32], x: &[f32], sums: &mut [f32]) {
+    let x: [&[f32]; TAPS] = std::array::from_fn(|k| &x[k..]);
+    let mut vectors = [simd.splat_f32s(0.0); TAPS];
+    map_all(simd, g.len(), [], (g, x), |[], (g, x)| {
+        for (sum, x) in vectors.iter_mut().zip(&x) {
+            *sum = simd.mul_add_e_f32s(g, *x, *sum);
+        }
+        []
+    });
+    sums.iter_mut().zip(vectors).for_each(|(sum, vector)| *sum += simd.reduce_sum_f32s(vector));
 }
 
 // Channels last: a block of tokens at a time, strip by strip of its channels.
@@ -384,6 +507,8 @@ fn window_gradients(weight: &[f32], seqlen: usize, g: impl Fn(usize) -> f32, win
 struct Taps {
     /// `(width, dim)`.
     weight: Vec<f32>,
+    /// `(dim,)`.
+    bias: Vec<f32>,
     /// `(sequences, width - 1, dim)`.
     windows: Vec<f32>,
 }
@@ -395,7 +520,8 @@ impl Taps {
             Some(state) => transposed(state, dim, width - 1),
             None => vec![0.0; sequences * dim * (width - 1)],
         };
-        Self { weight: transposed(conv.weight, dim, width), windows }
+        let bias = conv.bias.map_or_else(|| vec![0.0; dim], <[f32]>::to_vec);
+        Self { weight: transposed(conv.weight, dim, width), bias, windows }
     }
 
     /// The channels from `start` of the token `m` before token `t`, from the input or from the window.
@@ -419,15 +545,18 @@ impl Taps {
         wanted: Wanted,
         y: &mut [f32],
     ) {
-        match conv.bias {
-            Some(bias) => y.copy_from_slice(&bias[start..start + y.len()]),
-            None => y.fill(0.0),
+        let Sizes { dim, width, .. } = conv.sizes;
+        if t + 1 < block.sequence.len {
+            let next = conv.at(&block.sequence, start, t + 1)..;
+            prefetch(&conv.x[next.clone()][..y.len()]);
+            if let Wanted::Gradient(Some(grad)) = wanted {
+                prefetch(&grad[next][..y.len()]);
+            }
         }
-        for (m, w) in self.weight.chunks_exact(conv.sizes.dim).rev().enumerate() {
-            let x = self.token(conv, block, t, m, start);
-            map3(simd, y, &w[start..], x, |y, w, x| simd.mul_add_e_f32s(w, x, y));
-        }
-        conv.finish(simd, wanted, conv.at(&block.sequence, start, t), y);
+        let tap =
+            |k: usize| (&self.weight[k * dim + start..], self.token(conv, block, t, width - 1 - k, start));
+        let at = conv.at(&block.sequence, start, t);
+        conv.convolve(simd, tap, &self.bias[start..], wanted, at, y);
     }
 }
 
@@ -468,40 +597,78 @@ impl WithSimd for BackwardBlock<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { conv, taps, block, grad_y, dx, window, sums } = self;
-        let (Sizes { dim, width, .. }, first) = (conv.sizes, block.first);
+        let (Sizes { dim, width, .. }, first, tokens) = (conv.sizes, block.first, block.tokens);
         let (weight_sums, bias_sums) = sums.split_at_mut(width * dim);
-        // g of the tokens of this block and of those that reach back into it.
-        let reach = (TOKENS + width - 1).min(block.sequence.len - first);
-        let mut strip = uninit(reach * STRIP.min(dim));
-        for start in (0..dim).step_by(STRIP) {
-            let end = dim.min(start + STRIP);
+        // g of the tokens of this block and of those that reach back into it, zeros behind the sequence.
+        let rows = tokens + width - 1;
+        let reach = rows.min(block.sequence.len - first);
+        let mut strip = vec![0.0; rows * GRADIENT_STRIP.min(dim)];
+        for start in (0..dim).step_by(GRADIENT_STRIP) {
+            let end = dim.min(start + GRADIENT_STRIP);
             let columns = end - start;
-            for (i, g) in strip.chunks_exact_mut(columns).take(reach).enumerate() {
-                taps.convolve(simd, conv, &block, [first + i, start], Wanted::Gradient(grad_y), g);
-            }
-            for (i, dx) in dx.chunks_exact_mut(dim).enumerate() {
-                let (dx, g) = (&mut dx[start..end], &strip[i * columns..]);
-                map2(simd, &mut bias_sums[start..end], g, |sum, g| simd.add_f32s(sum, g));
-                dx.fill(0.0);
-                for m in 0..width {
-                    let (w, x) = ((width - 1 - m) * dim, taps.token(conv, &block, first + i, m, start));
-                    let sums = &mut weight_sums[w + start..w + end];
-                    map3(simd, sums, g, x, |sum, g, x| simd.mul_add_e_f32s(g, x, sum));
-                    if i + m < reach {
-                        let w = &taps.weight[w + start..w + end];
-                        map3(simd, dx, w, &g[m * columns..], |dx, w, g| simd.mul_add_e_f32s(w, g, dx));
+            strip[reach * columns..rows * columns].fill(0.0);
+            let mut known = 0;
+            // A few tokens at a time, which stay in the first cache through all of this.
+            for i in (0..tokens).step_by(TOGETHER) {
+                let together = TOGETHER.min(tokens - i);
+                for ahead in known..reach.min(i + together + width - 1) {
+                    let g = &mut strip[ahead * columns..][..columns];
+                    taps.convolve(simd, conv, &block, [first + ahead, start], Wanted::Gradient(grad_y), g);
+                    known = ahead + 1;
+                }
+                let g = |i: usize| &strip[i * columns..][..columns];
+                for i in i..i + together {
+                    let tap = |m: usize| (&taps.weight[(width - 1 - m) * dim + start..], g(i + m));
+                    let dx = &mut dx[i * dim + start..i * dim + end];
+                    weighted(simd, width, tap, 0.0, (), dx, |sum, ()| sum);
+                    map2(simd, &mut bias_sums[start..end], g(i), |sum, g| simd.add_f32s(sum, g));
+                }
+                for (k, sums) in weight_sums.chunks_exact_mut(dim).enumerate() {
+                    let x = |i: usize| taps.token(conv, &block, first + i, width - 1 - k, start);
+                    let sums = &mut sums[start..end];
+                    if together == TOGETHER {
+                        add_products::<S, TOGETHER>(simd, sums, |j| (g(i + j), x(i + j)));
+                    } else {
+                        (i..i + together).for_each(|i| add_products::<S, 1>(simd, sums, |_| (g(i), x(i))));
                     }
                 }
             }
+            let g = &strip;
             if first == 0 {
                 for c in start..end {
                     // SAFETY: the first block of each sequence writes its windows.
                     let window = unsafe { window.get((block.index * dim + c) * (width - 1), width - 1) };
                     let weight = &conv.weight[c * width..][..width];
-                    let g = |t: usize| strip[t * columns + c - start];
+                    let g = |t: usize| g[t * columns + c - start];
                     window_gradients(weight, block.sequence.len, g, window);
                 }
             }
         }
+    }
+}
+
+/// `sums[i] += Σ_j a_j[i] · b_j[i]`.
+#[inline(always)]
+fn add_products<'a, S: Simd, const PAIRS: usize>(
+    simd: S,
+    sums: &mut [f32],
+    pair: impl Fn(usize) -> (&'a [f32], &'a [f32]),
+) {
+    let pairs: [(&[f32], &[f32]); PAIRS] = std::array::from_fn(pair);
+    map_all(simd, sums.len(), [sums], pairs, |[mut sum], pairs| {
+        for (a, b) in &pairs {
+            sum = simd.mul_add_e_f32s(*a, *b, sum);
+        }
+        [sum]
+    });
+}
+
+/// Gradients of the window of a channel: position `-j` receives `Σ_m w_m g_{m-j}` over `m ≥ j`.
+fn window_gradients(weight: &[f32], seqlen: usize, g: impl Fn(usize) -> f32, window: &mut [f32]) {
+    let width = weight.len();
+    for (i, grad) in window.iter_mut().enumerate() {
+        let j = width - 1 - i;
+        let reach = width.min(seqlen.saturating_add(j));
+        *grad = (j..reach).map(|m| weight[width - 1 - m] * g(m - j)).sum();
     }
 }

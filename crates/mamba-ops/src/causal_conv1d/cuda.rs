@@ -7,9 +7,7 @@ use candle_core::{DType, Result, Tensor};
 use super::autograd::{BIAS, INITIAL_STATE, Node, SLOTS, WEIGHT, X};
 use super::{CausalConv1dUpdate, OP, Sizes, UPDATE_OP};
 use crate::autograd::Forward;
-use crate::device::{
-    self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pieces, Pointer, int, module,
-};
+use crate::device::{self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pointer, Table, int, module};
 use crate::host;
 use crate::layout::Activation;
 use crate::layout::SequenceLayout::{self, ChannelsFirst, ChannelsLast};
@@ -69,6 +67,7 @@ struct ConvUpdate {
     x: u64,
     y: u64,
     state: u64,
+    states: u64,
     weight: Pointer,
     bias: Pointer,
     token_stride: i64,
@@ -84,7 +83,7 @@ struct ConvUpdate {
 const _: () = assert!(size_of::<Conv>() == 96);
 const _: () = assert!(size_of::<ConvForward>() == 112);
 const _: () = assert!(size_of::<ConvBackward>() == 160);
-const _: () = assert!(size_of::<ConvUpdate>() == 96);
+const _: () = assert!(size_of::<ConvUpdate>() == 104);
 // SAFETY: as the structs of `causal_conv1d.cu`.
 unsafe impl Arguments for ConvForward {}
 // SAFETY: as above.
@@ -177,7 +176,7 @@ struct Grid {
     /// Tokens of a thread, channels last.
     run: usize,
     /// The sequences, if they are not rows.
-    pieces: Option<Pieces>,
+    pieces: Option<Table>,
     /// Pieces of them, packed or not.
     count: usize,
 }
@@ -201,8 +200,7 @@ impl Grid {
                 let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
                 let (run, threads) = (run(gpu, node, packs, 2048, 24), threads(packs));
                 let pieces = gpu.pieces(&node.packing, Cut::Pieces(run))?;
-                let count =
-                    pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(run).max(1), Pieces::count);
+                let count = pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(run).max(1), Table::rows);
                 let blocks = [count, packs.div_ceil(threads), 1];
                 Ok(Self { launch: Launch { blocks, threads: [threads, 1], shared: 0 }, run, pieces, count })
             }
@@ -216,7 +214,7 @@ impl Grid {
             ChannelsFirst => {
                 let pieces = gpu.pieces(&node.packing, Cut::Pieces(STEPS))?;
                 let count =
-                    pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(STEPS).max(1), Pieces::count);
+                    pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(STEPS).max(1), Table::rows);
                 let threads = threads(count);
                 let fill = (gpu.multiprocessors() * 16).div_ceil(dim.max(1));
                 let splits = count.div_ceil(threads).clamp(1, fill.min(65535));
@@ -227,8 +225,7 @@ impl Grid {
                 let packs = dim.div_ceil(if shape.packs { 4 } else { 1 });
                 let run = run(gpu, node, packs, 1024, 64);
                 let pieces = gpu.pieces(&node.packing, Cut::Pieces(run))?;
-                let count =
-                    pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(run).max(1), Pieces::count);
+                let count = pieces.as_ref().map_or_else(|| batch * seqlen.div_ceil(run).max(1), Table::rows);
                 let blocks = [count.div_ceil(RUNS).max(1), packs.div_ceil(32), 1];
                 Ok(Self { launch: Launch { blocks, threads: [32, RUNS], shared: 0 }, run, pieces, count })
             }
@@ -248,7 +245,7 @@ impl Grid {
             weight,
             bias,
             initial_state: initial_state.address,
-            pieces: self.pieces.as_ref().map_or(0, Pieces::address),
+            pieces: self.pieces.as_ref().map_or(0, Table::address),
             token_stride: token_stride as i64,
             batch: int(OP, batch)?,
             dim: int(OP, dim)?,
@@ -343,9 +340,10 @@ pub(super) fn backward(
 
 pub(super) fn update(args: &CausalConv1dUpdate, sizes: Sizes) -> Result<Tensor> {
     let Sizes { batch, dim, seqlen, width, .. } = sizes;
-    let CausalConv1dUpdate { x, state, weight, bias, activation, layout, .. } = *args;
+    let CausalConv1dUpdate { x, state, weight, bias, activation, layout, state_indices } = *args;
     device::pointers(UPDATE_OP, [Some(x), Some(weight), bias], |gpu, [px, weight, bias]| {
         let y = gpu.buffer(x.dtype(), x.elem_count())?;
+        let states = state_indices.map(|indices| indices.on(UPDATE_OP, gpu)).transpose()?;
         let name = if width <= 4 { "causal_conv1d_update4" } else { "causal_conv1d_update8" };
         let kernel = Kernel { module: &MODULE, name, dtype: Some(x.dtype()) };
         let (token_stride, channel_stride) = match layout {
@@ -357,6 +355,7 @@ pub(super) fn update(args: &CausalConv1dUpdate, sizes: Sizes) -> Result<Tensor> 
                 x: px.address,
                 y: y.pointer().address,
                 state,
+                states: states.as_ref().map_or(0, Table::address),
                 weight,
                 bias,
                 token_stride: token_stride as i64,

@@ -1,7 +1,7 @@
 //! Depthwise causal convolution over time with optional SiLU, its window as a state, and the in-place update.
 
 mod autograd;
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod reference;
@@ -228,15 +228,7 @@ pub fn causal_conv1d_update(args: &CausalConv1dUpdate) -> Result<Tensor> {
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        let Some(indices) = state_indices else {
-            return cuda::update(args, Sizes { batch, dim, seqlen, width, sequences: batch });
-        };
-        // The kernel takes the window of each row.
-        let windows = indices.gather(state)?;
-        let alone = CausalConv1dUpdate { state: &windows, state_indices: None, ..*args };
-        let y = indices.without_padding(&causal_conv1d_update(&alone)?)?;
-        indices.put(&windows, state)?;
-        return Ok(y);
+        return cuda::update(args, Sizes { batch, dim, seqlen, width, sequences: batch });
     }
     // The rows that are no padding, and their states.
     let rows: Vec<(usize, usize)> = match state_indices {

@@ -3,11 +3,10 @@
 mod arguments;
 mod attention;
 mod calls;
-mod check;
 mod mixers;
-mod prepared;
 mod products;
 mod scratch;
+mod sizes;
 mod tables;
 
 use std::sync::Arc;
@@ -16,9 +15,12 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use self::calls::Call;
 use self::mixers::{Addresses, Rest};
-use self::scratch::{Scratch, attentions};
+use self::scratch::Scratch;
 use self::tables::Tables;
-use super::{Attention, KeysValues, MAX_BATCH, MAX_BATCH_F32, Mixer, OP, Stack, State, expect};
+use super::check::check;
+use super::prepared::prepared;
+use super::states::{attentions, check_states};
+use super::{Attention, KeysValues, MAX_BATCH, MAX_BATCH_F32, OP, Stack, State, expect};
 use crate::device::{self, Gpu, Graph};
 
 pub(super) struct Decoder {
@@ -55,11 +57,11 @@ impl Decoder {
         if !known || !stack.embedding.device().is_cuda() || !(1..=most).contains(&batch) {
             return Ok(None);
         }
-        let trained = check::check(&stack)?;
-        if trained || !check::runs(&stack, batch)? {
+        let trained = check(&stack)?;
+        if trained || !sizes::runs(&stack, batch)? {
             return Ok(None);
         }
-        Self::of(Arc::new(prepared::prepared(&stack)?), batch).map(Some)
+        Self::of(Arc::new(prepared(&stack)?), batch).map(Some)
     }
 
     /// Another for as many sequences, with the same weights.
@@ -163,65 +165,4 @@ fn touch(gpu: &Gpu, attentions: &[(&Attention, &[KeysValues])]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Checks that there is a state for each mixer, and of the right shape; those of attentions.
-fn check_states<'a>(
-    stack: &'a Stack,
-    states: &'a [State],
-    batch: usize,
-) -> Result<Vec<(&'a Attention, &'a [KeysValues<'a>])>> {
-    let mut rest = states.iter();
-    let mut attentions: Vec<(&Attention, &[KeysValues])> = vec![];
-    let mixers = |layer: &'a super::Layer| layer.mixers.iter().map(|(_, mixer)| mixer);
-    let count: usize = stack.layers.iter().map(|l| l.mixers.len() + usize::from(l.shared.is_some())).sum();
-    if states.len() != count {
-        bail!("{OP}: got {} states, expected {count}", states.len());
-    }
-    let mut of_attention = |attention: &'a Attention, state: &'a State| -> Result<()> {
-        if state.kv.len() != batch {
-            bail!("{OP}: got keys and values of {} sequences, expected {batch}", state.kv.len());
-        }
-        attentions.push((attention, &state.kv));
-        match &attention.conv {
-            Some(conv) => check_tensor("state.conv", state.conv, &window_of(conv, batch)?),
-            None => Ok(()),
-        }
-    };
-    for layer in &stack.layers {
-        if let Some(shared) = &layer.shared
-            && let Some(state) = rest.next()
-        {
-            of_attention(&shared.attention, state)?;
-        }
-        for (mixer, state) in mixers(layer).zip(&mut rest) {
-            match mixer {
-                Mixer::Mamba1(m) => {
-                    let (d_inner, d_state) = m.a.dims2()?;
-                    check_tensor("state.conv", state.conv, &window_of(&m.conv, batch)?)?;
-                    check_tensor("state.ssm", state.ssm, &[batch, d_inner, d_state])?;
-                }
-                Mixer::Mamba2(m) => {
-                    check_tensor("state.conv", state.conv, &window_of(&m.conv, batch)?)?;
-                    check_tensor("state.ssm", state.ssm, &[batch, m.a.dim(0)?, m.headdim, m.d_state])?;
-                }
-                Mixer::Attention(m) => of_attention(m, state)?,
-                Mixer::ShortConv(m) => check_tensor("state.conv", state.conv, &window_of(&m.conv, batch)?)?,
-                Mixer::Mlp(_) => {}
-            }
-        }
-    }
-    Ok(attentions)
-}
-
-fn window_of(conv: &super::Conv, batch: usize) -> Result<[usize; 3]> {
-    let (channels, width) = conv.weight.dims2()?;
-    Ok([batch, channels, width - 1])
-}
-
-fn check_tensor(name: &str, x: Option<&Tensor>, expected: &[usize]) -> Result<()> {
-    match x {
-        Some(x) => expect(name, x, expected),
-        None => bail!("{OP}: `{name}` is missing, expected {expected:?}"),
-    }
 }

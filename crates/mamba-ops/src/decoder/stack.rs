@@ -1,8 +1,6 @@
 //! What a decoder is made of: layers and their weights.
 
-#[cfg(feature = "cuda")]
-use candle_core::Result;
-use candle_core::Tensor;
+use candle_core::{Result, Tensor};
 
 use crate::norm::NormKind;
 
@@ -44,12 +42,10 @@ impl Product {
     }
 
     /// Of all matrices.
-    #[cfg(feature = "cuda")]
     pub(super) fn outputs(&self) -> Result<usize> {
         self.weights.iter().map(|weight| weight.dim(0)).sum()
     }
 
-    #[cfg(feature = "cuda")]
     pub(super) fn inputs(&self) -> Result<usize> {
         self.weights.first().map_or(Ok(0), |weight| weight.dim(1))
     }
@@ -147,7 +143,6 @@ pub struct Attention {
     pub out_proj: Product,
 }
 
-#[cfg(feature = "cuda")]
 impl Attention {
     /// Heads of queries, keys and values.
     pub(super) fn heads(&self) -> [usize; 3] {

@@ -9,6 +9,7 @@ mod gemm;
 mod graph;
 mod launch;
 mod pieces;
+mod table;
 
 use std::cell::Cell;
 use std::mem::size_of;
@@ -34,7 +35,8 @@ use half::{bf16, f16};
 pub(crate) use self::gemm::{Factor, Gemm};
 pub(crate) use self::graph::Graph;
 pub(crate) use self::launch::{Arguments, Kernel, Launch, Module, module};
-pub(crate) use self::pieces::{Cut, Pieces, PiecesOnGpus};
+pub(crate) use self::pieces::Cut;
+pub(crate) use self::table::{Table, Tables};
 use crate::autograd::Output;
 use crate::packing::Packing;
 
@@ -91,13 +93,36 @@ pub(crate) fn pointers<const N: usize, R>(
     tensors: [Option<&Tensor>; N],
     f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
 ) -> Result<R> {
-    let mut contiguous = [const { None }; N];
-    for (slot, x) in contiguous.iter_mut().zip(tensors) {
-        // Of an empty tensor nothing is read.
-        *slot = x.filter(|x| x.elem_count() > 0).map(Tensor::contiguous).transpose()?;
+    let mut all = [const { None }; N];
+    for (slot, x) in all.iter_mut().zip(tensors) {
+        *slot = contiguous(x)?;
     }
-    let gpu = Gpu::of(op, &tensors)?;
-    on(gpu, op, contiguous.each_ref().map(Option::as_ref), f)
+    views(op, all.each_ref().map(Option::as_ref), f)
+}
+
+/// The elements in row-major order; of an empty tensor, of which nothing is read, as they are.
+pub(crate) fn contiguous(x: Option<&Tensor>) -> Result<Option<Tensor>> {
+    x.map(|x| if x.elem_count() == 0 { Ok(x.clone()) } else { x.contiguous() }).transpose()
+}
+
+/// From one row to the next, in elements, of a tensor whose rows are whole and evenly apart.
+pub(crate) fn row_stride(x: &Tensor) -> Option<usize> {
+    let (columns, rows) = x.dims().split_last()?;
+    let (one, strides) = x.stride().split_last()?;
+    if *columns > 1 && *one != 1 {
+        return None;
+    }
+    // Of axes with one element the stride does not matter.
+    let mut axes = rows.iter().zip(strides).rev().filter(|(n, _)| **n != 1);
+    let Some((&n, &stride)) = axes.next() else { return Some(*columns) };
+    let mut expected = n * stride;
+    for (&n, &outer) in axes {
+        if outer != expected {
+            return None;
+        }
+        expected *= n;
+    }
+    Some(stride)
 }
 
 /// As [`pointers`], but to the first elements of views as they lie in memory, for kernels that take strides.
@@ -106,15 +131,7 @@ pub(crate) fn views<const N: usize, R>(
     tensors: [Option<&Tensor>; N],
     f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
 ) -> Result<R> {
-    on(Gpu::of(op, &tensors)?, op, tensors, f)
-}
-
-fn on<const N: usize, R>(
-    gpu: Gpu,
-    op: &'static str,
-    tensors: [Option<&Tensor>; N],
-    f: impl FnOnce(&Gpu, [Pointer; N]) -> Result<R>,
-) -> Result<R> {
+    let gpu = Gpu::of(op, &tensors)?;
     let guards = tensors.map(|x| x.filter(|x| x.elem_count() > 0).map(Tensor::storage_and_layout));
     let mut pointers = [Pointer::NULL; N];
     // Dropped after the launches: on several streams, others then wait for our reads.

@@ -17,7 +17,7 @@ use pulp::{Simd, WithSimd, bytemuck};
 use super::Sizes;
 use crate::host::{SharedMut, Values, parallel, uninit};
 use crate::simd::half::{in_order, widen_vector};
-use crate::simd::{Isa, slice::map2};
+use crate::simd::{Isa, prefetch_ahead};
 
 /// The most rows of `x` for which this is faster than a general product, which packs the weight: with AVX2 they meet at
 /// about 40, with AVX-512 at about 120.
@@ -32,36 +32,78 @@ const STREAMS: usize = 4;
 /// About how many elements of the weight one task reads for one band.
 const ELEMENTS: usize = 1 << 16;
 
+/// How many tasks there are at least of a weight with as many groups of columns.
+const FEWEST_TASKS: usize = 8;
+
 /// Elements of a row that are read before the next group of rows of `x` has its turn: the block of `x` stays in cache.
 const BLOCK: usize = 512;
 
+/// How many bytes further on each stream is asked for: what processors foresee ends with every page.
+const AHEAD: usize = 2048;
+
 /// The inputs as slices.
-pub(super) struct Product<'a> {
+#[derive(Clone, Copy)]
+pub(crate) struct Product<'a> {
     pub sizes: Sizes,
+    /// As [`arrange`] leaves it.
     pub x: &'a [f32],
     pub weight: Values<'a>,
-    pub bias: Option<&'a [f32]>,
 }
 
 /// `x Wᵀ + bias`, `(rows, d_out)`, where none of the three extents is 0.
-pub(super) fn forward(product: &Product, isa: Isa) -> Vec<f32> {
-    let Sizes { rows, d_in, d_out } = product.sizes;
-    let x = isa.dispatch(Arrange { product });
+pub(super) fn forward(sizes: Sizes, x: &[f32], weight: Values, bias: Option<&[f32]>, isa: Isa) -> Vec<f32> {
+    let Sizes { rows, d_in, d_out } = sizes;
+    let mut arranged = vec![];
+    arrange(sizes, x, d_in, weight, &mut arranged, isa);
     let mut y = uninit(rows * d_out);
-    {
-        let y = SharedMut::new(&mut y);
-        let bands = rows.div_ceil(BAND);
-        let columns = (ELEMENTS / (d_in * bands)).next_multiple_of(STREAMS).max(STREAMS);
-        parallel(d_out.div_ceil(columns), rows * d_in * d_out, |task| {
-            let first = task * columns;
-            let columns = (first, columns.min(d_out - first));
-            for band in 0..bands {
-                let rows = (band * BAND, BAND.min(rows - band * BAND));
-                isa.dispatch(Piece { product, x: &x, y: &y, rows, columns });
-            }
-        });
-    }
+    let shared = SharedMut::new(&mut y);
+    let to = Columns { y: &shared, stride: d_out, begin: 0 };
+    multiply(&Product { sizes, x: &arranged, weight }, to, isa, |first, count| {
+        let Some(bias) = bias.map(|bias| &bias[first..first + count]) else { return };
+        for row in 0..rows {
+            // SAFETY: each task has its own columns.
+            let y = unsafe { shared.get(row * d_out + first, count) };
+            y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+        }
+    });
     y
+}
+
+/// Where a product goes: columns from `begin` on, of rows that are `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns<'a> {
+    pub y: &'a SharedMut<'a>,
+    pub stride: usize,
+    pub begin: usize,
+}
+
+/// Writes `x Wᵀ`; `finish` is called with the first of some neighbouring columns and how many they are when they are there for all rows,
+/// on the thread that has just written them.
+pub(crate) fn multiply(
+    product: &Product,
+    to: Columns,
+    isa: Isa,
+    finish: impl Fn(usize, usize) + Sync + Send,
+) {
+    let Sizes { rows, d_in, d_out } = product.sizes;
+    let bands = rows.div_ceil(BAND);
+    let columns =
+        (ELEMENTS / (d_in * bands)).min(d_out / FEWEST_TASKS).next_multiple_of(STREAMS).max(STREAMS);
+    parallel(d_out.div_ceil(columns), rows * d_in * d_out, |task| {
+        let first = task * columns;
+        let columns = (first, columns.min(d_out - first));
+        for band in 0..bands {
+            let rows = (band * BAND, BAND.min(rows - band * BAND));
+            isa.dispatch(Piece { product, to, rows, columns });
+        }
+        finish(columns.0, columns.1);
+    });
+}
+
+/// `x`, rows that are `stride` apart, as pairs of vectors, in the order in which the weight is widened, with zeros past the end: band by
+/// band, and in each one [`BLOCK`] of all rows, then the next, so that what is read over and over lies together.
+pub(crate) fn arrange(sizes: Sizes, x: &[f32], stride: usize, weight: Values, out: &mut Vec<f32>, isa: Isa) {
+    isa.dispatch(Arrange { sizes, x, stride, weight, out });
 }
 
 /// An element of the weight as it is stored, which is widened in registers.
@@ -163,44 +205,57 @@ impl Widen for f16 {
     }
 }
 
-/// `x` as pairs of vectors, in the order in which the weight is widened, with zeros past the end: band by band, and in each
-/// one [`BLOCK`] of all rows, then the next, so that what is read over and over lies together.
 struct Arrange<'a> {
-    product: &'a Product<'a>,
+    sizes: Sizes,
+    x: &'a [f32],
+    stride: usize,
+    weight: Values<'a>,
+    out: &'a mut Vec<f32>,
 }
 
 impl WithSimd for Arrange<'_> {
-    type Output = Vec<f32>;
+    type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
-        let Product { sizes, x, weight, .. } = self.product;
-        match weight {
-            Values::F32(_) => arrange::<S, f32>(x, *sizes),
-            Values::F16(_) => arrange::<S, f16>(x, *sizes),
-            Values::BF16(_) => arrange::<S, bf16>(x, *sizes),
+    fn with_simd<S: Simd>(self, _: S) {
+        match self.weight {
+            Values::F32(_) => self.arrange::<S, f32>(),
+            Values::F16(_) => self.arrange::<S, f16>(),
+            Values::BF16(_) => self.arrange::<S, bf16>(),
         }
     }
 }
 
-#[inline(always)]
-fn arrange<S: Simd, E: Widen>(x: &[f32], sizes: Sizes) -> Vec<f32> {
-    let Sizes { rows, d_in, .. } = sizes;
-    let mut out = vec![0.0; rows * arranged::<S, E>(d_in)];
-    let mut pairs = out.chunks_exact_mut(2 * S::F32_LANES);
-    for band in x.chunks(BAND * d_in) {
-        for at in (0..d_in).step_by(BLOCK) {
-            for row in band.chunks_exact(d_in) {
-                let block = &row[at..d_in.min(at + BLOCK)];
-                for (x, pair) in block.chunks(E::per_vector::<S>()).zip(&mut pairs) {
-                    for (i, x) in x.iter().enumerate() {
-                        pair[E::place(i, S::F32_LANES)] = *x;
+impl Arrange<'_> {
+    #[inline(always)]
+    fn arrange<S: Simd, E: Widen>(self) {
+        let Sizes { rows, d_in, .. } = self.sizes;
+        let (pair, in_order) = (2 * S::F32_LANES, E::place(1, S::F32_LANES) == 1);
+        self.out.resize(rows * arranged::<S, E>(d_in), 0.0);
+        let mut out = self.out.as_mut_slice();
+        for band in (0..rows).step_by(BAND) {
+            for at in (0..d_in).step_by(BLOCK) {
+                for row in band..rows.min(band + BAND) {
+                    let block = &self.x[row * self.stride..][..d_in][at..d_in.min(at + BLOCK)];
+                    let (to, rest) = out.split_at_mut(arranged::<S, E>(block.len()));
+                    out = rest;
+                    if in_order && E::per_vector::<S>() == pair {
+                        to[..block.len()].copy_from_slice(block);
+                        to[block.len()..].fill(0.0);
+                        continue;
+                    }
+                    for (x, pair) in block.chunks(E::per_vector::<S>()).zip(to.chunks_exact_mut(pair)) {
+                        if x.len() < pair.len() {
+                            pair.fill(0.0);
+                        }
+                        for (i, x) in x.iter().enumerate() {
+                            pair[E::place(i, S::F32_LANES)] = *x;
+                        }
                     }
                 }
             }
         }
     }
-    out
 }
 
 /// How many `f32` as many elements of `x` are when arranged.
@@ -212,9 +267,7 @@ fn arranged<S: Simd, E: Widen>(elements: usize) -> usize {
 /// A part of `y`: some rows of one band, some columns.
 struct Piece<'a> {
     product: &'a Product<'a>,
-    /// Arranged.
-    x: &'a [f32],
-    y: &'a SharedMut<'a>,
+    to: Columns<'a>,
     /// The first, and how many.
     rows: (usize, usize),
     /// The first, and how many.
@@ -240,37 +293,20 @@ impl WithSimd for Piece<'_> {
 impl Piece<'_> {
     #[inline(always)]
     fn multiply<S: Simd, E: Widen>(&self, simd: S, weight: &[E]) {
-        let (first, count) = self.columns;
-        let (first_row, rows) = self.rows;
-        let mut out = uninit(rows * count);
         // What a tile keeps in registers must fit.
-        let done = if S::REGISTER_COUNT >= 32 || rows <= 2 {
-            self.streams::<S, E, STREAMS>(simd, weight, 0, &mut out)
+        let done = if S::REGISTER_COUNT >= 32 || self.rows.1 <= 2 {
+            self.streams::<S, E, STREAMS>(simd, weight, 0)
         } else {
-            self.streams::<S, E, 2>(simd, weight, 0, &mut out)
+            self.streams::<S, E, 2>(simd, weight, 0)
         };
-        self.streams::<S, E, 1>(simd, weight, done, &mut out);
-        for (row, out) in out.chunks_exact(count).enumerate() {
-            // SAFETY: each task has its own rows and columns.
-            let y = unsafe { self.y.get((first_row + row) * self.product.sizes.d_out + first, count) };
-            y.copy_from_slice(out);
-            if let Some(bias) = self.product.bias {
-                map2(simd, y, &bias[first..][..count], |y, bias| simd.add_f32s(y, bias));
-            }
-        }
+        self.streams::<S, E, 1>(simd, weight, done);
     }
 
     /// The columns from `start` in `R` streams, as many as come out even; returns where the rest starts.
     #[inline(always)]
-    fn streams<S: Simd, E: Widen, const R: usize>(
-        &self,
-        simd: S,
-        weight: &[E],
-        start: usize,
-        out: &mut [f32],
-    ) -> usize {
+    fn streams<S: Simd, E: Widen, const R: usize>(&self, simd: S, weight: &[E], start: usize) -> usize {
         let d_in = self.product.sizes.d_in;
-        let ((_, rows), (_, count)) = (self.rows, self.columns);
+        let ((first_row, rows), (first, count)) = (self.rows, self.columns);
         let each = (count - start) / R;
         let mut sums = [[simd.splat_f32s(0.0); R]; BAND];
         for i in start..start + each {
@@ -296,9 +332,13 @@ impl Piece<'_> {
                 }
                 at += len;
             }
-            for (sums, out) in sums.iter_mut().zip(out.chunks_exact_mut(count)) {
+            for (row, sums) in sums[..rows].iter_mut().enumerate() {
                 for (r, sum) in sums.iter_mut().enumerate() {
-                    out[i + r * each] = simd.reduce_sum_f32s(*sum);
+                    let Columns { y, stride, begin } = self.to;
+                    let at = (first_row + row) * stride + begin + first + i + r * each;
+                    // SAFETY: each task has its own rows and columns.
+                    let y = unsafe { y.get(at, 1) };
+                    y[0] = simd.reduce_sum_f32s(*sum);
                     *sum = simd.splat_f32s(0.0);
                 }
             }
@@ -327,7 +367,7 @@ impl Piece<'_> {
         let start = first * arranged::<S, E>(self.product.sizes.d_in) + rows * arranged::<S, E>(at);
         let stride = arranged::<S, E>(len);
         for (m, x) in x.iter_mut().enumerate() {
-            *x = S::as_simd_f32s(&self.x[start + (row + m) * stride..][..stride]).0.as_chunks().0;
+            *x = S::as_simd_f32s(&self.product.x[start + (row + m) * stride..][..stride]).0.as_chunks().0;
         }
         let mut tile = [[simd.splat_f32s(0.0); R]; M];
         tile.copy_from_slice(&sums[row..][..M]);
@@ -336,7 +376,11 @@ impl Piece<'_> {
             for i in 0..count {
                 let mut wide = [[simd.splat_f32s(0.0); 2]; R];
                 for r in 0..R {
-                    wide[r] = E::widen(simd, weights[r][i]);
+                    let vector = &weights[r][i];
+                    if row == 0 {
+                        prefetch_ahead(vector, AHEAD);
+                    }
+                    wide[r] = E::widen(simd, *vector);
                 }
                 for half in 0..2 {
                     for m in 0..M {

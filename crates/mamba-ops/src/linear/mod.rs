@@ -2,7 +2,7 @@
 
 mod autograd;
 mod blocks;
-mod cpu;
+pub(crate) mod cpu;
 pub mod reference;
 
 use candle_core::{DType, Result, Tensor, bail};
@@ -59,11 +59,11 @@ impl<'a> Linear<'a> {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
+pub(crate) struct Sizes {
     /// The product of all extents of `x` but the last.
-    rows: usize,
-    d_in: usize,
-    d_out: usize,
+    pub rows: usize,
+    pub d_in: usize,
+    pub d_out: usize,
 }
 
 /// Multiplies rows with a matrix that is stored by rows of weights of one output each.
@@ -117,6 +117,5 @@ fn few_rows(args: &Linear, sizes: Sizes) -> Result<Option<Vec<f32>>> {
     let Some(weight) = host::stored(args.weight) else { return Ok(None) };
     let Some(weight) = weight.values() else { return Ok(None) };
     let (x, bias) = (host::read("x", args.x)?, host::read_opt("bias", args.bias)?);
-    let product = cpu::Product { sizes, x: &x, weight, bias: bias.as_deref() };
-    Ok(Some(cpu::forward(&product, Isa::current())))
+    Ok(Some(cpu::forward(sizes, &x, weight, bias.as_deref(), Isa::current())))
 }

@@ -95,7 +95,7 @@ impl Block<SLOTS> for Node {
         .part(tracked)?;
         // Without a norm the scan applies the gate itself.
         let gate = match &inputs[NORM_WEIGHT] {
-            None => Some(groups(&z, 0, nheads, headdim)?),
+            None => Some(groups(&zxbcdt, 0, nheads, headdim)?),
             Some(_) => None,
         };
         let (scan, [y, ssm_state]) = SsdChunkScan {

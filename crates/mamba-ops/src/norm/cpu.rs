@@ -1,4 +1,4 @@
-//! The norm on slices, row by row: each row goes through several short loops while it is in cache.
+//! The norm on slices, row by row: each row goes through a few short loops while it is in cache.
 //!
 //! With `r = x + residual`, `s = silu(z)`, `u = r·s` or `r`, `û = (u - m)·ρ`, `ρ = 1 / √(Σ (u - m)² / n + eps)`:
 //! `y = û·w + b`, times `s` if the gate comes after. Backward, with `g` the gradient of `û·w + b`:
@@ -11,7 +11,7 @@ use super::{NormKind, Sizes};
 use crate::host::{SharedMut, add_rows, parallel, uninit};
 use crate::simd::Isa;
 use crate::simd::math::silu_with_derivative;
-use crate::simd::slice::{dot, map, map2, map3, mul_silu, sum};
+use crate::simd::slice::{dot, map, map_all, map2, mul_silu, sum};
 
 /// Tasks at most and rows of one at least: functions of the shape, so that sums do not depend on the threads.
 const TASKS: usize = 128;
@@ -19,7 +19,7 @@ const ROWS: usize = 8;
 
 /// The inputs as slices, `(rows, dim)`, and the options of [`Norm`](super::Norm).
 #[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
+pub(crate) struct Rows<'a> {
     pub sizes: Sizes,
     pub kind: NormKind,
     pub eps: f32,
@@ -60,6 +60,11 @@ pub(super) fn forward(rows: &Rows, isa: Isa, with_sum: bool) -> Forward {
         });
     }
     Forward { y, sum }
+}
+
+/// All rows, to `y`, on this thread.
+pub(crate) fn forward_to(rows: &Rows, isa: Isa, y: &mut [f32]) {
+    isa.dispatch(ForwardTask { rows, start: 0, y, sum: None });
 }
 
 /// The backward pass; `grad_y` and `grad_sum` are the gradients of the outputs.
@@ -110,50 +115,60 @@ impl Rows<'_> {
         self.x.len() * if self.z.is_some() { 24 } else { 8 }
     }
 
-    /// The row of the gate that starts at `at`, if there is one at this place.
+    /// The gate of the channels from `at` on, if there is one at this place.
     #[inline(always)]
     fn gate(&self, at: usize, after: bool) -> Option<&[f32]> {
-        let z = self.z.filter(|_| self.norm_before_gate == after)?;
-        Some(&z[at..at + self.sizes.dim])
+        self.z.filter(|_| self.norm_before_gate == after).map(|z| &z[at..])
     }
 
-    /// `r`, the row that starts at `at`.
+    /// `r`, the row that starts at `at`, and a copy of it.
     #[inline(always)]
-    fn add<S: Simd>(&self, simd: S, at: usize, r: &mut [f32]) {
-        r.copy_from_slice(&self.x[at..at + r.len()]);
-        if let Some(residual) = self.residual {
-            map2(simd, r, &residual[at..at + r.len()], |x, residual| simd.add_f32s(x, residual));
-        }
-    }
-
-    /// `û` from `r`, in place, and the `ρ` of each group.
-    #[inline(always)]
-    fn normalise<S: Simd>(&self, simd: S, at: usize, row: &mut [f32], rho: &mut [f32]) {
-        if let Some(z) = self.gate(at, false) {
-            mul_silu(simd, row, z);
-        }
-        for (group, rho) in row.chunks_exact_mut(self.sizes.group_size).zip(rho) {
-            if self.kind == NormKind::Layer {
-                // The second time takes away what rounding left of a mean that is large beside the spread.
-                for _ in 0..2 {
-                    let mean = simd.splat_f32s(sum(simd, group) / group.len() as f32);
-                    map(simd, group, |u| simd.sub_f32s(u, mean));
-                }
+    fn add<S: Simd>(&self, simd: S, at: usize, r: &mut [f32], copy: Option<&mut [f32]>) {
+        let (len, x) = (r.len(), &self.x[at..at + r.len()]);
+        match (self.residual.map(|residual| &residual[at..]), copy) {
+            (Some(residual), Some(copy)) => {
+                map_all(simd, len, [r, copy], (x, residual), |_, (x, residual)| {
+                    [simd.add_f32s(x, residual); 2]
+                })
             }
-            *rho = 1.0 / (dot(simd, group, group) / group.len() as f32 + self.eps).sqrt();
-            let factor = simd.splat_f32s(*rho);
-            map(simd, group, |u| simd.mul_f32s(u, factor));
+            (Some(residual), None) => {
+                map_all(simd, len, [r], (x, residual), |_, (x, residual)| [simd.add_f32s(x, residual)]);
+            }
+            (None, copy) => {
+                r.copy_from_slice(x);
+                copy.into_iter().for_each(|copy| copy.copy_from_slice(x));
+            }
         }
     }
 
-    /// `û·w + b` from `û`, in place.
+    /// `u - m` of a group from `u`, in place, and `ρ`.
     #[inline(always)]
-    fn affine<S: Simd>(&self, simd: S, row: &mut [f32]) {
-        match (self.weight, self.bias) {
-            (Some(w), Some(b)) => map3(simd, row, w, b, |u, w, b| simd.mul_add_e_f32s(u, w, b)),
-            (Some(w), None) => map2(simd, row, w, |u, w| simd.mul_f32s(u, w)),
-            (None, Some(b)) => map2(simd, row, b, |u, b| simd.add_f32s(u, b)),
-            (None, None) => {}
+    fn centre<S: Simd>(&self, simd: S, group: &mut [f32]) -> f32 {
+        if self.kind == NormKind::Layer {
+            // The second time takes away what rounding left of a mean that is large beside the spread.
+            for _ in 0..2 {
+                let mean = simd.splat_f32s(sum(simd, group) / group.len() as f32);
+                map(simd, group, |u| simd.sub_f32s(u, mean));
+            }
+        }
+        1.0 / (dot(simd, group, group) / group.len() as f32 + self.eps).sqrt()
+    }
+
+    /// `û·w + b` of the channels from `channel` on, from `u - m`, in place.
+    #[inline(always)]
+    fn affine<S: Simd>(&self, simd: S, channel: usize, rho: f32, y: &mut [f32]) {
+        let len = y.len();
+        match (self.weight.map(|w| &w[channel..]), self.bias.map(|b| &b[channel..])) {
+            (Some(w), Some(b)) => map_all(simd, len, [y], (rho, w, b), |[u], (rho, w, b)| {
+                [simd.mul_add_e_f32s(simd.mul_f32s(u, rho), w, b)]
+            }),
+            (Some(w), None) => {
+                map_all(simd, len, [y], (rho, w), |[u], (rho, w)| [simd.mul_f32s(simd.mul_f32s(u, rho), w)])
+            }
+            (None, Some(b)) => {
+                map_all(simd, len, [y], (rho, b), |[u], (rho, b)| [simd.mul_add_e_f32s(u, rho, b)])
+            }
+            (None, None) => map_all(simd, len, [y], rho, |[u], rho| [simd.mul_f32s(u, rho)]),
         }
     }
 }
@@ -173,15 +188,16 @@ impl WithSimd for ForwardTask<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { rows, start, y, mut sum } = self;
         let Sizes { dim, group_size, .. } = rows.sizes;
-        let mut rho = vec![0.0; dim / group_size];
         for (i, y) in y.chunks_exact_mut(dim).enumerate() {
             let at = start + i * dim;
-            rows.add(simd, at, y);
-            if let Some(sum) = &mut sum {
-                sum[i * dim..][..dim].copy_from_slice(y);
+            rows.add(simd, at, y, sum.as_deref_mut().map(|sum| &mut sum[i * dim..][..dim]));
+            if let Some(z) = rows.gate(at, false) {
+                mul_silu(simd, y, z);
             }
-            rows.normalise(simd, at, y, &mut rho);
-            rows.affine(simd, y);
+            for (group, y) in y.chunks_exact_mut(group_size).enumerate() {
+                let rho = rows.centre(simd, y);
+                rows.affine(simd, group * group_size, rho, y);
+            }
             if let Some(z) = rows.gate(at, true) {
                 mul_silu(simd, y, z);
             }
@@ -208,44 +224,76 @@ impl WithSimd for BackwardTask<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { rows, start, grad_y, grad_sum, sum: grad, z: grad_z, weight, bias } = self;
         let Sizes { dim, group_size, .. } = rows.sizes;
-        let (mut u, mut rho) = (uninit(dim), vec![0.0; dim / group_size]);
+        let (mut u, mut factor) =
+            (uninit(dim), uninit(if rows.gate(start, false).is_some() { dim } else { 0 }));
         for (i, g) in grad.chunks_exact_mut(dim).enumerate() {
             let at = start + i * dim;
-            rows.add(simd, at, &mut u);
-            if rows.gate(at, false).is_some() {
-                grad_z[i * dim..][..dim].copy_from_slice(&u);
-            }
-            rows.normalise(simd, at, &mut u, &mut rho);
-
+            let grad_z = if grad_z.is_empty() { &mut [][..] } else { &mut grad_z[i * dim..][..dim] };
+            rows.add(simd, at, &mut u, None);
             g.copy_from_slice(&grad_y[at..at + dim]);
-            if let Some(z) = rows.gate(at, true) {
-                let grad_z = &mut grad_z[i * dim..][..dim];
-                grad_z.copy_from_slice(&u);
-                rows.affine(simd, grad_z);
-                gate(simd, g, grad_z, z);
+            if let Some(z) = rows.gate(at, false) {
+                // What becomes of the gradient of `u`: times `s` that of `r`, times `r·s'` that of `z`.
+                map_all(
+                    simd,
+                    dim,
+                    [&mut u, &mut factor, grad_z],
+                    z,
+                    #[inline(always)]
+                    |[r, ..], z| {
+                        let (silu, slope) = silu_with_derivative(simd, z);
+                        [simd.mul_f32s(r, silu), silu, simd.mul_f32s(r, slope)]
+                    },
+                );
             }
-            if !bias.is_empty() {
-                map2(simd, bias, g, |sum, g| simd.add_f32s(sum, g));
-            }
-            if let Some(w) = rows.weight {
-                map3(simd, weight, g, &u, |sum, g, u| simd.mul_add_e_f32s(g, u, sum));
-                map2(simd, g, w, |g, w| simd.mul_f32s(g, w));
-            }
-            let groups = g.chunks_exact_mut(group_size).zip(u.chunks_exact(group_size));
-            for ((g, u), rho) in groups.zip(&rho) {
-                let n = group_size as f32;
-                let along = simd.splat_f32s(-dot(simd, g, u) / n);
-                let mean = match rows.kind {
-                    NormKind::Rms => 0.0,
-                    NormKind::Layer => sum(simd, g) / n,
+            let groups = g.chunks_exact_mut(group_size).zip(u.chunks_exact_mut(group_size));
+            for (group, (g, u)) in groups.enumerate() {
+                let channels = group * group_size..(group + 1) * group_size;
+                let rho = rows.centre(simd, u);
+                if let Some(z) = rows.gate(at + channels.start, true) {
+                    let grad_z = &mut grad_z[channels.clone()];
+                    grad_z.copy_from_slice(u);
+                    rows.affine(simd, channels.start, rho, grad_z);
+                    gate(simd, g, grad_z, z);
+                }
+                if !bias.is_empty() {
+                    map2(simd, &mut bias[channels.clone()], g, |sum, g| simd.add_f32s(sum, g));
+                }
+                // Of `g·w`: the sum, and the sum of its products with `û`.
+                let [mut total, mut along] = [simd.splat_f32s(0.0); 2];
+                let mut add = |g, u| {
+                    total = simd.add_f32s(total, g);
+                    along = simd.mul_add_e_f32s(g, u, along);
                 };
-                let (mean, rho) = (simd.splat_f32s(mean), simd.splat_f32s(*rho));
-                map2(simd, g, u, |g, u| {
-                    simd.mul_f32s(rho, simd.mul_add_e_f32s(along, u, simd.sub_f32s(g, mean)))
+                match rows.weight {
+                    Some(w) => {
+                        let sums = &mut weight[channels.clone()];
+                        let w = &w[channels.clone()];
+                        map_all(simd, group_size, [g, u, sums], (w, rho), |[g, u, sum], (w, rho)| {
+                            let (u, gw) = (simd.mul_f32s(u, rho), simd.mul_f32s(g, w));
+                            add(gw, u);
+                            [gw, u, simd.mul_add_e_f32s(g, u, sum)]
+                        });
+                    }
+                    None => map_all(simd, group_size, [u], (&*g, rho), |[u], (g, rho)| {
+                        let u = simd.mul_f32s(u, rho);
+                        add(g, u);
+                        [u]
+                    }),
+                }
+                let mean = |sum| simd.reduce_sum_f32s(sum) / group_size as f32;
+                let along = simd.splat_f32s(-mean(along));
+                let total = simd.splat_f32s(match rows.kind {
+                    NormKind::Rms => 0.0,
+                    NormKind::Layer => mean(total),
+                });
+                map_all(simd, group_size, [g], (&*u, rho), |[g], (u, rho)| {
+                    [simd.mul_f32s(rho, simd.mul_add_e_f32s(along, u, simd.sub_f32s(g, total)))]
                 });
             }
-            if let Some(z) = rows.gate(at, false) {
-                gate(simd, g, &mut grad_z[i * dim..][..dim], z);
+            if !factor.is_empty() {
+                map_all(simd, dim, [g, grad_z], &factor[..], |[g, slope], silu| {
+                    [simd.mul_f32s(g, silu), simd.mul_f32s(g, slope)]
+                });
             }
             if let Some(grad_sum) = grad_sum {
                 map2(simd, g, &grad_sum[at..at + dim], |g, grad| simd.add_f32s(g, grad));
@@ -257,22 +305,15 @@ impl WithSimd for BackwardTask<'_> {
 /// The backward of `value · silu(z)`: from its gradient and the value to the gradients of the value and of `z`.
 #[inline(always)]
 fn gate<S: Simd>(simd: S, grad: &mut [f32], value: &mut [f32], z: &[f32]) {
-    let (grads, grad_tail) = S::as_mut_simd_f32s(grad);
-    let (values, value_tail) = S::as_mut_simd_f32s(value);
-    let (zs, z_tail) = S::as_simd_f32s(z);
-    for ((grad, value), z) in grads.iter_mut().zip(values).zip(zs) {
-        (*grad, *value) = gate_vector(simd, *grad, *value, *z);
-    }
-    if !z_tail.is_empty() {
-        let [grad, value, z] = [&*grad_tail, value_tail, z_tail].map(|x| simd.partial_load_f32s(x));
-        let (grad, value) = gate_vector(simd, grad, value, z);
-        simd.partial_store_f32s(grad_tail, grad);
-        simd.partial_store_f32s(value_tail, value);
-    }
-}
-
-#[inline(always)]
-fn gate_vector<S: Simd>(simd: S, grad: S::f32s, value: S::f32s, z: S::f32s) -> (S::f32s, S::f32s) {
-    let (silu, slope) = silu_with_derivative(simd, z);
-    (simd.mul_f32s(grad, silu), simd.mul_f32s(simd.mul_f32s(grad, value), slope))
+    map_all(
+        simd,
+        grad.len(),
+        [grad, value],
+        z,
+        #[inline(always)]
+        |[grad, value], z| {
+            let (silu, slope) = silu_with_derivative(simd, z);
+            [simd.mul_f32s(grad, silu), simd.mul_f32s(simd.mul_f32s(grad, value), slope)]
+        },
+    );
 }

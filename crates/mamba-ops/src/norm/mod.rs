@@ -1,7 +1,7 @@
 //! RMSNorm and layer norm, with the residual stream, a gate and groups.
 
 mod autograd;
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod reference;
@@ -127,11 +127,11 @@ pub struct NormOutput {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
+pub(crate) struct Sizes {
     /// The product of all extents but the last.
-    rows: usize,
-    dim: usize,
-    group_size: usize,
+    pub rows: usize,
+    pub dim: usize,
+    pub group_size: usize,
 }
 
 impl Norm<'_> {

@@ -7,9 +7,7 @@ use candle_core::{DType, Result, Tensor};
 use super::autograd::{A, B, C, D, DELTA, DELTA_BIAS, INITIAL_STATE, Node, SLOTS, U, Z};
 use super::{OP, Sizes};
 use crate::autograd::Forward;
-use crate::device::{
-    self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pieces, Pointer, int, module,
-};
+use crate::device::{self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pointer, Table, int, module};
 use crate::host;
 use crate::layout::SequenceLayout;
 use crate::packing::Packing;
@@ -116,7 +114,7 @@ impl Shape {
 
     fn launch(self, sizes: Sizes, splits: &Splits, shared: usize) -> Launch {
         let [x, y] = match &splits.pieces {
-            Some(pieces) => [pieces.count(), 1],
+            Some(pieces) => [pieces.rows(), 1],
             None => [sizes.batch, splits.count],
         };
         Launch { blocks: [x * self.blocks(sizes), y, 1], threads: [self.threads(), 1], shared }
@@ -291,7 +289,7 @@ struct Splits {
     /// Tiles of each but the last of a sequence.
     tiles: usize,
     /// Those of packed sequences.
-    pieces: Option<Pieces>,
+    pieces: Option<Table>,
 }
 
 impl Splits {
@@ -305,7 +303,7 @@ impl Splits {
 
     /// Of all sequences.
     fn rows(&self, sizes: Sizes) -> usize {
-        self.pieces.as_ref().map_or(sizes.batch * self.count, Pieces::count)
+        self.pieces.as_ref().map_or(sizes.batch * self.count, Table::rows)
     }
 }
 
@@ -410,7 +408,7 @@ fn arguments(
         d: address(D),
         delta_bias: address(DELTA_BIAS),
         initial_state: address(INITIAL_STATE),
-        pieces: splits.pieces.as_ref().map_or(0, Pieces::address),
+        pieces: splits.pieces.as_ref().map_or(0, Table::address),
         u_stride: strides(U),
         delta_stride: strides(DELTA),
         z_stride: strides(Z),

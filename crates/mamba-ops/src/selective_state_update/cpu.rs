@@ -11,13 +11,13 @@ use crate::simd::math::{clamp, exp, exp2};
 use crate::simd::slice::{map, map2, map3, mul_silu, softplus};
 
 /// Most rows that one task handles.
-const ROWS: usize = 256;
+pub(crate) const ROWS: usize = 256;
 
 /// About how many elements of the state one task handles.
 const ELEMENTS: usize = 1 << 13;
 
 /// The inputs as slices, in the layouts of [`SelectiveStateUpdate`](super::SelectiveStateUpdate).
-pub(super) struct Update<'a> {
+pub(crate) struct Update<'a> {
     pub sizes: Sizes,
     pub x: &'a [f32],
     pub dt: &'a [f32],
@@ -39,7 +39,7 @@ pub(super) struct Update<'a> {
 pub(super) fn update(update: &Update, isa: Isa, state: &mut [f32]) -> Vec<f32> {
     let Sizes { batch, tokens, nheads, headdim, d_state, a_per_head, .. } = update.sizes;
     let channels = nheads * headdim;
-    let rows = (ELEMENTS / d_state.max(1)).clamp(1, ROWS);
+    let rows = rows_of_task(d_state);
     let pieces = channels.div_ceil(rows);
     let operations = update.x.len() * (d_state * if a_per_head { 6 } else { 20 } + 40);
     let mut y = uninit(update.x.len());
@@ -64,13 +64,18 @@ pub(super) fn update(update: &Update, isa: Isa, state: &mut [f32]) -> Vec<f32> {
     y
 }
 
-/// Neighbouring channels of one token, counted over all batch elements.
-struct UpdateRows<'a> {
-    update: &'a Update<'a>,
-    token: usize,
-    first: usize,
-    y: &'a mut [f32],
-    state: &'a mut [f32],
+/// How many rows one task handles.
+pub(crate) fn rows_of_task(d_state: usize) -> usize {
+    (ELEMENTS / d_state.max(1)).clamp(1, ROWS)
+}
+
+/// Neighbouring channels of one token, counted over all batch elements; [`ROWS`] at most.
+pub(crate) struct UpdateRows<'a> {
+    pub update: &'a Update<'a>,
+    pub token: usize,
+    pub first: usize,
+    pub y: &'a mut [f32],
+    pub state: &'a mut [f32],
 }
 
 impl WithSimd for UpdateRows<'_> {

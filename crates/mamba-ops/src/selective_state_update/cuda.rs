@@ -5,7 +5,7 @@ use std::mem::size_of;
 use candle_core::{Result, Tensor};
 
 use super::{OP, SelectiveStateUpdate, Sizes};
-use crate::device::{self, Arguments, Kernel, Launch, Module, Pointer, int, module};
+use crate::device::{self, Arguments, Kernel, Launch, Module, Pointer, Table, int, module};
 
 static MODULE: Module = module!("selective_state_update");
 
@@ -16,6 +16,7 @@ const THREADS: usize = 128;
 #[derive(Clone, Copy)]
 struct Update {
     state: u64,
+    states: u64,
     x: u64,
     dt: u64,
     b: u64,
@@ -39,7 +40,7 @@ struct Update {
     high: f32,
 }
 
-const _: () = assert!(size_of::<Update>() == 152);
+const _: () = assert!(size_of::<Update>() == 160);
 // SAFETY: as the struct of `selective_state_update.cu`.
 unsafe impl Arguments for Update {}
 
@@ -73,12 +74,14 @@ fn kernel(d_state: usize, packs: bool, many: bool, per_head: bool) -> (&'static 
 
 pub(super) fn update(args: &SelectiveStateUpdate, sizes: Sizes) -> Result<Tensor> {
     let Sizes { batch, nheads, headdim, ngroups, d_state, dt_per_head, a_per_head, .. } = sizes;
-    let SelectiveStateUpdate { state, x, dt, a, b, c, d, z, dt_bias, dt_softplus, dt_limit, .. } = *args;
+    let SelectiveStateUpdate { state, x, dt, a, b, c, d, z, dt_bias, dt_softplus, dt_limit, state_indices } =
+        *args;
     let per_head = |x: Option<&Tensor>| i32::from(args.x.rank() == 3 && x.is_some_and(|x| x.rank() == 1));
     let inputs = [Some(x), Some(dt), Some(a), Some(b), Some(c), d, z, dt_bias];
     device::pointers(OP, inputs, |gpu, [px, pdt, pa, pb, pc, pd, pz, pbias]| {
         let rows = batch * nheads * headdim;
         let y = gpu.buffer(x.dtype(), rows)?;
+        let states = state_indices.map(|indices| indices.on(OP, gpu)).transpose()?;
         device::modify(OP, state, |state| {
             let aligned = [state, pa.address, pb.address, pc.address].iter().all(|p| p.is_multiple_of(16));
             let packs = aligned && d_state.is_multiple_of(4);
@@ -89,6 +92,7 @@ pub(super) fn update(args: &SelectiveStateUpdate, sizes: Sizes) -> Result<Tensor
             let (name, lanes, rows_of_thread) = kernel(d_state, packs, many, a_per_head);
             let update = Update {
                 state,
+                states: states.as_ref().map_or(0, Table::address),
                 x: px.address,
                 dt: pdt.address,
                 b: pb.address,

@@ -1,6 +1,6 @@
 //! Decoding steps of Mamba-1 or Mamba-2: move the state of each channel on by a token or several, in place.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod reference;
@@ -137,17 +137,17 @@ impl<'a> SelectiveStateUpdate<'a> {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    tokens: usize,
+pub(crate) struct Sizes {
+    pub batch: usize,
+    pub tokens: usize,
     /// Without heads: channels, of which each is a head of one channel.
-    nheads: usize,
-    headdim: usize,
-    ngroups: usize,
-    d_state: usize,
-    has_heads: bool,
-    dt_per_head: bool,
-    a_per_head: bool,
+    pub nheads: usize,
+    pub headdim: usize,
+    pub ngroups: usize,
+    pub d_state: usize,
+    pub has_heads: bool,
+    pub dt_per_head: bool,
+    pub a_per_head: bool,
 }
 
 /// Moves the state on by one token (or several) and returns what is read from it; the state changes in place.
@@ -207,14 +207,7 @@ pub fn selective_state_update(args: &SelectiveStateUpdate) -> Result<Tensor> {
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        // The kernels take one token of each state of a batch.
-        if let Some(indices) = state_indices {
-            let states = indices.gather(state)?;
-            let alone = SelectiveStateUpdate { state: &states, state_indices: None, ..*args };
-            let y = indices.without_padding(&selective_state_update(&alone)?)?;
-            indices.put(&states, state)?;
-            return Ok(y);
-        }
+        // The kernels take one token.
         if x.rank() == state.rank() {
             let in_place =
                 |alone: &SelectiveStateUpdate| Ok((selective_state_update(alone)?, alone.state.clone()));

@@ -1,8 +1,10 @@
-//! From `f16` to `f32`, exactly: slices, and vectors in registers.
+//! From `f16` and `bf16` to `f32`, exactly, and back, rounding to the nearest: slices, and vectors of `f16` in registers.
 
-use half::f16;
 use half::slice::HalfFloatSliceExt;
-use pulp::{Simd, bytemuck};
+use half::{bf16, f16};
+use pulp::{Simd, WithSimd, bytemuck};
+
+use super::Isa;
 
 /// `out[i] = x[i]` for slices of one length.
 pub(crate) fn widen(x: &[f16], out: &mut [f32]) {
@@ -26,6 +28,81 @@ fn widen_f16c(x: &[f16], out: &mut [f32]) {
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()))) };
     }
     out_rest.iter_mut().zip(x_rest).for_each(|(out, x)| *out = x.to_f32());
+}
+
+/// `out[i] = x[i]` for slices of one length.
+pub(crate) fn narrow(x: &[f32], out: &mut [f16]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx") && std::arch::is_x86_feature_detected!("f16c") {
+        // SAFETY: the processor has these features.
+        return unsafe { narrow_f16c(x, out) };
+    }
+    out.convert_from_f32_slice(x);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx,f16c")]
+fn narrow_f16c(x: &[f32], out: &mut [f16]) {
+    use std::arch::x86_64::{_MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph, _mm256_loadu_ps};
+    let (x_chunks, x_rest) = x.as_chunks::<8>();
+    let (out_chunks, out_rest) = out[..x.len()].as_chunks_mut::<8>();
+    for (x, out) in x_chunks.iter().zip(out_chunks) {
+        // SAFETY: 8 values of 32 bits are read and 8 of 16 bits written, at any alignment.
+        unsafe {
+            let rounded = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(x.as_ptr()));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), rounded);
+        }
+    }
+    out_rest.iter_mut().zip(x_rest).for_each(|(out, x)| *out = f16::from_f32(*x));
+}
+
+/// `out[i] = x[i]` for slices of one length.
+pub(crate) fn widen_bf16(x: &[bf16], out: &mut [f32]) {
+    Isa::best().dispatch(WidenBf16 { x, out });
+}
+
+/// `out[i] = x[i]` for slices of one length.
+pub(crate) fn narrow_bf16(x: &[f32], out: &mut [bf16]) {
+    Isa::best().dispatch(NarrowBf16 { x, out });
+}
+
+// Loops that the compiler makes vectors of, with the instructions of the kernel that they stand in.
+
+struct WidenBf16<'a> {
+    x: &'a [bf16],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for WidenBf16<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (out, x) in self.out.iter_mut().zip(self.x) {
+            *out = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+    }
+}
+
+struct NarrowBf16<'a> {
+    x: &'a [f32],
+    out: &'a mut [bf16],
+}
+
+impl WithSimd for NarrowBf16<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (out, x) in self.out.iter_mut().zip(self.x) {
+            let bits = x.to_bits();
+            // To the nearest, and to the even one of two; a NaN keeps a bit of its mantissa.
+            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+            let nan = bits | 0x0040_0000;
+            let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
+            *out = bf16::from_bits(((if is_nan { nan } else { rounded }) >> 16) as u16);
+        }
+    }
 }
 
 /// Whether [`widen_vector`] leaves the elements of a vector in their order, for vectors of so many `f32`: with the
@@ -100,10 +177,7 @@ fn upper<S: Simd>(simd: S, words: S::u32s) -> S::f32s {
 
 #[cfg(test)]
 mod tests {
-    use pulp::WithSimd;
-
     use super::*;
-    use crate::simd::Isa;
 
     /// By the one function and the other.
     struct All<'a>(&'a [f16]);
@@ -145,6 +219,37 @@ mod tests {
                     assert!(same, "{}: {:#06x} gives {got}", isa.name(), x.to_bits());
                 }
             }
+        }
+    }
+
+    /// Every `bf16` and `f16`, what lies halfway between two neighbours, and a little to both sides of that.
+    #[test]
+    fn rounds_as_half_does() {
+        let halfway = |x: f32, y: f32| f32::from_bits(x.to_bits().midpoint(y.to_bits()));
+        let mut values = vec![];
+        for bits in 0..u16::MAX {
+            for pair in [
+                [bits, bits + 1].map(|bits| bf16::from_bits(bits).to_f32()),
+                [bits, bits + 1].map(|bits| f16::from_bits(bits).to_f32()),
+            ] {
+                let middle = halfway(pair[0], pair[1]);
+                let near = [middle.to_bits().wrapping_sub(1), middle.to_bits().wrapping_add(1)];
+                values.extend([pair[0], middle, f32::from_bits(near[0]), f32::from_bits(near[1])]);
+            }
+        }
+        let (mut bf16s, mut f16s) = (vec![bf16::ZERO; values.len()], vec![f16::ZERO; values.len()]);
+        narrow_bf16(&values, &mut bf16s);
+        narrow(&values, &mut f16s);
+        let mut back = vec![0.0; values.len()];
+        widen_bf16(&bf16s, &mut back);
+        for (((x, bf16), f16), back) in values.iter().zip(bf16s).zip(f16s).zip(back) {
+            let want = (bf16::from_f32(*x), f16::from_f32(*x));
+            if x.is_nan() {
+                assert!(bf16.is_nan() && f16.is_nan() && back.is_nan(), "{:#x}", x.to_bits());
+                continue;
+            }
+            assert_eq!((bf16.to_bits(), f16.to_bits()), (want.0.to_bits(), want.1.to_bits()), "{x:e}");
+            assert_eq!(back.to_bits(), bf16.to_f32().to_bits(), "{x:e}");
         }
     }
 }

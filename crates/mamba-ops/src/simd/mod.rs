@@ -57,6 +57,20 @@ pub(crate) fn prefetch(x: &[f32]) {
     let _ = x;
 }
 
+/// Asks for the cache lines that begin as many bytes behind those of a value that is read now.
+#[inline(always)]
+pub(crate) fn prefetch_ahead<T>(value: &T, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let address = std::ptr::from_ref(value).cast::<i8>().wrapping_add(bytes + line);
+        // SAFETY: every x86-64 has the instruction, and it reads nothing, wherever that is.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (value, bytes);
+}
+
 impl Isa {
     /// Every name that [`ISA_VARIABLE`] knows, whether or not this processor has it.
     pub const NAMES: [&'static str; 4] = ["scalar", "avx2", "avx512", "neon"];

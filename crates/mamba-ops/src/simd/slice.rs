@@ -60,6 +60,172 @@ pub(crate) fn map3<S: Simd>(
     }
 }
 
+/// What [`map_all`] reads at each place: a slice, a number that stands for a slice full of it, or several of these side by side.
+pub(crate) trait Source<S: Simd>: Copy {
+    /// Whole vectors.
+    type Heads: Copy;
+    /// What is read at one place.
+    type Vectors: Copy;
+
+    /// The first whole vectors, so many.
+    fn heads(self, simd: S, vectors: usize) -> Self::Heads;
+
+    fn vectors(heads: &Self::Heads, index: usize) -> Self::Vectors;
+
+    /// The elements from `start` to `end`, fewer than a vector has, by masked loads.
+    fn rest(self, simd: S, start: usize, end: usize) -> Self::Vectors;
+}
+
+impl<'a, S: Simd> Source<S> for &'a [f32] {
+    type Heads = &'a [S::f32s];
+    type Vectors = S::f32s;
+
+    #[inline(always)]
+    fn heads(self, _: S, vectors: usize) -> Self::Heads {
+        &S::as_simd_f32s(self).0[..vectors]
+    }
+
+    #[inline(always)]
+    fn vectors(heads: &Self::Heads, index: usize) -> S::f32s {
+        heads[index]
+    }
+
+    #[inline(always)]
+    fn rest(self, simd: S, start: usize, end: usize) -> S::f32s {
+        simd.partial_load_f32s(&self[start..end])
+    }
+}
+
+impl<S: Simd> Source<S> for f32 {
+    type Heads = S::f32s;
+    type Vectors = S::f32s;
+
+    #[inline(always)]
+    fn heads(self, simd: S, _: usize) -> S::f32s {
+        simd.splat_f32s(self)
+    }
+
+    #[inline(always)]
+    fn vectors(heads: &S::f32s, _: usize) -> S::f32s {
+        *heads
+    }
+
+    #[inline(always)]
+    fn rest(self, simd: S, _: usize, _: usize) -> S::f32s {
+        simd.splat_f32s(self)
+    }
+}
+
+impl<S: Simd> Source<S> for () {
+    type Heads = ();
+    type Vectors = ();
+
+    #[inline(always)]
+    fn heads(self, _: S, _: usize) {}
+
+    #[inline(always)]
+    fn vectors(_: &(), _: usize) {}
+
+    #[inline(always)]
+    fn rest(self, _: S, _: usize, _: usize) {}
+}
+
+impl<S: Simd, T: Source<S>, const N: usize> Source<S> for [T; N] {
+    type Heads = [T::Heads; N];
+    type Vectors = [T::Vectors; N];
+
+    #[inline(always)]
+    fn heads(self, simd: S, vectors: usize) -> Self::Heads {
+        std::array::from_fn(
+            #[inline(always)]
+            |i| self[i].heads(simd, vectors),
+        )
+    }
+
+    #[inline(always)]
+    fn vectors(heads: &Self::Heads, index: usize) -> Self::Vectors {
+        std::array::from_fn(
+            #[inline(always)]
+            |i| T::vectors(&heads[i], index),
+        )
+    }
+
+    #[inline(always)]
+    fn rest(self, simd: S, start: usize, end: usize) -> Self::Vectors {
+        std::array::from_fn(
+            #[inline(always)]
+            |i| self[i].rest(simd, start, end),
+        )
+    }
+}
+
+macro_rules! tuples {
+    ($(($($T:ident $i:tt),+))+) => { $(
+        impl<S: Simd, $($T: Source<S>),+> Source<S> for ($($T,)+) {
+            type Heads = ($($T::Heads,)+);
+            type Vectors = ($($T::Vectors,)+);
+
+            #[inline(always)]
+            fn heads(self, simd: S, vectors: usize) -> Self::Heads {
+                ($(self.$i.heads(simd, vectors),)+)
+            }
+
+            #[inline(always)]
+            fn vectors(heads: &Self::Heads, index: usize) -> Self::Vectors {
+                ($($T::vectors(&heads.$i, index),)+)
+            }
+
+            #[inline(always)]
+            fn rest(self, simd: S, start: usize, end: usize) -> Self::Vectors {
+                ($(self.$i.rest(simd, start, end),)+)
+            }
+        }
+    )+ };
+}
+tuples! { (A 0, B 1) (A 0, B 1, C 2) (A 0, B 1, C 2, D 3) }
+
+/// `(y[0][i], y[1][i], …) = f((y[0][i], y[1][i], …), x[i])` for `len` elements of each: every one is read and written once. Past the end
+/// `f` sees zeros in place of slices, so that sums it keeps must take nothing from them.
+#[inline(always)]
+pub(crate) fn map_all<S: Simd, X: Source<S>, const N: usize>(
+    simd: S,
+    len: usize,
+    y: [&mut [f32]; N],
+    x: X,
+    mut f: impl FnMut([S::f32s; N], X::Vectors) -> [S::f32s; N],
+) {
+    let vectors = len / S::F32_LANES;
+    let mut y = y.map(
+        #[inline(always)]
+        |y| {
+            let (head, tail) = S::as_mut_simd_f32s(&mut y[..len]);
+            (&mut head[..vectors], tail)
+        },
+    );
+    let heads = x.heads(simd, vectors);
+    for i in 0..vectors {
+        let mut values = [simd.splat_f32s(0.0); N];
+        for (value, (head, _)) in values.iter_mut().zip(&y) {
+            *value = head[i];
+        }
+        values = f(values, X::vectors(&heads, i));
+        for (value, (head, _)) in values.iter().zip(&mut y) {
+            head[i] = *value;
+        }
+    }
+    let start = vectors * S::F32_LANES;
+    if start < len {
+        let mut values = [simd.splat_f32s(0.0); N];
+        for (value, (_, tail)) in values.iter_mut().zip(&y) {
+            *value = simd.partial_load_f32s(tail);
+        }
+        values = f(values, x.rest(simd, start, len));
+        for (value, (_, tail)) in values.iter().zip(&mut y) {
+            simd.partial_store_f32s(tail, *value);
+        }
+    }
+}
+
 /// `y += scale · x`.
 #[inline(always)]
 pub(crate) fn axpy<S: Simd>(simd: S, y: &mut [f32], scale: f32, x: &[f32]) {
@@ -156,18 +322,6 @@ pub(crate) fn mul_silu_derivative<S: Simd>(simd: S, y: &mut [f32], z: &[f32]) {
         z,
         #[inline(always)]
         |y, z| simd.mul_f32s(y, math::silu_with_derivative(simd, z).1),
-    );
-}
-
-/// `y[i] = grad[i] · silu'(y[i])`.
-#[inline(always)]
-pub(crate) fn silu_backward<S: Simd>(simd: S, y: &mut [f32], grad: &[f32]) {
-    map2(
-        simd,
-        y,
-        grad,
-        #[inline(always)]
-        |y, grad| simd.mul_f32s(grad, math::silu_with_derivative(simd, y).1),
     );
 }
 

@@ -7,9 +7,7 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use super::autograd::{A, B, C, D, DT, DT_BIAS, INITIAL_STATE, Node, SLOTS, X, Z};
 use super::{OP, Sizes};
 use crate::autograd::Forward;
-use crate::device::{
-    self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pieces, Pointer, int, module,
-};
+use crate::device::{self, Arguments, Buffer, Cut, Gpu, Kernel, Launch, Module, Pointer, Table, int, module};
 use crate::host;
 
 static FORWARD: Module = module!("ssd_forward");
@@ -263,8 +261,8 @@ fn aligned(x: Option<&Tensor>, pointer: Pointer) -> bool {
 /// The chunks of all sequences.
 struct Chunks {
     /// Packed sequences, and their chunks.
-    sequences: Option<Pieces>,
-    pieces: Option<Pieces>,
+    sequences: Option<Table>,
+    pieces: Option<Table>,
     /// How many there are, and room for how many there is.
     count: usize,
     room: usize,
@@ -276,7 +274,7 @@ impl Chunks {
         let pieces = gpu.pieces(&node.packing, Cut::Tokens(tokens))?;
         let (count, room) = match &pieces {
             // At most so many, as the kernels count them.
-            Some(pieces) => (pieces.count(), batch * seqlen / tokens + sequences),
+            Some(pieces) => (pieces.rows(), batch * seqlen / tokens + sequences),
             None => (batch * seqlen.div_ceil(tokens), batch * seqlen.div_ceil(tokens)),
         };
         Ok(Self { sequences: gpu.pieces(&node.packing, Cut::Whole)?, pieces, count, room })
@@ -310,8 +308,8 @@ fn arguments(
         d: address(D),
         dt_bias: address(DT_BIAS),
         initial_state: address(INITIAL_STATE),
-        sequences: chunks.sequences.as_ref().map_or(0, Pieces::address),
-        pieces: chunks.pieces.as_ref().map_or(0, Pieces::address),
+        sequences: chunks.sequences.as_ref().map_or(0, Table::address),
+        pieces: chunks.pieces.as_ref().map_or(0, Table::address),
         x_stride: stride(X),
         z_stride: stride(Z),
         b_stride: stride(B),

@@ -4,7 +4,8 @@ use candle_core::{DType, Result};
 
 use super::attention::Joining;
 use super::products::{Rows, is_wide};
-use crate::decoder::{Attention, Mixer, Shared, Stack};
+use crate::decoder::states::attentions;
+use crate::decoder::{Mixer, Shared, Stack};
 use crate::device::{Buffer, Gpu, Pointer};
 
 /// Buffers, `f32` if nothing else is said; rows are a multiple of four elements apart.
@@ -167,18 +168,4 @@ impl Slot {
     pub(super) fn rounded(&self) -> u64 {
         self.inner.as_ref().map_or(0, |inner| inner.pointer().address)
     }
-}
-
-/// All attentions, in the order of their states.
-pub(super) fn attentions(stack: &Stack) -> Vec<&Attention> {
-    let mut all = vec![];
-    for layer in &stack.layers {
-        all.extend(layer.shared.iter().map(|shared| &shared.attention));
-        for (_, mixer) in &layer.mixers {
-            if let Mixer::Attention(attention) = mixer {
-                all.push(attention);
-            }
-        }
-    }
-    all
 }

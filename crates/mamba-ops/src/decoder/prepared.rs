@@ -2,14 +2,13 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use crate::decoder::{
-    Attention, Conv, Layer, LowRank, Mamba1, Mamba2, Mixer, Mlp, Norm, OP, Product, Rotary, Shared,
-    ShortConv, Stack,
+use super::{
+    Attention, Conv, Layer, LowRank, Mamba1, Mamba2, Mixer, Mlp, Norm, Product, Rotary, Shared, ShortConv,
+    Stack,
 };
-use crate::device;
 
-/// The same weights: matrices at addresses of 16 bytes, everything else in f32, frequencies as parts of a whole turn, biases as they
-/// are added at last; what is so already is shared.
+/// The same weights: matrices contiguous and, on a GPU, at addresses of 16 bytes, everything else in f32, frequencies as parts of a whole
+/// turn, biases as they are added at last, scales of mixers as those of their last products; what is so already is shared.
 pub(super) fn prepared(stack: &Stack) -> Result<Stack> {
     let layer = |layer: &Layer| -> Result<Layer> {
         let mixers = layer.mixers.iter().map(|(scale, mixer)| Ok((1.0, of_mixer(mixer, *scale)?)));
@@ -30,8 +29,12 @@ pub(super) fn prepared(stack: &Stack) -> Result<Stack> {
 
 fn aligned(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
-    let address = device::views(OP, [Some(&x)], |_, [x]| Ok(x.address))?;
-    if address.is_multiple_of(16) { Ok(x) } else { x.copy() }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let address = crate::device::views(super::OP, [Some(&x)], |_, [x]| Ok(x.address))?;
+        return if address.is_multiple_of(16) { Ok(x) } else { x.copy() };
+    }
+    Ok(x)
 }
 
 fn vector(x: &Tensor) -> Result<Tensor> {
