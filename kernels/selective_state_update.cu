@@ -49,13 +49,14 @@ __device__ void update_heads(const Update& args) {
     int row[ROWS], channel[ROWS], head[ROWS];
     // With SHARED, all rows of a warp are of one batch element and read the same B and C.
     constexpr int GROUP_ROWS = SHARED ? 1 : ROWS;
-    float* states[GROUP_ROWS];  // where that of row 0 would be; null of padding
+    float* states[GROUP_ROWS];  // where that of row 0 would be
+    bool padding[GROUP_ROWS];
     int64_t group[GROUP_ROWS];
     float h[ROWS][V], b[GROUP_ROWS][V], c[GROUP_ROWS][V];
     float dt[ROWS], x[ROWS], z[ROWS], d[ROWS], bias[ROWS], decay[ROWS], sum[ROWS];
     const auto load_states = [&](int r, int i) {
         if (i < n) {
-            if (states[SHARED ? 0 : r]) load<V, true>(h[r], states[SHARED ? 0 : r] + static_cast<int64_t>(row[r]) * n + i);
+            if (!padding[SHARED ? 0 : r]) load<V, true>(h[r], states[SHARED ? 0 : r] + static_cast<int64_t>(row[r]) * n + i);
             if (r < GROUP_ROWS) {
                 load<V, true>(b[r], static_cast<const T*>(args.b) + group[r] + i);
                 load<V, true>(c[r], static_cast<const T*>(args.c) + group[r] + i);
@@ -71,7 +72,8 @@ __device__ void update_heads(const Update& args) {
         if (r < GROUP_ROWS) {
             group[r] = (static_cast<int64_t>(batch) * args.ngroups + head[r] / heads_of_group) * n;
             const int place = state_of(args, batch);
-            states[r] = place < 0 ? nullptr : args.state + static_cast<int64_t>(place - batch) * channels * n;
+            padding[r] = place < 0;
+            states[r] = args.state + static_cast<int64_t>(padding[r] ? 0 : place - batch) * channels * n;
         }
         load_states(r, lane * V);
         dt[r] = to_float(
@@ -100,7 +102,7 @@ __device__ void update_heads(const Update& args) {
                 h[r][v] = fmaf(decay[r], h[r][v], input * b[SHARED ? 0 : r][v]);
                 sum[r] = fmaf(h[r][v], c[SHARED ? 0 : r][v], sum[r]);
             }
-            if (first + r * GROUPS < args.rows && states[SHARED ? 0 : r])
+            if (first + r * GROUPS < args.rows && !padding[SHARED ? 0 : r])
                 store<V, true>(states[SHARED ? 0 : r] + static_cast<int64_t>(row[r]) * n + i, h[r]);
         }
         if (i + LANES * V < n) {
@@ -112,7 +114,7 @@ __device__ void update_heads(const Update& args) {
     for (int r = 0; r < ROWS; r++) {
         float y = fmaf(d[r], x[r], warp_sum<LANES>(sum[r]));
         if (args.z) y *= silu(z[r]);
-        if (!states[SHARED ? 0 : r]) y = 0.0f;
+        if (padding[SHARED ? 0 : r]) y = 0.0f;
         if (lane == r % LANES && first + r * GROUPS < args.rows) static_cast<T*>(args.y)[row[r]] = from_float<T>(y);
     }
 }

@@ -265,7 +265,8 @@ fn no_event_is_lost_when_the_model_fails() {
 }
 
 /// On a GPU other sizes of batches have other kernels, which round otherwise. What holds there: in batches of one size a row is
-/// to the last bit what it is beside any other rows, and rows are what they would be alone but for rounding.
+/// to the last bit what it is beside any other rows, unless experts divide the rows among them, and rows are what they would be alone but
+/// for rounding.
 mod cuda {
     use super::*;
     use crate::support::target::with_gpu;
@@ -273,7 +274,8 @@ mod cuda {
     #[test]
     fn a_row_does_not_depend_on_its_neighbours() {
         with_gpu(|device| {
-            let models = models::on(device);
+            let mut models = models::on(device);
+            models.retain(|(name, _)| !name.starts_with("jamba")); // its experts
             for (name, model) in &models {
                 let state = |seed: u64| {
                     let (mut cache, mut logits) = (CausalLm::new_cache(model).unwrap(), Vec::new());

@@ -278,10 +278,10 @@ fn options_have_the_meaning_that_mamba_ssm_gives_them() {
 fn without_a_top_k_tokens_are_drawn_from_all() {
     let model = models::open("mamba_tied");
     let inputs = prompts(&model, 2);
-    let options = GenerateOptions { top_k: 0, temperature: 0.9, seed: 3, ..GenerateOptions::new(30) };
+    let options = GenerateOptions { top_k: 0, temperature: 30.0, seed: 3, ..GenerateOptions::new(30) };
     let output = generate(&model, &inputs, options).unwrap();
     for (row, prompt) in inputs.iter().enumerate() {
-        let config = SamplingConfig { temperature: 0.9, seed: 3 + row as u64, ..Default::default() };
+        let config = SamplingConfig { temperature: 30.0, seed: 3 + row as u64, ..Default::default() };
         let alone = Generator::builder(&model).prompt(prompt).sampling(config.build().unwrap());
         let alone: Vec<u32> =
             alone.max_new_tokens(24).build().unwrap().map(|token| token.unwrap().id).collect();

@@ -30,7 +30,7 @@ pub struct BatchEvent<'a, M: BatchLm + ?Sized> {
 ///
 /// A row's tokens do not depend on the others: for the models of this workspace on the CPU its logits have the same bits as if
 /// it were alone, in batches of up to 64 rows. On a GPU they have the same bits whatever the other rows of a batch of one size, but batches
-/// of other sizes, and a row alone, may have other kernels, which round otherwise.
+/// of other sizes, and a row alone, may have other kernels, which round otherwise; so may rows that experts divide among them.
 ///
 /// # Example
 /// ```

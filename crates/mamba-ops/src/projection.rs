@@ -10,7 +10,8 @@ pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return zeros(&[batch, seqlen, d_out], x.dtype(), x.device());
     }
-    let weight = weight.to_dtype(x.dtype())?;
+    // cuBLAS takes no columns of wider matrices as candle calls it.
+    let weight = weight.to_dtype(x.dtype())?.contiguous()?;
     rows(x)?.matmul(&weight.t()?)?.reshape((batch, seqlen, d_out))
 }
 
@@ -20,7 +21,7 @@ pub(crate) fn project_backward(grad: &Tensor, weight: &Tensor) -> Result<Tensor>
     if grad.elem_count() == 0 {
         return zeros(&[batch, seqlen, d_in], grad.dtype(), grad.device());
     }
-    rows(grad)?.matmul(&weight.to_dtype(grad.dtype())?)?.reshape((batch, seqlen, d_in))
+    rows(grad)?.matmul(&weight.to_dtype(grad.dtype())?.contiguous()?)?.reshape((batch, seqlen, d_in))
 }
 
 /// The gradient of `weight` in [`project`], in its dtype.

@@ -209,7 +209,7 @@ fn resumed_equals_uninterrupted_wherever_it_was_cut() {
     let mut over =
         builder().resume(whole.state().unwrap()).max_new_tokens(whole.generated().len()).build().unwrap();
     assert!(over.next().is_none());
-    assert_eq!(over.finish_reason(), Some(FinishReason::Length));
+    assert_eq!(over.finish_reason(), whole.finish_reason());
 }
 
 #[test]
