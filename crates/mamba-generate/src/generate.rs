@@ -35,7 +35,7 @@ pub struct GenerateOptions<'s> {
     pub min_p: f64,
     /// Divides the logits. 1 by default.
     pub temperature: f64,
-    /// See [`RepetitionPenalty`]. 1 by default.
+    /// See [`RepetitionPenalty`](crate::RepetitionPenalty). 1 by default.
     pub repetition_penalty: f64,
     /// After this token a row has nothing but it; when all rows have come to it, generation ends. (In mamba_ssm rows that have come to
     /// it go on until all come to it in one step.)
