@@ -10,7 +10,7 @@ pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return zeros(&[batch, seqlen, d_out], x.dtype(), x.device());
     }
-    // cuBLAS takes no columns of wider matrices as candle calls it.
+    // Candle has no product of columns of a wider matrix on a GPU, and on the CPU adds up in another order there.
     let weight = weight.to_dtype(x.dtype())?.contiguous()?;
     rows(x)?.matmul(&weight.t()?)?.reshape((batch, seqlen, d_out))
 }

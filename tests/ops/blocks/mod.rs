@@ -79,7 +79,6 @@ pub struct Subject<B, const ITSELF: bool>(std::marker::PhantomData<B>);
 impl<B: Block, const ITSELF: bool> Op for Subject<B, ITSELF> {
     type Case = B;
     const ROUNDED_ONCE: &[DType] = &[DType::F32];
-    const HAS_PRODUCTS: bool = true;
 
     fn inputs(case: &B, random: &mut Random) -> Tensors {
         case.random(random)

@@ -206,12 +206,7 @@ impl Gpu {
     pub(crate) fn sum_rows(&self, matrix: &Buffer, rows: usize, columns: usize, out: &Buffer) -> Result<()> {
         let kernel = Kernel { module: &SUM_ROWS, name: "sum_rows", dtype: None };
         let launch = Launch { blocks: [columns.div_ceil(32), 1, 1], threads: [32, 16], shared: 0 };
-        let args = SumRows {
-            matrix: matrix.pointer().address,
-            out: out.pointer(),
-            rows: rows as i64,
-            columns: columns as i64,
-        };
+        let args = SumRows::new(matrix, rows, columns, out);
         // SAFETY: the matrix is of that size, `out` of one row.
         unsafe { self.launch(kernel, launch, args) }
     }
@@ -226,12 +221,7 @@ impl Gpu {
     ) -> Result<()> {
         let kernel = Kernel { module: &SUM_ROWS, name: "sum_groups", dtype: None };
         let launch = Launch { blocks: [groups, 1, 1], threads: [512, 1], shared: 0 };
-        let args = SumRows {
-            matrix: matrix.pointer().address,
-            out: out.pointer(),
-            rows: rows as i64,
-            columns: columns as i64,
-        };
+        let args = SumRows::new(matrix, rows, columns, out);
         // SAFETY: the matrix is of that size, `out` of one number a group.
         unsafe { self.launch(kernel, launch, args) }
     }
@@ -250,6 +240,13 @@ struct SumRows {
 const _: () = assert!(size_of::<SumRows>() == 40);
 // SAFETY: as `SumRows` and `SumGroups` in `sum_rows.cu`.
 unsafe impl Arguments for SumRows {}
+
+impl SumRows {
+    fn new(matrix: &Buffer, rows: usize, columns: usize, out: &Buffer) -> Self {
+        let (matrix, out) = (matrix.pointer().address, out.pointer());
+        Self { matrix, out, rows: rows as i64, columns: columns as i64 }
+    }
+}
 
 impl Launch {
     fn config(&self) -> LaunchConfig {
